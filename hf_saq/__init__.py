@@ -1,0 +1,27 @@
+"""Sharpness-Aware Quantization (arXiv:2111.12273) for Hugging Face vision models.
+
+Importing the package registers `quant_method="saq"` with transformers, so that `from_pretrained` reads and writes
+quantized checkpoints.
+"""
+
+from .calibration import calibrate
+from .config import SAQConfig, SAQQuantizationConfig
+from .conversion import quantize
+from .hf_quantizer import register
+from .packed_model import pack
+from .perturbation import SharpnessAwareMinimizer
+from .trainer import SAQTrainer
+from .version import __version__
+
+register()
+
+__all__ = [
+    "SAQConfig",
+    "SAQQuantizationConfig",
+    "SAQTrainer",
+    "SharpnessAwareMinimizer",
+    "__version__",
+    "calibrate",
+    "pack",
+    "quantize",
+]

@@ -1,0 +1,111 @@
+"""First values of activation quantizers, from real batches run through the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .quantizers import Observer, Quantizer
+
+SAMPLES_PER_BATCH = 16384
+"""Values kept of each activation tensor: enough for a step size, small enough for any model."""
+
+
+class _ActivationObserver(Observer):
+    """Keeps the smallest value and an evenly spaced sample of all values."""
+
+    def __init__(self) -> None:
+        self.minimum = float("inf")
+        self.samples: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        flat = x.detach().reshape(-1)
+        if flat.numel():
+            self.minimum = min(self.minimum, flat.min().item())
+            stride = max(1, flat.numel() // SAMPLES_PER_BATCH)
+            # An odd stride does not keep hitting the same channel of a layout whose sizes are powers of two.
+            self.samples.append(flat[:: stride | 1].float())
+
+
+class _PassThrough(Observer):
+    """Lets the float weight through while activations are observed."""
+
+    def update(self, x: Tensor) -> None: ...
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Fit every activation quantizer of `model`, in place, to what it sees while the model runs in float.
+
+    The model runs in evaluation mode without gradients, its mode is restored afterwards. Weights run unquantized, so
+    that the ranges belong to the function that training starts from.
+
+    Args:
+        model: A quantized model.
+        batches: Model inputs, each a tensor, a tuple or list of positional inputs, or a dict of keyword inputs; they
+            are moved to the model's device. A few batches are enough.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: If there is no batch, if a batch has another type, or if some quantized layer was never run (its
+            activations cannot be quantized: leave it out with `modules_to_not_convert`).
+    """
+    activation_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
+    weight_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "weight"]
+    observers = {quantizer: _ActivationObserver() for quantizer in activation_quantizers}
+    device = next(model.parameters()).device
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    count = 0
+    try:
+        for quantizer in weight_quantizers:
+            quantizer.observer = _PassThrough()
+        for quantizer, observer in observers.items():
+            quantizer.observer = observer
+        for batch in batches:
+            _run(model, batch, device)
+            count += 1
+    finally:
+        for quantizer in [*activation_quantizers, *weight_quantizers]:
+            quantizer.observer = None
+        for module, training in was_training.items():
+            module.training = training
+    if count == 0:
+        raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
+    unseen = [q.path.removesuffix(".activation_quantizer") for q, observer in observers.items() if not observer.samples]
+    if unseen:
+        raise ValueError(
+            f"calibrate: the model never ran the quantized layers {unseen}, so their activations have no range. Add "
+            "them to modules_to_not_convert."
+        )
+    for quantizer, observer in observers.items():
+        quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
+    return model
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether every quantizer of `model` has its range."""
+    return all(module.initialized for module in model.modules() if isinstance(module, Quantizer))
+
+
+def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
+    if isinstance(batch, Tensor):
+        model(batch.to(device))
+    elif isinstance(batch, Mapping):
+        model(**{name: _to(value, device) for name, value in batch.items()})
+    elif isinstance(batch, (tuple, list)):
+        model(*[_to(value, device) for value in batch])
+    else:
+        raise ValueError(
+            f"calibrate: a batch is a {type(batch).__name__}; expected a tensor, a tuple of positional inputs, or a "
+            "dict of keyword inputs of the model."
+        )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

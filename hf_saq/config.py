@@ -1,0 +1,187 @@
+"""The two configurations a user writes: how to quantize, and how to train sharpness-aware."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .quantizers import MAX_BITS, MIN_BITS, quantizer_class
+
+QUANT_METHOD = "saq"
+FORMAT_VERSION = 1
+OVERRIDABLE = ("weight_bits", "activation_bits", "quantizer", "weight_granularity", "activation_mode", "scale_init")
+PERTURBABLE = ("weight", "bias", "norm", "scale", "other")
+
+
+def _check_bits(where: str, bits: Any) -> None:
+    if bits is not None and not (isinstance(bits, int) and not isinstance(bits, bool) and MIN_BITS <= bits <= MAX_BITS):
+        raise ValueError(f"{where}={bits!r}; expected an integer from {MIN_BITS} to {MAX_BITS}, or None for float.")
+
+
+def _check_choice(where: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{where}={value!r}; expected one of {list(choices)}.")
+
+
+def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
+    """Checks of the fields that hold for one layer, in the configuration itself or in an override."""
+    for name, value in values.items():
+        if name in ("weight_bits", "activation_bits"):
+            _check_bits(f"{where}{name}", value)
+        elif name == "quantizer":
+            try:
+                quantizer_class(value)
+            except ValueError as error:
+                raise ValueError(f"{where}{error}") from None
+        elif name == "weight_granularity":
+            _check_choice(f"{where}{name}", value, ("tensor", "channel"))
+        elif name == "activation_mode":
+            _check_choice(f"{where}{name}", value, ("auto", "signed", "unsigned"))
+        elif name == "scale_init":
+            _check_choice(f"{where}{name}", value, ("mse", "mean"))
+
+
+@dataclass(repr=False)
+class SAQQuantizationConfig(QuantizationConfigMixin):
+    """How to quantize a vision model; `quant_method` is `"saq"`.
+
+    Pass it to `from_pretrained(..., quantization_config=...)`, to `hf_saq.quantize` or to `SAQTrainer`. It is stored in
+    the `config.json` of a saved model. Everything is checked when it is built; a mistake raises `ValueError`.
+    """
+
+    weight_bits: int | None = field(default=4, metadata={"help": "Bits of a weight, 2 to 8; None keeps weights float."})
+    activation_bits: int | None = field(
+        default=4, metadata={"help": "Bits of a layer's input, 2 to 8; None keeps activations float."}
+    )
+    quantizer: str = field(default="lsq", metadata={"help": "Name of the quantizer, see hf_saq.quantizers.QUANTIZERS."})
+    weight_granularity: Literal["tensor", "channel"] = field(
+        default="tensor", metadata={"help": "One weight scale per tensor (the paper) or per output channel."}
+    )
+    activation_mode: Literal["auto", "signed", "unsigned"] = field(
+        default="auto", metadata={"help": "Sign of activation codes; auto decides from the smallest value calibrated."}
+    )
+    scale_init: Literal["mse", "mean"] = field(
+        default="mse", metadata={"help": "First scales by a search for the least squared error, or the mean rule of LSQ."}
+    )
+    first_last_bits: int | None = field(
+        default=8, metadata={"help": "Bits of the first layer and of the heads; None treats them like the rest."}
+    )
+    modules_to_not_convert: list[str] | None = field(
+        default=None, metadata={"help": "Modules to leave in float: dotted names, their prefixes, or globs."}
+    )
+    overrides: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Glob of module names -> fields that differ there; the last match wins."}
+    )
+    storage: Literal["float", "packed"] = field(
+        default="float", metadata={"help": "Whether checkpoints hold latent float weights or packed integers."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the stored format."})
+    quant_method: str = field(default=QUANT_METHOD, metadata={"help": "Always saq."})
+
+    def __post_init__(self) -> None:
+        layer_fields = {name: getattr(self, name) for name in OVERRIDABLE}
+        _check_layer_fields("SAQQuantizationConfig.", layer_fields)
+        _check_bits("SAQQuantizationConfig.first_last_bits", self.first_last_bits)
+        _check_choice("SAQQuantizationConfig.storage", self.storage, ("float", "packed"))
+        _check_choice("SAQQuantizationConfig.quant_method", self.quant_method, (QUANT_METHOD,))
+        if not isinstance(self.format_version, int) or self.format_version < 1:
+            raise ValueError(f"SAQQuantizationConfig.format_version={self.format_version!r}; expected an integer >= 1.")
+        if isinstance(self.modules_to_not_convert, str):
+            raise ValueError(
+                f"SAQQuantizationConfig.modules_to_not_convert={self.modules_to_not_convert!r}; expected a list of names."
+            )
+        if not isinstance(self.overrides, dict):
+            raise ValueError(f"SAQQuantizationConfig.overrides={self.overrides!r}; expected a dict of pattern -> fields.")
+        for pattern, values in self.overrides.items():
+            where = f"SAQQuantizationConfig.overrides[{pattern!r}]"
+            if not isinstance(values, dict) or not values:
+                raise ValueError(f"{where}={values!r}; expected a dict with some of {list(OVERRIDABLE)}.")
+            unknown = sorted(set(values) - set(OVERRIDABLE))
+            if unknown:
+                raise ValueError(f"{where} has unknown fields {unknown}; expected some of {list(OVERRIDABLE)}.")
+            _check_layer_fields(f"{where}.", values)
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """Build from `config.json`. Unknown keys raise, except in a file of a newer format, where they warn."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            message = (
+                f"quantization_config.format_version is {version}, but this hf_saq reads up to {FORMAT_VERSION}; "
+                "upgrade with `pip install -U hf-saq`."
+            )
+            if config_dict.get("storage") == "packed":
+                raise ValueError(message)
+            warnings.warn(f"{message} Ignored keys: {unknown}.", stacklevel=2)
+        elif unknown:
+            raise ValueError(f"quantization_config has unknown keys {unknown}; expected some of {sorted(known)}.")
+        config_dict = {name: value for name, value in config_dict.items() if name in known}
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def replace(self, **changes: Any) -> SAQQuantizationConfig:
+        """A checked copy with some fields changed."""
+        return type(self)(**{**copy.deepcopy(self.__dict__), **changes})
+
+
+@dataclass
+class SAQConfig:
+    """How to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
+
+    A dataclass for `HfArgumentParser`, next to `TrainingArguments`. Everything is checked when it is built; a mistake
+    raises `ValueError`.
+    """
+
+    rho: float | None = field(
+        default=None,
+        metadata={"help": "Radius of the perturbation (one global L2 norm); None takes the default of the model family."},
+    )
+    case: int | None = field(
+        default=3,
+        metadata={
+            "help": "1: L(Q(w)+eps) with the latent gradient; 2: L(Q(w+eps)), which is SAM on a quantized model; "
+            "3: L(Q(w)+eps) with the gradient at Q(w), which is SAQ; None: plain quantization-aware training."
+        },
+    )
+    adaptive: bool = field(
+        default=False, metadata={"help": "Scale the perturbation by the size of each weight (ASAM, arXiv:2102.11600)."}
+    )
+    eta: float = field(default=0.01, metadata={"help": "Added to the size of each weight when adaptive."})
+    perturb: list[str] = field(
+        default_factory=lambda: ["weight", "bias", "norm"],
+        metadata={"help": f"What to perturb: some of {', '.join(PERTURBABLE)}."},
+    )
+    interval: int = field(default=1, metadata={"help": "Perturb every k-th optimizer step, plain steps between."})
+    start: float = field(default=0.0, metadata={"help": "Perturb only after this fraction of training, 0 to 1."})
+    sync: Literal["local", "global"] = field(
+        default="local",
+        metadata={
+            "help": "local: each process and micro-batch perturbs with its own gradient (m-sharpness); "
+            "global: one perturbation per optimizer step, from the gradient of all of them."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.rho is not None and not (isinstance(self.rho, (int, float)) and 0 <= self.rho < float("inf")):
+            raise ValueError(f"SAQConfig.rho={self.rho!r}; expected a finite number >= 0, or None for the default.")
+        _check_choice("SAQConfig.case", self.case, (None, 1, 2, 3))
+        if not (isinstance(self.eta, (int, float)) and 0 <= self.eta < float("inf")):
+            raise ValueError(f"SAQConfig.eta={self.eta!r}; expected a finite number >= 0.")
+        self.perturb = [self.perturb] if isinstance(self.perturb, str) else list(self.perturb)
+        unknown = sorted(set(self.perturb) - set(PERTURBABLE))
+        if unknown or not self.perturb:
+            raise ValueError(f"SAQConfig.perturb={self.perturb!r}; expected one or more of {list(PERTURBABLE)}.")
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise ValueError(f"SAQConfig.interval={self.interval!r}; expected an integer >= 1.")
+        if not 0 <= self.start <= 1:
+            raise ValueError(f"SAQConfig.start={self.start!r}; expected a fraction of training from 0 to 1.")
+        _check_choice("SAQConfig.sync", self.sync, ("local", "global"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-plain fields, in order."""
+        return asdict(self)

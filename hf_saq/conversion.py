@@ -1,0 +1,252 @@
+"""Swap the layers of any `nn.Module` for quantized ones, in place, and report what was changed, skipped and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import OVERRIDABLE, SAQQuantizationConfig
+from .layers import QUANTIZED_LAYERS, PackedLayer, QuantizedLayer
+from .quantizers import Quantizer, quantizer_class
+
+_SIGNED = {"auto": None, "signed": True, "unsigned": False}
+
+
+@dataclass
+class LayerPlan:
+    """What is to happen to one layer. `settings` is empty and `reason` says why where it stays in float."""
+
+    name: str
+    layer_type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass
+class ConversionReport:
+    """What `quantize` did, layer by layer; `print(report)` shows a table."""
+
+    layers: list[LayerPlan]
+
+    @property
+    def converted(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.settings]
+
+    @property
+    def skipped(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if not layer.settings]
+
+    def __str__(self) -> str:
+        rows = [("module", "type", "W", "A", "quantizer", "note")]
+        for layer in self.layers:
+            bits = [str(layer.settings.get(k) or "float") for k in ("weight_bits", "activation_bits")]
+            rows.append((layer.name, layer.layer_type, *bits, layer.settings.get("quantizer", "-"), layer.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{len(self.converted)} layers quantized, {len(self.skipped)} left in float"])
+
+
+def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
+    """Replace the linear and convolution layers of `model`, in place, by fake-quantized ones that share its parameters.
+
+    Weight scales get their first values here; activation quantizers wait for `calibrate`. Works on any module: models
+    of transformers, timm, torchvision or your own. With `weight_bits=None` and `activation_bits=None` nothing changes.
+
+    Args:
+        model: The float model.
+        config: How to quantize.
+
+    Returns:
+        `model` itself. The report is kept as `model.quantization_report`.
+
+    Raises:
+        ValueError: If the model is quantized already, has no layer that can be quantized, or if a name in
+            `modules_to_not_convert` or a pattern in `overrides` matches no module.
+    """
+    report = convert(model, config)
+    initialize_weight_quantizers(model)
+    if report.converted and hasattr(model, "config"):
+        model.config.quantization_config = config  # save_pretrained stores it, from_pretrained acts on it
+    return model
+
+
+def convert(model: nn.Module, config: SAQQuantizationConfig) -> ConversionReport:
+    """Swap the modules and nothing else: also works on the meta device, before any weight is loaded."""
+    layers = plan(model, config)
+    report = ConversionReport(layers)
+    if not report.converted and (config.weight_bits is not None or config.activation_bits is not None):
+        raise ValueError(
+            f"{type(model).__name__}: no layer can be quantized. Expected at least one of "
+            f"{[t.__name__ for t in QUANTIZED_LAYERS]}; found "
+            + (", ".join(f"{p.name} ({p.reason})" for p in layers) or "none of them")
+            + "."
+        )
+    settings = {p.name: p.settings for p in report.converted}
+    replacements = {
+        module: build(module, name, settings[name]) for name, module in model.named_modules() if name in settings
+    }
+    replace_modules(model, replacements)
+    model.quantization_report = report  # type: ignore[assignment]
+    return report
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put each replacement at every place that holds its original, so that shared modules stay shared."""
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[child_name] = replacements[child]
+
+
+def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
+    """Decide for every layer whether and how it is quantized, in the order of `named_modules`."""
+    if any(isinstance(m, (QuantizedLayer, PackedLayer)) for m in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has quantized layers already; start from the float model, or from a checkpoint in "
+            'float storage, or call `hf_saq.dequantize` first.'
+        )
+    names = [name for name, _ in model.named_modules() if name]
+    excluded = config.modules_to_not_convert or []
+    _check_patterns("modules_to_not_convert", excluded, names)
+    _check_patterns("overrides", config.overrides, names)
+    edges = first_and_heads(model) if config.first_last_bits is not None else set()
+
+    layers: list[LayerPlan] = []
+    for name, module in model.named_modules():
+        layer = LayerPlan(name, type(module).__name__)
+        reason = unsupported(module)
+        if reason is None:
+            continue
+        layers.append(layer)
+        if not name:
+            layer.reason = "the model itself is a single layer; wrap it, for example in nn.Sequential"
+        elif any(_matches(pattern, name) for pattern in excluded):
+            layer.reason = "listed in modules_to_not_convert"
+        elif reason:
+            layer.reason = reason
+        else:
+            settings = layer_settings(config, name, edge=name in edges)
+            if settings["weight_bits"] is None and settings["activation_bits"] is None:
+                layer.reason = "bits are None"
+            else:
+                layer.settings = settings
+                layer.reason = "first layer or head" if name in edges else ""
+    return layers
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why a weighted layer stays in float: `""` if it can be quantized, `None` if it is not such a layer at all."""
+    if type(module) in QUANTIZED_LAYERS:
+        return ""
+    for float_type in QUANTIZED_LAYERS:
+        if isinstance(module, float_type):
+            return f"a subclass of {float_type.__name__} may compute something else"
+    if isinstance(module, nn.MultiheadAttention):
+        return "its projections are raw parameters of one fused function"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "this convolution has no quantized form"
+    return None
+
+
+def layer_settings(config: SAQQuantizationConfig, name: str, edge: bool) -> dict[str, Any]:
+    """The fields that hold for one layer: the configuration, then the first/last rule, then matching overrides."""
+    settings = {key: getattr(config, key) for key in OVERRIDABLE}
+    if edge:
+        for key in ("weight_bits", "activation_bits"):
+            if settings[key] is not None:
+                settings[key] = config.first_last_bits
+    for pattern, values in config.overrides.items():
+        if _matches(pattern, name):
+            settings.update(values)
+    return settings
+
+
+def first_and_heads(model: nn.Module) -> set[str]:
+    """Names of the first layer and of the classification heads, found by structure.
+
+    Heads are, in this order: what timm's `get_classifier` returns; what a transformers model keeps outside of its
+    `base_model`; the last layer.
+    """
+    candidates = {name: module for name, module in model.named_modules() if unsupported(module) == ""}
+    if not candidates:
+        return set()
+    heads = _timm_heads(model) or _outside_base_model(model)
+    in_heads = {module for head in heads for module in head.modules()}
+    names = {name for name, module in candidates.items() if module in in_heads}
+    ordered = list(candidates)
+    return {ordered[0]} | (names or {ordered[-1]})
+
+
+def _timm_heads(model: nn.Module) -> list[nn.Module]:
+    for module in model.modules():
+        get_classifier = getattr(module, "get_classifier", None)
+        if callable(get_classifier):
+            found = get_classifier()
+            return [m for m in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(m, nn.Module)]
+    return []
+
+
+def _outside_base_model(model: nn.Module) -> list[nn.Module]:
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return []
+    inside = set(base.modules())
+    return [child for child in model.children() if child not in inside]
+
+
+def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLayer:
+    """The quantized form of one float layer, its quantizers not yet initialized."""
+    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+    make = quantizer_class(settings["quantizer"])
+    per_channel = (weight.shape[0], *(1,) * (weight.ndim - 1))
+    weight_quantizer: Quantizer | None = None
+    activation_quantizer: Quantizer | None = None
+    if settings["weight_bits"] is not None:
+        weight_quantizer = make(
+            settings["weight_bits"],
+            role="weight",
+            signed=True,
+            scale_shape=per_channel if settings["weight_granularity"] == "channel" else (1,),
+            scale_init=settings["scale_init"],
+        ).to(weight.device)
+        weight_quantizer.path = f"{name}.weight_quantizer"
+    if settings["activation_bits"] is not None:
+        activation_quantizer = make(
+            settings["activation_bits"],
+            role="activation",
+            signed=_SIGNED[settings["activation_mode"]],
+            scale_init=settings["scale_init"],
+        ).to(weight.device)
+        activation_quantizer.path = f"{name}.activation_quantizer"
+    return QUANTIZED_LAYERS[type(layer)].from_float(layer, weight_quantizer, activation_quantizer)
+
+
+@torch.no_grad()
+def initialize_weight_quantizers(model: nn.Module) -> None:
+    """Fit every weight quantizer that has no range yet to the weight it will quantize."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+            if not module.weight_quantizer.initialized:
+                module.weight_quantizer.initialize(module.weight)
+
+
+def quantizers(model: nn.Module) -> list[Quantizer]:
+    """Every quantizer of the model, in the order of `named_modules`."""
+    return [module for module in model.modules() if isinstance(module, Quantizer)]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+
+
+def _check_patterns(where: str, patterns, names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in names):
+            raise ValueError(
+                f"{where}: {pattern!r} matches no module of the model. Expected a dotted module name, a prefix of one, "
+                f"or a glob such as '*.layers.0.*'; the model has for example {names[:3]}."
+            )

@@ -1,0 +1,22 @@
+"""The radius used when none is given: a starting point by model family, not a tuned value."""
+
+from __future__ import annotations
+
+from torch import nn
+
+CONVOLUTIONAL_RHO = 0.3
+"""The authors' scripts for CNNs use 0.3 to 0.9 with SGD and standardised weights."""
+
+TRANSFORMER_RHO = 0.1
+"""The authors' scripts for ViTs sweep 0.001 to 0.1; small ViTs with LSQ and AdamW liked 0.1 to 0.3."""
+
+
+def default_rho(model: nn.Module) -> tuple[float, str]:
+    """`(rho, family)`: convolutional if most weights of linear and convolution layers are in convolutions."""
+    counts = {True: 0, False: 0}
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            counts[isinstance(module, nn.modules.conv._ConvNd)] += module.weight.numel()
+    if counts[True] > counts[False]:
+        return CONVOLUTIONAL_RHO, "convolutional"
+    return TRANSFORMER_RHO, "transformer-like"

@@ -1,0 +1,48 @@
+"""What quantized layers have in common: two quantizers as submodules. Layers know nothing of sharpness."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Quantizer
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin of the layers that train with fake-quantized weights and inputs.
+
+    Attributes:
+        weight (`nn.Parameter`): The latent float weight, the same Parameter object the float layer had.
+        weight_quantizer: `None` keeps the weight in float.
+        activation_quantizer: `None` keeps the input in float.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: Quantizer | None
+    activation_quantizer: Quantizer | None
+
+    @classmethod
+    def from_float(
+        cls, layer: nn.Module, weight_quantizer: Quantizer | None, activation_quantizer: Quantizer | None
+    ) -> QuantizedLayer:
+        """A quantized layer that shares the parameters of the float `layer`."""
+        with torch.device("meta"):  # the fresh weights are replaced at once
+            new = cls(**cls.constructor_arguments(layer))
+        new.weight, new.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        new.weight_quantizer = weight_quantizer
+        new.activation_quantizer = activation_quantizer
+        new.train(layer.training)
+        return new
+
+    @staticmethod
+    def constructor_arguments(layer: nn.Module) -> dict:
+        """Arguments that rebuild a layer of the same shape as the float `layer`."""
+        raise NotImplementedError
+
+    def quantized_weight(self) -> Tensor:
+        """`Q(w)`, same shape as `weight`."""
+        return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.activation_quantizer is None else self.activation_quantizer(x)

@@ -1,0 +1,118 @@
+"""Layers that keep their weight as packed integers and run inference from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..packing import pack_codes, packed_size, unpack_codes
+from ..quantizers import Quantizer
+from .base import QuantizedLayer
+
+
+class PackedLayer(nn.Module):
+    """A layer whose weight is `ceil(numel * bits / 8)` bytes of codes plus a scale; it cannot be trained.
+
+    Args:
+        functional: A float layer on the meta device: its type, hyperparameters and `forward`, without memory.
+        bias: `(out,)` or `None`.
+        bits: Width of a weight code, 2 to 8.
+        scale_shape: `(1,)`, or `(out, 1, ...)` for one scale per output channel.
+        has_offset: Whether the grid is `code * scale + offset` rather than `code * scale`.
+        dtype: Floating point type that the weight is decoded to.
+
+    Buffers: `packed_weight` uint8 `(bytes,)`; `weight_scale` and, if `has_offset`, `weight_offset` float32
+    `scale_shape`; `weight`, an empty float tensor. The last has two jobs: code that asks for `layer.weight.dtype` or
+    `.device` gets a sensible answer, and a loader that does not know this format stops at a shape mismatch instead of
+    leaving the weight at random values.
+    """
+
+    def __init__(
+        self,
+        functional: nn.Module,
+        bias: nn.Parameter | None,
+        bits: int,
+        scale_shape: tuple[int, ...],
+        has_offset: bool,
+        activation_quantizer: Quantizer | None,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.bits = bits
+        self.weight_shape = tuple(functional.weight.shape)  # type: ignore[arg-type]
+        self.path = ""
+        # Kept out of the submodules: it has no state of its own.
+        object.__setattr__(self, "_functional", functional)
+        size = packed_size(functional.weight.numel(), bits)  # type: ignore[operator]
+        self.register_buffer("weight", torch.empty(0, dtype=dtype))
+        self.register_buffer("packed_weight", torch.zeros(size, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(scale_shape, dtype=torch.float32))
+        self.register_buffer("weight_offset", torch.zeros(scale_shape, dtype=torch.float32) if has_offset else None)
+        self.bias = bias
+        self.activation_quantizer = activation_quantizer
+
+    @classmethod
+    def skeleton(cls, layer: QuantizedLayer) -> PackedLayer:
+        """A packed layer of the shape of `layer`, still without its codes."""
+        assert layer.weight_quantizer is not None
+        quantizer = layer.weight_quantizer
+        float_type = next(base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn.modules."))
+        with torch.device("meta"):
+            functional = float_type(**layer.constructor_arguments(layer))
+        packed = cls(
+            functional,
+            layer.bias,
+            quantizer.bits,
+            quantizer.scale_shape,
+            quantizer.has_offset,
+            layer.activation_quantizer,
+            layer.weight.dtype,
+        ).to(layer.weight.device)
+        packed.path = quantizer.path.removesuffix(".weight_quantizer")
+        return packed.train(layer.training)
+
+    @classmethod
+    def from_quantized(cls, layer: QuantizedLayer) -> PackedLayer:
+        """The packed form of a trained `layer`."""
+        assert layer.weight_quantizer is not None
+        packed = cls.skeleton(layer)
+        quantizer = layer.weight_quantizer
+        if not quantizer.initialized:
+            raise RuntimeError(f"{quantizer.path}: cannot pack a weight quantizer that has no range yet.")
+        scale, offset = quantizer.grid()
+        packed.packed_weight.copy_(pack_codes(quantizer.quantize(layer.weight), quantizer.bits, signed=True))
+        packed.weight_scale.copy_(scale)
+        if packed.weight_offset is not None:
+            packed.weight_offset.copy_(offset)
+        return packed
+
+    def codes(self) -> Tensor:
+        """The integer codes of the weight, int16, in the weight's shape."""
+        size = packed_size(torch.Size(self.weight_shape).numel(), self.bits)
+        if self.packed_weight.shape != (size,):
+            raise ValueError(
+                f"{self.path}.packed_weight: found shape {tuple(self.packed_weight.shape)}, expected ({size},): "
+                f"{self.bits} bits for each element of a weight of shape {self.weight_shape}. The checkpoint's "
+                "tensors and its quantization_config do not belong together."
+            )
+        return unpack_codes(self.packed_weight, self.bits, self.weight_shape, signed=True)
+
+    def quantized_weight(self) -> Tensor:
+        """`Q(w)` decoded from the codes, in the layer's dtype."""
+        dtype = self.weight.dtype
+        weight = self.codes().to(dtype) * self.weight_scale.to(dtype)
+        return weight if self.weight_offset is None else weight + self.weight_offset.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        return self._apply_weight(x, self.quantized_weight())
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        functional = self._functional
+        if isinstance(functional, nn.Linear):
+            return nn.functional.linear(x, weight, self.bias)
+        return functional._conv_forward(x, weight, self.bias)  # type: ignore[operator, union-attr]
+
+    def extra_repr(self) -> str:
+        return f"{type(self._functional).__name__}, weight_shape={self.weight_shape}, bits={self.bits}"

@@ -1,0 +1,206 @@
+"""The contract every quantizer keeps, and straight-through rounding.
+
+A quantizer maps a float tensor onto a uniform grid. Every grid here is affine: `value = code * scale + offset` with
+integer codes in `[qmin, qmax]`, so that packing, export and reports need no knowledge of the quantizer's kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+MIN_BITS, MAX_BITS = 2, 8
+SCALE_FLOOR = 1e-8
+"""A learned step size is used as `max(scale, SCALE_FLOOR)`: it never divides by zero and never turns negative."""
+
+_NOT_INITIALIZED, _UNSIGNED, _SIGNED = -1, 0, 1
+
+Role = Literal["weight", "activation"]
+ScaleInit = Literal["mean", "mse"]
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ARG004 (autograd's signature)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        return grad
+
+
+class _FloorStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.clamp_min(SCALE_FLOOR)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        return grad
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing had been rounded (Bengio et al., arXiv:1308.3432)."""
+    return _RoundStraightThrough.apply(x)
+
+
+def positive(scale: Tensor) -> Tensor:
+    """`max(scale, SCALE_FLOOR)` with an identity gradient, so that a scale pushed below the floor can come back."""
+    return _FloorStraightThrough.apply(scale)
+
+
+class Quantizer(nn.Module, ABC):
+    """Fake-quantizes a tensor: `forward(x)` returns the nearest grid values, differentiable in `x` and the scale.
+
+    The learnable values exist from construction on, so that an optimizer built early still sees them; they are
+    meaningless until [`initialize`] has seen data, and `forward` refuses to run before.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        role: `"weight"` (statistics over the whole tensor) or `"activation"` (dimension 0 is the batch).
+        signed: Whether codes are `[-2^(b-1), 2^(b-1)-1]` or `[0, 2^b-1]`. `None` lets [`initialize`] decide from the
+            smallest value it sees.
+        scale_shape: Shape of the step size: `(1,)` for one per tensor (not a scalar: FSDP2 cannot shard those), or a
+            shape that broadcasts against the tensor, such as `(out, 1)` or `(out, 1, 1, 1)`, for one per channel.
+        scale_init: `"mean"` for the closed form of the quantizer's paper, `"mse"` for a search of the step size with
+            the smallest squared error.
+
+    Attributes:
+        path (`str`): Dotted name of this quantizer inside its model, for error messages.
+        observer: While set, `forward` shows it the input and returns the input unchanged (used by `calibrate`).
+    """
+
+    range_state: Tensor
+    has_offset = False
+    """Whether `grid` has an offset other than zero, which a packed layer must then store."""
+
+    def __init__(
+        self,
+        bits: int,
+        role: Role,
+        signed: bool | None = True,
+        scale_shape: tuple[int, ...] = (1,),
+        scale_init: ScaleInit = "mse",
+    ):
+        super().__init__()
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise ValueError(f"{type(self).__name__}: bits={bits}; expected an integer from {MIN_BITS} to {MAX_BITS}.")
+        self.bits = bits
+        self.role: Role = role
+        self.requested_signed = signed
+        self.signed: bool = bool(signed)
+        self.scale_shape = tuple(scale_shape)
+        self.scale_init: ScaleInit = scale_init
+        self.initialized = False
+        self.path = ""
+        self.observer: Observer | None = None
+        # -1 not initialized, 0 unsigned, 1 signed: what the state dict must carry besides the learned values.
+        self.register_buffer("range_state", torch.tensor(_NOT_INITIALIZED, dtype=torch.int8))
+
+    # What a quantizer implements -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """The grid value nearest to each element, same shape and dtype as `x`, with the quantizer's gradients."""
+
+    @abstractmethod
+    def fit(self, x: Tensor) -> None:
+        """Set the learnable values, in place, from a sample `x` of what will be quantized."""
+
+    @abstractmethod
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """`(scale, offset)`, detached, each of shape `scale_shape`: `value = code * scale + offset`."""
+
+    # What all quantizers share -----------------------------------------------------------------------------------
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer code."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.update(x)
+            return x
+        if not self.initialized:
+            raise RuntimeError(
+                f"{self.path or type(self).__name__}: this {self.role} quantizer has no range yet. Run "
+                "`hf_saq.calibrate(model, batches)` with a few batches of model inputs, or train with `SAQTrainer`, "
+                "which calibrates from its training data."
+            )
+        return self.fake_quantize(x)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, minimum: float | None = None) -> None:
+        """Decide the sign (if it was left open) and the first learnable values from the sample `x`.
+
+        Args:
+            x: The weight, or a 1-d sample of activations.
+            minimum: Smallest value seen, where `x` is only a part of the data. Defaults to `x.min()`.
+        """
+        if x.numel() == 0 or not torch.isfinite(x).all():
+            found = "an empty tensor" if x.numel() == 0 else "infinite or NaN values"
+            raise ValueError(f"{self.path or type(self).__name__}: cannot fit a range to {found}; check the inputs.")
+        signed = self.requested_signed
+        if signed is None:
+            signed = (x.min().item() if minimum is None else minimum) < 0
+        self.range_state.fill_(_SIGNED if signed else _UNSIGNED)
+        self.refresh()
+        self.fit(x)
+
+    def refresh(self) -> None:
+        """Read the sign and "initialized" back from the stored state, after something wrote to the buffers."""
+        if self.range_state.is_meta:
+            return
+        state = int(self.range_state)
+        if state not in (_NOT_INITIALIZED, _UNSIGNED, _SIGNED):
+            raise ValueError(
+                f"{self.path}.range_state is {state}; expected -1 (not calibrated), 0 (unsigned) or 1 (signed). "
+                "The checkpoint is damaged or was written by something else."
+            )
+        self.initialized = state != _NOT_INITIALIZED
+        if self.initialized:
+            self.signed = state == _SIGNED
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget the range: `forward` raises until [`initialize`] is called."""
+        for parameter in self.parameters(recurse=False):
+            parameter.fill_(1.0)
+        self.range_state.fill_(_NOT_INITIALIZED)
+        self.refresh()
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> Tensor:
+        """Integer codes of `x` in `[qmin, qmax]`, dtype int16."""
+        scale, offset = self.grid()
+        return ((x - offset) / scale).round().clamp(self.qmin, self.qmax).to(torch.int16)
+
+    @torch.no_grad()
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Grid values of integer `codes`, in the dtype of the scale."""
+        scale, offset = self.grid()
+        return codes.to(scale.dtype) * scale + offset
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def extra_repr(self) -> str:
+        sign = {True: "signed", False: "unsigned"}[self.signed] if self.initialized else "not calibrated"
+        return f"bits={self.bits}, {sign}, scale={'tensor' if self.scale_shape == (1,) else 'channel'}"
+
+
+class Observer(ABC):
+    """Sees what would have been quantized while a model runs in float."""
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None: ...

@@ -1,0 +1,97 @@
+"""Learned Step Size Quantization (LSQ): Esser et al., arXiv:1902.08153."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .base import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive, round_straight_through
+from .scale_search import mse_scale
+
+
+def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float) -> Tensor:
+    """Eq. 1-2 of the paper as ordinary autograd operations: the slow form that [`lsq_fake_quantize`] must equal."""
+    s = positive(scale)
+    s = s * grad_scale + (s - s * grad_scale).detach()  # the value of s, `grad_scale` times its gradient
+    return round_straight_through((x / s).clamp(qmin, qmax)) * s
+
+
+class _LSQ(torch.autograd.Function):
+    """Forward and backward of LSQ with nothing saved but its inputs, which are alive anyway."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float) -> Tensor:
+        s = scale.clamp_min(SCALE_FLOOR).to(x.dtype)
+        ctx.save_for_backward(x, scale)
+        ctx.qmin, ctx.qmax, ctx.grad_scale = qmin, qmax, grad_scale
+        return (x / s).round_().clamp_(qmin, qmax).mul_(s)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        s = scale.clamp_min(SCALE_FLOOR).to(x.dtype)
+        v = x / s
+        q = v.clamp(ctx.qmin, ctx.qmax)
+        inside = q == v
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            # d x_q / d s: round(x/s) - x/s inside the grid (Eq. 3), the clip bound outside of it.
+            ds = q.round_().sub_(v.mul_(inside)).mul_(grad)
+            grad_scale = ds.float().sum_to_size(scale.shape).mul_(ctx.grad_scale).to(scale.dtype)
+        return grad_x, grad_scale, None, None, None
+
+
+def lsq_fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0) -> Tensor:
+    """`s * clip(round(x/s), qmin, qmax)` (Eq. 1-2, arXiv:1902.08153), differentiable in `x` and `scale`.
+
+    Args:
+        x: Any shape.
+        scale: Step size `s`, `(1,)` or broadcastable against `x`.
+        grad_scale: Factor on the gradient of `scale` (the paper's `g`).
+
+    Returns:
+        Same shape and dtype as `x`.
+    """
+    return _LSQ.apply(x, scale, qmin, qmax, grad_scale)
+
+
+class LSQQuantizer(Quantizer):
+    """A uniform grid through zero with one learned step size per tensor or channel.
+
+    Gradients: of `x`, one inside the grid and zero outside; of the step size, Eq. 3 of the paper times
+    `1 / sqrt(N * qmax)`, where `N` counts the elements that share one step size (of one sample, for activations: the
+    mean over the batch is already in the loss).
+    """
+
+    scale: nn.Parameter
+
+    def __init__(
+        self,
+        bits: int,
+        role: Role,
+        signed: bool | None = True,
+        scale_shape: tuple[int, ...] = (1,),
+        scale_init: ScaleInit = "mse",
+    ):
+        super().__init__(bits, role, signed, scale_shape, scale_init)
+        self.scale = nn.Parameter(torch.ones(self.scale_shape))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        samples = x.shape[0] if self.role == "activation" and x.ndim > 0 else 1
+        elements = max(x.numel() / (samples * self.scale.numel()), 1)
+        return lsq_fake_quantize(x, self.scale, self.qmin, self.qmax, 1 / math.sqrt(elements * self.qmax))
+
+    def fit(self, x: Tensor) -> None:
+        x = x.to(self.scale.dtype)
+        if self.scale_init == "mse":
+            scale = mse_scale(x, self.scale_shape, self.qmin, self.qmax)
+        else:  # Section 2.1 of the paper
+            scale = 2 * x.abs().sum_to_size(self.scale_shape) * self.scale.numel() / x.numel() / math.sqrt(self.qmax)
+        self.scale.copy_(scale.clamp_min(SCALE_FLOOR))
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        scale = self.scale.detach().clamp_min(SCALE_FLOOR)
+        return scale, torch.zeros_like(scale)

@@ -1,0 +1,32 @@
+"""Snapshots of every random generator a forward pass may draw from, so that two passes see the same masks."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass
+class RNGState:
+    """States of python's, numpy's, torch's and the accelerator's generators at one moment."""
+
+    python: Any = field(default_factory=random.getstate)
+    numpy: Any = field(default_factory=np.random.get_state)
+    cpu: torch.Tensor = field(default_factory=torch.get_rng_state)
+    device: torch.Tensor | None = field(default_factory=lambda: _device_module().get_rng_state() if _device_module() else None)
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            _device_module().set_rng_state(self.device)
+
+
+def _device_module() -> Any:
+    """`torch.cuda`, `torch.xpu`, ... of the accelerator in use, or `None` on a CPU-only machine."""
+    return torch.get_device_module() if torch.accelerator.is_available() else None

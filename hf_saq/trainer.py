@@ -1,0 +1,276 @@
+"""`SAQTrainer`: `transformers.Trainer` with the sharpness-aware second pass."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from .calibration import calibrate, is_calibrated
+from .config import SAQConfig, SAQQuantizationConfig
+from .conversion import quantize
+from .default_rho import default_rho
+from .layers import QuantizedLayer
+from .packed_model import is_packed, pack
+from .perturbation import SharpnessAwareMinimizer
+from .quantizers import Quantizer
+from .rng import RNGState
+from .schedules import PerturbationSchedule
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_BATCHES = 4
+
+
+class SAQTrainer(Trainer):
+    """Trains a quantized image classifier with Sharpness-Aware Quantization (arXiv:2111.12273).
+
+    Everything else is [`transformers.Trainer`]: the same arguments, callbacks, evaluation, checkpoints and Hub push.
+    Each perturbed step runs forward and backward twice; the loss that is logged is the one of the first pass, at the
+    quantized weights. Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log),
+    `ascent_norm` (mean gradient norm of the first pass) and `skipped_perturbations` (count so far).
+
+    Args:
+        model: A quantized model, or a float one together with `quantization_config`. Activation ranges that are still
+            missing are calibrated from the first training batches when `train` starts.
+        args: Training arguments.
+        saq_config: How to perturb. `SAQConfig(case=None)` is plain quantization-aware training. Default `SAQConfig()`.
+        quantization_config: If given, `model` is float and is quantized in place.
+        **kwargs: Those of [`transformers.Trainer`].
+
+    Raises:
+        ValueError: If the model is packed (it has no weights to train), if it has no quantized layer although a
+            perturbation of weights is asked for, or if the training set-up cannot work with two passes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        saq_config: SAQConfig | None = None,
+        quantization_config: SAQQuantizationConfig | None = None,
+        **kwargs: Any,
+    ):
+        if kwargs.get("model_init") is not None:
+            raise ValueError("SAQTrainer: model_init is not supported; pass a model, one trainer for each trial.")
+        if model is None:
+            raise ValueError("SAQTrainer: model is None; pass a quantized model, or a float one with quantization_config.")
+        if quantization_config is not None:
+            model = quantize(model, quantization_config)
+        if is_packed(model):
+            raise ValueError(
+                f"{type(model).__name__} holds packed integers, which cannot be trained. Load a checkpoint in float "
+                "storage, or call `hf_saq.dequantize(model)` and quantize it again."
+            )
+        self.saq_config = saq_config or SAQConfig()
+        if self.saq_config.case is not None and not any(isinstance(m, QuantizedLayer) for m in model.modules()):
+            if "other" not in self.saq_config.perturb:
+                raise ValueError(
+                    f"{type(model).__name__} has no quantized layer. Pass quantization_config=SAQQuantizationConfig(...), "
+                    "or load it with from_pretrained(..., quantization_config=...)."
+                )
+        super().__init__(model=model, args=args, **kwargs)
+        self.args: TrainingArguments
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"SAQTrainer: {self.args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot take the "
+                "second pass. Start one process for each GPU: `torchrun --nproc_per_node=N` or `accelerate launch`."
+            )
+        if self.is_deepspeed_enabled and self.saq_config.case is not None:
+            raise ValueError(
+                "SAQTrainer: DeepSpeed steps inside backward, so a second pass cannot be put before the step. Use DDP "
+                "or FSDP2, or SAQConfig(case=None)."
+            )
+        self._mend_loss_scaling()
+        self.schedule = PerturbationSchedule(self.saq_config.interval, self.saq_config.start)
+        self.minimizer: SharpnessAwareMinimizer | None = None
+        if self.saq_config.case is not None:
+            if self.saq_config.rho is None:
+                self.saq_config = copy.copy(self.saq_config)
+                self.saq_config.rho, family = default_rho(self.model)
+                logger.warning(
+                    "SAQConfig.rho is not set; using rho=%g, the default for %s models.", self.saq_config.rho, family
+                )
+            self.minimizer = SharpnessAwareMinimizer(
+                self.model,
+                rho=self.saq_config.rho,
+                case=self.saq_config.case,  # type: ignore[arg-type]
+                adaptive=self.saq_config.adaptive,
+                eta=self.saq_config.eta,
+                perturb=self.saq_config.perturb,
+                sync=self.saq_config.sync,
+            )
+            self.minimizer.armed = False
+        self._step_batches: list[Any] = []
+        self._clean_losses: list[Tensor] = []
+        self._sharpness: list[Tensor] = []
+        self._ascent_norms: list[float] = []
+
+    # The two-pass step ---------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch: gradients at the perturbed quantized weights. Returns the clean loss."""
+        minimizer = self.minimizer
+        if minimizer is None or not self.schedule.is_due(self.state.global_step, self.state.max_steps):
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self.saq_config.sync == "local":
+            batches = [inputs]
+        else:  # one perturbation for the whole optimizer step: its first micro-batch climbs for all of them
+            batches, self._step_batches = self._step_batches, []
+        for batch in batches:
+            with self.accelerator.no_sync(model=model), minimizer.ascent():
+                self._clean_losses.append(super().training_step(model, copy.copy(batch), num_items_in_batch))
+        with minimizer.perturbed():
+            perturbed_loss = super().training_step(model, inputs, num_items_in_batch)
+        clean_loss = self._clean_losses.pop(0)
+        # The loss of a micro-batch is already divided by their number; so is the sharpness, which adds up over a step.
+        self._sharpness.append(perturbed_loss - clean_loss)
+        if batches:
+            self._ascent_norms.append(minimizer.ascent_norm / self._loss_scale())
+        return clean_loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """All micro-batches of the coming optimizer step, kept for `sync="global"`."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.minimizer is not None:
+            self.minimizer.reset()  # a callback may have stopped the previous step half-way
+        self._clean_losses = []
+        self._step_batches = list(batches) if self.saq_config.sync == "global" else []
+        return batches, num_items
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def _mend_loss_scaling(self) -> None:
+        """`Trainer` takes a `**kwargs` in `forward` as a promise to use `num_items_in_batch` in the loss. Image
+        classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large."""
+        if getattr(self.accelerator.unwrap_model(self.model), "accepts_loss_kwargs", None) is None:
+            self.model_accepts_loss_kwargs = False
+
+    # Calibration -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """Calibrate what is not calibrated yet, then train as [`transformers.Trainer.train`]."""
+        if not resume_from_checkpoint:
+            self.calibrate_if_needed()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def calibrate_if_needed(self) -> None:
+        """Fit missing activation ranges to the first batches of the training data, alike on every process."""
+        if is_calibrated(self.model):
+            return
+        if self.train_dataset is None:
+            raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to calibrate it with.")
+        with unchanged_rng():
+            calibrate(self.model, self._calibration_batches())
+
+    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """Plain, unsharded batches: every process must see the same ones."""
+        dataset: Any = self._remove_unused_columns(self.train_dataset, description="calibration")
+        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=not isinstance(dataset, IterableDataset),
+            generator=generator,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="calibration"),
+        )
+        for batch in itertools.islice(loader, CALIBRATION_BATCHES):
+            yield {name: value for name, value in self._prepare_inputs(batch).items() if name not in self.label_names}
+
+    # Logs --------------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the quantities of the perturbation to training logs."""
+        if "loss" in logs and self.minimizer is not None:
+            logs = {**logs, **self._perturbation_logs()}
+        super().log(logs, start_time)
+
+    def _perturbation_logs(self) -> dict[str, float]:
+        assert self.minimizer is not None
+        steps = max(len(self._ascent_norms), 1)
+        sharpness = torch.stack(self._sharpness).sum() / steps if self._sharpness else torch.zeros((), device=self.args.device)
+        norm = torch.tensor(sum(self._ascent_norms) / steps, device=sharpness.device)
+        skipped = torch.tensor(float(self.minimizer.skipped), device=sharpness.device)
+        gathered = self.accelerator.gather(torch.stack([sharpness.float(), norm, skipped])[None]).mean(dim=0)
+        self._sharpness, self._ascent_norms = [], []
+        return {
+            "sharpness": round(gathered[0].item(), 6),
+            "ascent_norm": round(gathered[1].item(), 6),
+            "skipped_perturbations": round(gathered[2].item(), 2),
+        }
+
+    # Optimizer ---------------------------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in `Trainer`, less the values of quantizers: decaying a step size would shrink the grid."""
+        owned = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+        without_decay = {name for name, p in model.named_parameters() if id(p) in owned}
+        return [name for name in super().get_decay_parameter_names(model) if name not in without_decay]
+
+    # Checkpoints -------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model for use: packed integers and scales. Checkpoints during training keep the latent weights."""
+        is_checkpoint = _internal_call and output_dir is not None
+        quantized = any(isinstance(m, QuantizedLayer) and m.weight_quantizer for m in self.model.modules())
+        if is_checkpoint or not quantized or self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self._saving(pack(self.accelerator.unwrap_model(self.model))):
+            super().save_model(output_dir, _internal_call)
+
+    @contextmanager
+    def _saving(self, model: nn.Module) -> Iterator[None]:
+        """Let `Trainer` save another model than the one in training."""
+        trained, self.model = self.model, model
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Resume exactly. `Trainer` reads the file's names as the module's names and skips what does not match, which
+        drops the weights of ViT, Swin and others whose names on disk differ; `from_pretrained` knows the mapping."""
+        target = self.model if model is None else model
+        plain = self.accelerator.unwrap_model(target)
+        if self.is_fsdp_enabled or not isinstance(plain, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        _load_exactly(plain, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        plain = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or not isinstance(plain, PreTrainedModel):
+            super()._load_best_model()
+            return
+        logger.info("Loading best model from %s.", self.state.best_model_checkpoint)
+        _load_exactly(plain, str(self.state.best_model_checkpoint))
+
+
+def _load_exactly(model: PreTrainedModel, directory: str) -> None:
+    """Put the checkpoint's tensors into `model`; every one must be there and fit."""
+    loaded = type(model).from_pretrained(directory, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+@contextmanager
+def unchanged_rng() -> Iterator[None]:
+    """Leave the random generators as they were, so that calibrating does not change the training run."""
+    state = RNGState()
+    try:
+        yield
+    finally:
+        state.restore()
