@@ -77,7 +77,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             module.training = training
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
-    unseen = [q.path.removesuffix(".activation_quantizer") for q, observer in observers.items() if not observer.samples]
+    unseen = [q.path.removesuffix(".activation_quantizer") for q, seen in observers.items() if not seen.samples]
     if unseen:
         raise ValueError(
             f"calibrate: the model never ran the quantized layers {unseen}, so their activations have no range. Add "

@@ -18,7 +18,7 @@ PERTURBABLE = ("weight", "bias", "norm", "scale", "other")
 
 
 def _check_bits(where: str, bits: Any) -> None:
-    if bits is not None and not (isinstance(bits, int) and not isinstance(bits, bool) and MIN_BITS <= bits <= MAX_BITS):
+    if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
         raise ValueError(f"{where}={bits!r}; expected an integer from {MIN_BITS} to {MAX_BITS}, or None for float.")
 
 
@@ -49,15 +49,17 @@ def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
 class SAQQuantizationConfig(QuantizationConfigMixin):
     """How to quantize a vision model; `quant_method` is `"saq"`.
 
-    Pass it to `from_pretrained(..., quantization_config=...)`, to `hf_saq.quantize` or to `SAQTrainer`. It is stored in
-    the `config.json` of a saved model. Everything is checked when it is built; a mistake raises `ValueError`.
+    Pass it to `from_pretrained(..., quantization_config=...)`, to `hf_saq.quantize` or to `SAQTrainer`. It is stored
+    in the `config.json` of a saved model. Everything is checked when it is built; a mistake raises `ValueError`.
     """
 
-    weight_bits: int | None = field(default=4, metadata={"help": "Bits of a weight, 2 to 8; None keeps weights float."})
+    weight_bits: int | None = field(default=4, metadata={"help": "Bits of a weight, 2 to 8, or None for float."})
     activation_bits: int | None = field(
         default=4, metadata={"help": "Bits of a layer's input, 2 to 8; None keeps activations float."}
     )
-    quantizer: str = field(default="lsq", metadata={"help": "Name of the quantizer, see hf_saq.quantizers.QUANTIZERS."})
+    quantizer: str = field(
+        default="lsq", metadata={"help": "Name of the quantizer: a key of hf_saq.quantizers.QUANTIZERS."}
+    )
     weight_granularity: Literal["tensor", "channel"] = field(
         default="tensor", metadata={"help": "One weight scale per tensor (the paper) or per output channel."}
     )
@@ -65,7 +67,7 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         default="auto", metadata={"help": "Sign of activation codes; auto decides from the smallest value calibrated."}
     )
     scale_init: Literal["mse", "mean"] = field(
-        default="mse", metadata={"help": "First scales by a search for the least squared error, or the mean rule of LSQ."}
+        default="mse", metadata={"help": "First scales by least squared error (mse) or the mean rule of LSQ."}
     )
     first_last_bits: int | None = field(
         default=8, metadata={"help": "Bits of the first layer and of the heads; None treats them like the rest."}
@@ -74,13 +76,13 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         default=None, metadata={"help": "Modules to leave in float: dotted names, their prefixes, or globs."}
     )
     overrides: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata={"help": "Glob of module names -> fields that differ there; the last match wins."}
+        default_factory=dict, metadata={"help": "Glob of module names -> fields that differ there; last match wins."}
     )
     storage: Literal["float", "packed"] = field(
         default="float", metadata={"help": "Whether checkpoints hold latent float weights or packed integers."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the stored format."})
-    quant_method: str = field(default=QUANT_METHOD, metadata={"help": "Always saq."})
+    quant_method: str = field(default=QUANT_METHOD, metadata={"help": "Always saq."})  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         layer_fields = {name: getattr(self, name) for name in OVERRIDABLE}
@@ -89,13 +91,13 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         _check_choice("SAQQuantizationConfig.storage", self.storage, ("float", "packed"))
         _check_choice("SAQQuantizationConfig.quant_method", self.quant_method, (QUANT_METHOD,))
         if not isinstance(self.format_version, int) or self.format_version < 1:
-            raise ValueError(f"SAQQuantizationConfig.format_version={self.format_version!r}; expected an integer >= 1.")
+            raise ValueError(f"SAQQuantizationConfig.format_version={self.format_version!r}; expected >= 1.")
         if isinstance(self.modules_to_not_convert, str):
             raise ValueError(
-                f"SAQQuantizationConfig.modules_to_not_convert={self.modules_to_not_convert!r}; expected a list of names."
+                f"SAQQuantizationConfig.modules_to_not_convert={self.modules_to_not_convert!r}; expected a list."
             )
         if not isinstance(self.overrides, dict):
-            raise ValueError(f"SAQQuantizationConfig.overrides={self.overrides!r}; expected a dict of pattern -> fields.")
+            raise ValueError(f"SAQQuantizationConfig.overrides={self.overrides!r}; expected pattern -> fields.")
         for pattern, values in self.overrides.items():
             where = f"SAQQuantizationConfig.overrides[{pattern!r}]"
             if not isinstance(values, dict) or not values:
@@ -139,7 +141,7 @@ class SAQConfig:
 
     rho: float | None = field(
         default=None,
-        metadata={"help": "Radius of the perturbation (one global L2 norm); None takes the default of the model family."},
+        metadata={"help": "Radius of the perturbation (one global L2 norm); None: the default of the model family."},
     )
     case: int | None = field(
         default=3,

@@ -46,15 +46,16 @@ class ConversionReport:
             bits = [str(layer.settings.get(k) or "float") for k in ("weight_bits", "activation_bits")]
             rows.append((layer.name, layer.layer_type, *bits, layer.settings.get("quantizer", "-"), layer.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, f"{len(self.converted)} layers quantized, {len(self.skipped)} left in float"])
 
 
 def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
-    """Replace the linear and convolution layers of `model`, in place, by fake-quantized ones that share its parameters.
+    """Replace the linear and convolution layers of `model`, in place, by fake-quantized ones.
 
-    Weight scales get their first values here; activation quantizers wait for `calibrate`. Works on any module: models
-    of transformers, timm, torchvision or your own. With `weight_bits=None` and `activation_bits=None` nothing changes.
+    The new layers share the parameters of the old. Weight scales get their first values here; activation quantizers
+    wait for `calibrate`. Works on any module: models of transformers, timm, torchvision or your own. With both
+    `weight_bits` and `activation_bits` at `None` nothing changes.
 
     Args:
         model: The float model.
@@ -70,7 +71,8 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
     report = convert(model, config)
     initialize_weight_quantizers(model)
     if report.converted and hasattr(model, "config"):
-        model.config.quantization_config = config  # save_pretrained stores it, from_pretrained acts on it
+        # save_pretrained stores it, from_pretrained acts on it
+        model.config.quantization_config = config  # type: ignore[union-attr]
     return model
 
 
@@ -86,7 +88,7 @@ def convert(model: nn.Module, config: SAQQuantizationConfig) -> ConversionReport
             + "."
         )
     settings = {p.name: p.settings for p in report.converted}
-    replacements = {
+    replacements: dict[nn.Module, nn.Module] = {
         module: build(module, name, settings[name]) for name, module in model.named_modules() if name in settings
     }
     replace_modules(model, replacements)
@@ -106,8 +108,7 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
     """Decide for every layer whether and how it is quantized, in the order of `named_modules`."""
     if any(isinstance(m, (QuantizedLayer, PackedLayer)) for m in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} has quantized layers already; start from the float model, or from a checkpoint in "
-            'float storage, or call `hf_saq.dequantize` first.'
+            f"{type(model).__name__} has quantized layers already; start from the float model, or train on as it is."
         )
     names = [name for name, _ in model.named_modules() if name]
     excluded = config.modules_to_not_convert or []
@@ -247,6 +248,6 @@ def _check_patterns(where: str, patterns, names: list[str]) -> None:
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in names):
             raise ValueError(
-                f"{where}: {pattern!r} matches no module of the model. Expected a dotted module name, a prefix of one, "
-                f"or a glob such as '*.layers.0.*'; the model has for example {names[:3]}."
+                f"{where}: {pattern!r} matches no module of the model. Expected a dotted module name, a prefix of "
+                f"one, or a glob such as '*.layers.0.*'; the model has for example {names[:3]}."
             )

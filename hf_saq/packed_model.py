@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import nn
 
-from .conversion import convert, replace_modules
 from .config import SAQQuantizationConfig
+from .conversion import convert, replace_modules
 from .layers import PackedLayer, QuantizedLayer
 
 

@@ -1,7 +1,7 @@
 """Integer codes <-> bytes, bit-exact, for 2 to 8 bits.
 
 Layout: the codes of a tensor, in row-major order, form one stream of bits; code `i` takes bits `i*b .. i*b + b - 1`,
-lowest bit first, and bit `j` of the stream is bit `j % 8` of byte `j // 8`. Eight codes therefore fill `b` whole bytes:
+lowest bit first, and bit `j` of the stream is bit `j % 8` of byte `j // 8`. Eight codes fill `b` whole bytes:
 
     b = 3      byte 0            byte 1            byte 2
     bit      7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0

@@ -37,7 +37,7 @@ class _CatchGradient(torch.autograd.Function):
         return w_q.view_as(w_q)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx, grad: Tensor):  # noqa: ARG004
         return grad, grad
 
 
@@ -95,7 +95,7 @@ class SharpnessAwareMinimizer:
         if not 0 <= rho < float("inf"):
             raise ValueError(f"rho={rho}; expected a finite number >= 0.")
         if case not in (1, 2, 3):
-            raise ValueError(f"case={case}; expected 1, 2 or 3. For plain quantization-aware training use no minimizer.")
+            raise ValueError(f"case={case}; expected 1, 2 or 3. For plain training use no minimizer.")
         self.model = model
         self.rho, self.case, self.adaptive, self.eta, self.sync = rho, case, adaptive, eta, sync
         self._weights = quantized_weights(model) if "weight" in perturb else []
@@ -214,7 +214,7 @@ class SharpnessAwareMinimizer:
         """Turn the gradients of the first pass into `eps`, in their own memory."""
         if self._grads is None:
             self._take_ordinary_gradients()
-        grads: dict[QuantizedWeight | nn.Parameter, Tensor] = dict(self._grads or {})
+        grads: dict[QuantizedWeight | nn.Parameter, Tensor] = {p: g for p, g in (self._grads or {}).items()}
         for quantizer, leaf in self._leaf.items():
             if leaf.grad is not None:
                 grads[self._by_quantizer[quantizer]] = leaf.grad
@@ -256,7 +256,7 @@ class SharpnessAwareMinimizer:
             p.grad = None
 
     def _size(self, key: QuantizedWeight | nn.Parameter) -> Tensor | None:
-        """ASAM's `T = |p| + eta`, of the quantized weight where that is what `eps` is added to; `None` stands for 1."""
+        """ASAM's `T = |p| + eta`, of the quantized weight where `eps` is added to that; `None` stands for 1."""
         if key in self._unscaled:
             return None
         if not isinstance(key, QuantizedWeight) and (self.case == 2 or key not in self._by_weight):

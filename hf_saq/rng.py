@@ -17,7 +17,7 @@ class RNGState:
     python: Any = field(default_factory=random.getstate)
     numpy: Any = field(default_factory=np.random.get_state)
     cpu: torch.Tensor = field(default_factory=torch.get_rng_state)
-    device: torch.Tensor | None = field(default_factory=lambda: _device_module().get_rng_state() if _device_module() else None)
+    device: torch.Tensor | None = field(default_factory=lambda: _accelerator_rng_state())
 
     def restore(self) -> None:
         random.setstate(self.python)
@@ -25,6 +25,11 @@ class RNGState:
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             _device_module().set_rng_state(self.device)
+
+
+def _accelerator_rng_state() -> torch.Tensor | None:
+    module = _device_module()
+    return None if module is None else module.get_rng_state()
 
 
 def _device_module() -> Any:

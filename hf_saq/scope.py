@@ -24,8 +24,9 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
     found: list[QuantizedWeight] = []
     for name, module in model.named_modules():
         quantizer = getattr(module, "weight_quantizer", None)
-        if isinstance(quantizer, Quantizer) and isinstance(module.weight, nn.Parameter) and module.weight.requires_grad:
-            found.append(QuantizedWeight(name, module.weight, quantizer))
+        weight = getattr(module, "weight", None)
+        if isinstance(quantizer, Quantizer) and isinstance(weight, nn.Parameter) and weight.requires_grad:
+            found.append(QuantizedWeight(name, weight, quantizer))
     return found
 
 
@@ -37,7 +38,7 @@ def is_normalization(module: nn.Module) -> bool:
 def kinds_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
     """Each parameter's kind: `weight` (quantized), `bias`, `norm`, `scale` (of a quantizer) or `other`.
 
-    A parameter shared by several modules takes the first kind that fits in this order: weight, scale, norm, bias, other.
+    A parameter shared by several modules takes the first kind that fits: weight, scale, norm, bias, other.
     """
     latent = {entry.weight for entry in quantized_weights(model)}
     kinds: dict[nn.Parameter, str] = {}

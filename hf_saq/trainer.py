@@ -63,7 +63,7 @@ class SAQTrainer(Trainer):
         if kwargs.get("model_init") is not None:
             raise ValueError("SAQTrainer: model_init is not supported; pass a model, one trainer for each trial.")
         if model is None:
-            raise ValueError("SAQTrainer: model is None; pass a quantized model, or a float one with quantization_config.")
+            raise ValueError("SAQTrainer: model is None; pass a quantized model, or a float one and a configuration.")
         if quantization_config is not None:
             model = quantize(model, quantization_config)
         if is_packed(model):
@@ -75,11 +75,12 @@ class SAQTrainer(Trainer):
         if self.saq_config.case is not None and not any(isinstance(m, QuantizedLayer) for m in model.modules()):
             if "other" not in self.saq_config.perturb:
                 raise ValueError(
-                    f"{type(model).__name__} has no quantized layer. Pass quantization_config=SAQQuantizationConfig(...), "
-                    "or load it with from_pretrained(..., quantization_config=...)."
+                    f"{type(model).__name__} has no quantized layer. Pass quantization_config="
+                    "SAQQuantizationConfig(...), or load it with from_pretrained(..., quantization_config=...)."
                 )
         super().__init__(model=model, args=args, **kwargs)
         self.args: TrainingArguments
+        self.model: nn.Module
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"SAQTrainer: {self.args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot take the "
@@ -115,7 +116,7 @@ class SAQTrainer(Trainer):
         self._sharpness: list[Tensor] = []
         self._ascent_norms: list[float] = []
 
-    # The two-pass step ---------------------------------------------------------------------------------------------
+    # The two-pass step -----------------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -172,7 +173,7 @@ class SAQTrainer(Trainer):
         if is_calibrated(self.model):
             return
         if self.train_dataset is None:
-            raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to calibrate it with.")
+            raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to do it with.")
         with unchanged_rng():
             calibrate(self.model, self._calibration_batches())
 
@@ -190,7 +191,7 @@ class SAQTrainer(Trainer):
         for batch in itertools.islice(loader, CALIBRATION_BATCHES):
             yield {name: value for name, value in self._prepare_inputs(batch).items() if name not in self.label_names}
 
-    # Logs --------------------------------------------------------------------------------------------------------------
+    # Logs ------------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the quantities of the perturbation to training logs."""
@@ -201,7 +202,8 @@ class SAQTrainer(Trainer):
     def _perturbation_logs(self) -> dict[str, float]:
         assert self.minimizer is not None
         steps = max(len(self._ascent_norms), 1)
-        sharpness = torch.stack(self._sharpness).sum() / steps if self._sharpness else torch.zeros((), device=self.args.device)
+        zero = torch.zeros((), device=self.args.device)
+        sharpness = torch.stack([zero, *self._sharpness]).sum() / steps
         norm = torch.tensor(sum(self._ascent_norms) / steps, device=sharpness.device)
         skipped = torch.tensor(float(self.minimizer.skipped), device=sharpness.device)
         gathered = self.accelerator.gather(torch.stack([sharpness.float(), norm, skipped])[None]).mean(dim=0)
@@ -212,7 +214,7 @@ class SAQTrainer(Trainer):
             "skipped_perturbations": round(gathered[2].item(), 2),
         }
 
-    # Optimizer ---------------------------------------------------------------------------------------------------------
+    # Optimizer -------------------------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in `Trainer`, less the values of quantizers: decaying a step size would shrink the grid."""
@@ -220,7 +222,7 @@ class SAQTrainer(Trainer):
         without_decay = {name for name, p in model.named_parameters() if id(p) in owned}
         return [name for name in super().get_decay_parameter_names(model) if name not in without_decay]
 
-    # Checkpoints -------------------------------------------------------------------------------------------------------
+    # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model for use: packed integers and scales. Checkpoints during training keep the latent weights."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +19,8 @@ class QuantizedLayer(nn.Module):
         activation_quantizer: `None` keeps the input in float.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # nn.Parameter; the float type that a subclass mixes in declares it
+    bias: Any
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
 
@@ -29,14 +31,14 @@ class QuantizedLayer(nn.Module):
         """A quantized layer that shares the parameters of the float `layer`."""
         with torch.device("meta"):  # the fresh weights are replaced at once
             new = cls(**cls.constructor_arguments(layer))
-        new.weight, new.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        new.weight, new.bias = layer.weight, layer.bias
         new.weight_quantizer = weight_quantizer
         new.activation_quantizer = activation_quantizer
         new.train(layer.training)
         return new
 
     @staticmethod
-    def constructor_arguments(layer: nn.Module) -> dict:
+    def constructor_arguments(layer: Any) -> dict[str, Any]:
         """Arguments that rebuild a layer of the same shape as the float `layer`."""
         raise NotImplementedError
 

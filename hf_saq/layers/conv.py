@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .base import QuantizedLayer
@@ -9,7 +11,7 @@ from .base import QuantizedLayer
 
 class _QuantConv(QuantizedLayer):
     @staticmethod
-    def constructor_arguments(layer: nn.Module) -> dict:
+    def constructor_arguments(layer: Any) -> dict[str, Any]:
         return {
             name: getattr(layer, name)
             for name in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """`nn.Linear` on quantized operands. Input `(..., in_features)`, weight `(out_features, in_features)`."""
 
     @staticmethod
-    def constructor_arguments(layer: nn.Linear) -> dict:  # type: ignore[override]
+    def constructor_arguments(layer: Any) -> dict[str, Any]:
         return {
             "in_features": layer.in_features,
             "out_features": layer.out_features,

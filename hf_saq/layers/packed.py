@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,9 +29,15 @@ class PackedLayer(nn.Module):
     leaving the weight at random values.
     """
 
+    weight: Tensor
+    packed_weight: Tensor
+    weight_scale: Tensor
+    weight_offset: Tensor | None
+    _functional: Any
+
     def __init__(
         self,
-        functional: nn.Module,
+        functional: Any,
         bias: nn.Parameter | None,
         bits: int,
         scale_shape: tuple[int, ...],
@@ -39,11 +47,11 @@ class PackedLayer(nn.Module):
     ):
         super().__init__()
         self.bits = bits
-        self.weight_shape = tuple(functional.weight.shape)  # type: ignore[arg-type]
+        self.weight_shape = tuple(functional.weight.shape)
         self.path = ""
         # Kept out of the submodules: it has no state of its own.
         object.__setattr__(self, "_functional", functional)
-        size = packed_size(functional.weight.numel(), bits)  # type: ignore[operator]
+        size = packed_size(functional.weight.numel(), bits)
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
         self.register_buffer("packed_weight", torch.zeros(size, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(scale_shape, dtype=torch.float32))
@@ -112,7 +120,7 @@ class PackedLayer(nn.Module):
         functional = self._functional
         if isinstance(functional, nn.Linear):
             return nn.functional.linear(x, weight, self.bias)
-        return functional._conv_forward(x, weight, self.bias)  # type: ignore[operator, union-attr]
+        return functional._conv_forward(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{type(self._functional).__name__}, weight_shape={self.weight_shape}, bits={self.bits}"

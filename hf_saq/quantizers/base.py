@@ -28,7 +28,7 @@ class _RoundStraightThrough(torch.autograd.Function):
         return x.round()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ARG004
         return grad
 
 
@@ -38,7 +38,7 @@ class _FloorStraightThrough(torch.autograd.Function):
         return x.clamp_min(SCALE_FLOOR)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ARG004
         return grad
 
 

@@ -29,7 +29,7 @@ class _LSQ(torch.autograd.Function):
         return (x / s).round_().clamp_(qmin, qmax).mul_(s)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         x, scale = ctx.saved_tensors
         s = scale.clamp_min(SCALE_FLOOR).to(x.dtype)
         v = x / s
