@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantizers import MAX_BITS, MIN_BITS, quantizer_class
+from .quantizers import MAX_BITS, MIN_BITS, check_activation_mode, quantizer_class
 
 QUANT_METHOD = "saq"
 FORMAT_VERSION = 1
@@ -40,9 +40,11 @@ def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
         elif name == "weight_granularity":
             _check_choice(f"{where}{name}", value, ("tensor", "channel"))
         elif name == "activation_mode":
-            _check_choice(f"{where}{name}", value, ("auto", "signed", "unsigned"))
+            _check_choice(f"{where}{name}", value, ("auto", "signed", "unsigned", "affine"))
         elif name == "scale_init":
             _check_choice(f"{where}{name}", value, ("mse", "mean"))
+    if "quantizer" in values and "activation_mode" in values:  # `build` checks what overrides make of the rest
+        check_activation_mode(where, values["quantizer"], values["activation_mode"])
 
 
 @dataclass(repr=False)
@@ -63,8 +65,12 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
     weight_granularity: Literal["tensor", "channel"] = field(
         default="tensor", metadata={"help": "One weight scale per tensor (the paper) or per output channel."}
     )
-    activation_mode: Literal["auto", "signed", "unsigned"] = field(
-        default="auto", metadata={"help": "Sign of activation codes; auto decides from the smallest value calibrated."}
+    activation_mode: Literal["auto", "signed", "unsigned", "affine"] = field(
+        default="auto",
+        metadata={
+            "help": "Sign of activation codes; auto decides from the smallest value calibrated; affine learns an "
+            "offset (lsq_plus only, which does so for auto as well)."
+        },
     )
     scale_init: Literal["mse", "mean"] = field(
         default="mse", metadata={"help": "First scales by least squared error (mse) or the mean rule of LSQ."}
@@ -160,6 +166,10 @@ class SAQConfig:
     )
     interval: int = field(default=1, metadata={"help": "Perturb every k-th optimizer step, plain steps between."})
     start: float = field(default=0.0, metadata={"help": "Perturb only after this fraction of training, 0 to 1."})
+    scale_lr_ratio: float = field(
+        default=0.1,
+        metadata={"help": "Learning rate of scales, clips and offsets, relative to that of the weights."},
+    )
     sync: Literal["local", "global"] = field(
         default="local",
         metadata={
@@ -182,6 +192,8 @@ class SAQConfig:
             raise ValueError(f"SAQConfig.interval={self.interval!r}; expected an integer >= 1.")
         if not 0 <= self.start <= 1:
             raise ValueError(f"SAQConfig.start={self.start!r}; expected a fraction of training from 0 to 1.")
+        if not 0 <= self.scale_lr_ratio < float("inf"):
+            raise ValueError(f"SAQConfig.scale_lr_ratio={self.scale_lr_ratio!r}; expected a finite number >= 0.")
         _check_choice("SAQConfig.sync", self.sync, ("local", "global"))
 
     def to_dict(self) -> dict[str, Any]:

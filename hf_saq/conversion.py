@@ -11,9 +11,9 @@ from torch import nn
 
 from .config import OVERRIDABLE, SAQQuantizationConfig
 from .layers import QUANTIZED_LAYERS, PackedLayer, QuantizedLayer
-from .quantizers import Quantizer, quantizer_class
+from .quantizers import Quantizer, check_activation_mode, quantizer_class
 
-_SIGNED = {"auto": None, "signed": True, "unsigned": False}
+_SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
 
 
 @dataclass
@@ -216,6 +216,7 @@ def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLay
         ).to(weight.device)
         weight_quantizer.path = f"{name}.weight_quantizer"
     if settings["activation_bits"] is not None:
+        check_activation_mode(f"{name}: ", settings["quantizer"], settings["activation_mode"])
         activation_quantizer = make(
             settings["activation_bits"],
             role="activation",

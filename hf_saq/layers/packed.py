@@ -87,7 +87,7 @@ class PackedLayer(nn.Module):
         quantizer = layer.weight_quantizer
         if not quantizer.initialized:
             raise RuntimeError(f"{quantizer.path}: cannot pack a weight quantizer that has no range yet.")
-        scale, offset = quantizer.grid()
+        scale, offset = quantizer.grid(layer.weight)
         packed.packed_weight.copy_(pack_codes(quantizer.quantize(layer.weight), quantizer.bits, signed=True))
         packed.weight_scale.copy_(scale)
         if packed.weight_offset is not None:

@@ -1,16 +1,27 @@
 """Uniform quantizers: float tensors onto learned integer grids."""
 
+from .affine import affine_fake_quantize
 from .base import MAX_BITS, MIN_BITS, Observer, Quantizer, round_straight_through
+from .dorefa import DoReFaQuantizer
+from .liq import LIQQuantizer
 from .lsq import LSQQuantizer, lsq_fake_quantize
-from .registry import QUANTIZERS, quantizer_class
+from .lsq_plus import LSQPlusQuantizer
+from .pact import PACTQuantizer
+from .registry import QUANTIZERS, check_activation_mode, quantizer_class
 
 __all__ = [
     "MAX_BITS",
     "MIN_BITS",
     "QUANTIZERS",
+    "DoReFaQuantizer",
+    "LIQQuantizer",
+    "LSQPlusQuantizer",
     "LSQQuantizer",
     "Observer",
+    "PACTQuantizer",
     "Quantizer",
+    "affine_fake_quantize",
+    "check_activation_mode",
     "lsq_fake_quantize",
     "quantizer_class",
     "round_straight_through",

@@ -1,20 +1,23 @@
 """The contract every quantizer keeps, and straight-through rounding.
 
 A quantizer maps a float tensor onto a uniform grid. Every grid here is affine: `value = code * scale + offset` with
-integer codes in `[qmin, qmax]`, so that packing, export and reports need no knowledge of the quantizer's kind.
+integer codes in `[qmin, qmax]`, so that packing, export and reports need no knowledge of the quantizer's kind. What a
+quantizer does to a tensor before rounding (standardise, squash) stays inside `quantize` and `fake_quantize`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 MIN_BITS, MAX_BITS = 2, 8
-SCALE_FLOOR = 1e-8
-"""A learned step size is used as `max(scale, SCALE_FLOOR)`: it never divides by zero and never turns negative."""
+SCALE_FLOOR = 1e-7
+"""A learned step size is used as `max(scale, SCALE_FLOOR)`: it never divides by zero and never turns negative.
+
+About the smallest number that is not zero in float16, the type an activation may have."""
 
 _NOT_INITIALIZED, _UNSIGNED, _SIGNED = -1, 0, 1
 
@@ -52,6 +55,28 @@ def positive(scale: Tensor) -> Tensor:
     return _FloorStraightThrough.apply(scale)
 
 
+def shared_dimensions(x: Tensor, scale_shape: tuple[int, ...]) -> list[int]:
+    """Dimensions of `x` along which the elements share one entry of a scale of shape `scale_shape`."""
+    return [d for d in range(x.ndim) if len(scale_shape) != x.ndim or scale_shape[d] == 1]
+
+
+def mean_and_std(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and (unbiased) standard deviation of the elements that share one scale, detached, each `scale_shape`."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    shared = shared_dimensions(x, scale_shape)
+    count = max(x.numel() // torch.Size(scale_shape).numel(), 1)
+    std, mean = torch.std_mean(x, dim=shared, correction=min(1, count - 1))  # one element alone deviates by zero
+    return mean.reshape(scale_shape), std.reshape(scale_shape)
+
+
+def sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Sum `x` down to `shape`, which broadcasts against it, in float32 at least and without a copy in that type."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if shape.numel() == 1:
+        return x.sum(dtype=dtype).reshape(shape)
+    return x.sum(dim=shared_dimensions(x, tuple(shape)), keepdim=True, dtype=dtype).reshape(shape)
+
+
 class Quantizer(nn.Module, ABC):
     """Fake-quantizes a tensor: `forward(x)` returns the nearest grid values, differentiable in `x` and the scale.
 
@@ -62,7 +87,7 @@ class Quantizer(nn.Module, ABC):
         bits: Width of a code, 2 to 8.
         role: `"weight"` (statistics over the whole tensor) or `"activation"` (dimension 0 is the batch).
         signed: Whether codes are `[-2^(b-1), 2^(b-1)-1]` or `[0, 2^b-1]`. `None` lets [`initialize`] decide from the
-            smallest value it sees.
+            smallest value it sees; a quantizer with the mode `"affine"` learns an offset instead.
         scale_shape: Shape of the step size: `(1,)` for one per tensor (not a scalar: FSDP2 cannot shard those), or a
             shape that broadcasts against the tensor, such as `(out, 1)` or `(out, 1, 1, 1)`, for one per channel.
         scale_init: `"mean"` for the closed form of the quantizer's paper, `"mse"` for a search of the step size with
@@ -74,7 +99,9 @@ class Quantizer(nn.Module, ABC):
     """
 
     range_state: Tensor
-    has_offset = False
+    activation_modes: ClassVar[tuple[str, ...]] = ("auto", "signed", "unsigned")
+    """Values of `activation_mode` that this kind of quantizer can do."""
+    has_offset: bool = False
     """Whether `grid` has an offset other than zero, which a packed layer must then store."""
 
     def __init__(
@@ -111,8 +138,12 @@ class Quantizer(nn.Module, ABC):
         """Set the learnable values, in place, from a sample `x` of what will be quantized."""
 
     @abstractmethod
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """`(scale, offset)`, detached, each of shape `scale_shape`: `value = code * scale + offset`."""
+    def grid(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`(scale, offset)`, detached, each of shape `scale_shape`: `value = code * scale + offset`.
+
+        Args:
+            x: The tensor that is quantized. Only a grid that depends on its statistics needs it (LIQ weights).
+        """
 
     # What all quantizers share -----------------------------------------------------------------------------------
 
@@ -180,14 +211,15 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> Tensor:
-        """Integer codes of `x` in `[qmin, qmax]`, dtype int16."""
-        scale, offset = self.grid()
+        """Integer codes of `x` in `[qmin, qmax]`, dtype int16: those behind `fake_quantize(x)`."""
+        # In the type of x, as `fake_quantize` computes: in a wider type a bfloat16 weight could round differently.
+        scale, offset = (t.to(x.dtype) for t in self.grid(x))
         return ((x - offset) / scale).round().clamp(self.qmin, self.qmax).to(torch.int16)
 
     @torch.no_grad()
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Grid values of integer `codes`, in the dtype of the scale."""
-        scale, offset = self.grid()
+    def dequantize(self, codes: Tensor, x: Tensor | None = None) -> Tensor:
+        """Grid values of integer `codes`, in the dtype of the scale. `x` is for `grid`, see there."""
+        scale, offset = self.grid(x)
         return codes.to(scale.dtype) * scale + offset
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
@@ -196,7 +228,8 @@ class Quantizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         sign = {True: "signed", False: "unsigned"}[self.signed] if self.initialized else "not calibrated"
-        return f"bits={self.bits}, {sign}, scale={'tensor' if self.scale_shape == (1,) else 'channel'}"
+        offset = ", offset" if self.has_offset else ""
+        return f"bits={self.bits}, {sign}{offset}, scale={'tensor' if self.scale_shape == (1,) else 'channel'}"
 
 
 class Observer(ABC):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive, round_straight_through
+from .base import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive, round_straight_through, sum_to
 from .scale_search import mse_scale
 
 
@@ -40,7 +40,7 @@ class _LSQ(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # d x_q / d s: round(x/s) - x/s inside the grid (Eq. 3), the clip bound outside of it.
             ds = q.round_().sub_(v.mul_(inside)).mul_(grad)
-            grad_scale = ds.float().sum_to_size(scale.shape).mul_(ctx.grad_scale).to(scale.dtype)
+            grad_scale = sum_to(ds, scale.shape).mul_(ctx.grad_scale).to(scale.dtype)
         return grad_x, grad_scale, None, None, None
 
 
@@ -77,12 +77,16 @@ class LSQQuantizer(Quantizer):
         scale_init: ScaleInit = "mse",
     ):
         super().__init__(bits, role, signed, scale_shape, scale_init)
-        self.scale = nn.Parameter(torch.ones(self.scale_shape))
+        self.scale = nn.Parameter(torch.ones(self.scale_shape, dtype=torch.float32))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
+        return lsq_fake_quantize(x, self.scale, self.qmin, self.qmax, self.gradient_factor(x))
+
+    def gradient_factor(self, x: Tensor) -> float:
+        """The paper's `g = 1 / sqrt(N * qmax)` on the gradient of the step size (Section 2.2)."""
         samples = x.shape[0] if self.role == "activation" and x.ndim > 0 else 1
         elements = max(x.numel() / (samples * self.scale.numel()), 1)
-        return lsq_fake_quantize(x, self.scale, self.qmin, self.qmax, 1 / math.sqrt(elements * self.qmax))
+        return 1 / math.sqrt(elements * self.qmax)
 
     def fit(self, x: Tensor) -> None:
         x = x.to(self.scale.dtype)
@@ -92,6 +96,6 @@ class LSQQuantizer(Quantizer):
             scale = 2 * x.abs().sum_to_size(self.scale_shape) * self.scale.numel() / x.numel() / math.sqrt(self.qmax)
         self.scale.copy_(scale.clamp_min(SCALE_FLOOR))
 
-    def grid(self) -> tuple[Tensor, Tensor]:
+    def grid(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         scale = self.scale.detach().clamp_min(SCALE_FLOOR)
         return scale, torch.zeros_like(scale)

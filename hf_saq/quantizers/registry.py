@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from .base import Quantizer
+from .dorefa import DoReFaQuantizer
+from .liq import LIQQuantizer
 from .lsq import LSQQuantizer
+from .lsq_plus import LSQPlusQuantizer
+from .pact import PACTQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "lsq": LSQQuantizer,
+    "lsq_plus": LSQPlusQuantizer,
+    "liq": LIQQuantizer,
+    "pact": PACTQuantizer,
+    "dorefa": DoReFaQuantizer,
 }
 
 
@@ -15,3 +23,18 @@ def quantizer_class(name: str) -> type[Quantizer]:
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer={name!r} is unknown; expected one of {sorted(QUANTIZERS)}.")
     return QUANTIZERS[name]
+
+
+def check_activation_mode(where: str, quantizer: str, mode: str) -> None:
+    """Raise `ValueError` if the quantizer registered as `quantizer` cannot do the `activation_mode` called `mode`.
+
+    Args:
+        where: What the message starts with: the place where the two were set.
+    """
+    modes = quantizer_class(quantizer).activation_modes
+    if mode not in modes:
+        able = sorted(name for name, kind in QUANTIZERS.items() if mode in kind.activation_modes)
+        raise ValueError(
+            f"{where}activation_mode={mode!r} is not possible with quantizer={quantizer!r}; expected one of "
+            f"{list(modes)}, or a quantizer that can do it: {able}."
+        )
