@@ -23,7 +23,7 @@ class DoReFaQuantizer(ClipQuantizer):
         w_q = c * (2 quantize_k(u/2 + 1/2) - 1)
 
     The affine grid is `scale = 2c/n`, `offset = c/n`. The gradient runs through tanh and the maximum, as through the
-    paper's formula. The paper has `c = t = 1`, which a normalization behind the layer makes up for in a network that is
+    paper's formula. The paper has `c = t = 1`, which a normalization behind the layer makes up for in a network
     trained from scratch. For a float checkpoint to keep its function, `c` starts where `w_q` is closest to `w`
     (`"mse"`), or where small weights keep their value (`"mean"`); and `t`, the buffer `tanh_width`, is 1 unless the
     largest weight exceeds 1/4, then four times that weight: otherwise the large weights of a depthwise convolution

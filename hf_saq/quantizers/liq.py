@@ -53,4 +53,4 @@ class LIQQuantizer(ClipQuantizer):
             largest = w_hat.abs().amax(dim=shared_dimensions(x, self.scale_shape), keepdim=True)
             clip_value = largest.reshape(self.scale_shape) * self.largest_fraction
         # A constant weight gives no hint. Zero would clip everything, and without a gradient, once it varies.
-        return torch.where(clip_value > 0, clip_value, 1.0)
+        return torch.where(clip_value > SCALE_FLOOR, clip_value, 1.0)

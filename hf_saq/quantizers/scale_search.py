@@ -36,7 +36,7 @@ def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shi
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, candidate, scale)
-    return scale.reshape(scale_shape)
+    return torch.where(largest > 0, scale, 0).reshape(scale_shape)
 
 
 def mse_range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
