@@ -179,7 +179,7 @@ class SAQTrainer(Trainer):
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Plain, unsharded batches: every process must see the same ones."""
-        dataset: Any = self._remove_unused_columns(self.train_dataset, description="calibration")
+        dataset: Any = self.train_dataset
         generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
         loader = DataLoader(
             dataset,
@@ -222,6 +222,14 @@ class SAQTrainer(Trainer):
         without_decay = {name for name, p in model.named_parameters() if id(p) in owned}
         return [name for name in super().get_decay_parameter_names(model) if name not in without_decay]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with the values of quantizers in a parameter group of their own learning rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.saq_config.scale_lr_ratio != 1:
+            _split_off_scales(optimizer, model or self.model, self.saq_config.scale_lr_ratio)
+        return optimizer
+
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -260,6 +268,16 @@ class SAQTrainer(Trainer):
             return
         logger.info("Loading best model from %s.", self.state.best_model_checkpoint)
         _load_exactly(plain, str(self.state.best_model_checkpoint))
+
+
+def _split_off_scales(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
+    """Move the parameters of quantizers out of each group into a copy of it with `ratio` times its learning rate."""
+    scales = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if p in scales]
+        if own:
+            group["params"] = [p for p in group["params"] if p not in scales]
+            optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * ratio})
 
 
 def _load_exactly(model: PreTrainedModel, directory: str) -> None:

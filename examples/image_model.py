@@ -1,0 +1,146 @@
+"""The model and its image processor, by transformers or timm name, from a directory, or the small ViT for digits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import timm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    ViTConfig,
+    ViTImageProcessor,
+)
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+
+@dataclass
+class ModelArguments:
+    """Which float (or already quantized) model to start from."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A directory, a model on the Hub, or a timm name such as resnet18 or timm/resnet18.a1_in1k. "
+            "Without it, a small ViT with random weights."
+        },
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Take only the architecture, with random weights."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'JSON of configuration fields to change: {"hidden_dropout_prob": 0.1}.'},
+    )
+    image_processor_name: str | None = field(default=None, metadata={"help": "If it is not the model's own."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep downloaded models and data."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    token: str | None = field(default=None, metadata={"help": "Token for private models on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
+    ignore_mismatched_sizes: bool = field(
+        default=True, metadata={"help": "Replace a head with another number of classes by a new one."}
+    )
+
+
+def small_vit(labels: list[str], image_size: int) -> PreTrainedModel:
+    """A ViT of 0.1 million parameters for tiny images, with random weights."""
+    config = ViTConfig(
+        image_size=image_size,
+        patch_size=2,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        # 0.02 is made for hundreds of dimensions; with 64 it costs ten epochs before anything is learned.
+        initializer_range=0.1,
+        **_label_maps(labels),
+    )
+    return AutoModelForImageClassification.from_config(config)
+
+
+def load_model(args: ModelArguments, labels: list[str], image_size: int | None) -> PreTrainedModel:
+    """The model, with a head for `labels`."""
+    if args.model_name_or_path is None:
+        return small_vit(labels, image_size or 8)
+    name = timm_repository(args.model_name_or_path)
+    hub = {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "token": args.token,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    overrides = json.loads(args.config_overrides) if args.config_overrides else {}
+    if args.from_scratch and args.model_name_or_path in timm.list_models():
+        config = TimmWrapperConfig(architecture=args.model_name_or_path, **_label_maps(labels), **overrides)
+    else:
+        config = AutoConfig.from_pretrained(name, **_label_maps(labels), **overrides, **hub)
+    if image_size is not None and hasattr(config, "image_size"):
+        config.image_size = image_size
+    if args.from_scratch:
+        return AutoModelForImageClassification.from_config(config, trust_remote_code=args.trust_remote_code)
+    return AutoModelForImageClassification.from_pretrained(
+        name,
+        config=config,
+        # A packed checkpoint guards itself with mismatched shapes; they must not be waved through.
+        ignore_mismatched_sizes=args.ignore_mismatched_sizes and not hasattr(config, "quantization_config"),
+        **hub,
+    )
+
+
+def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int | None):
+    """The image processor, set to `image_size` so that it is saved with what the model was trained on."""
+    name = args.image_processor_name or args.model_name_or_path
+    if name is None:
+        size = image_size or 8
+        return ViTImageProcessor(
+            size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_resize=True
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            timm_repository(name),
+            cache_dir=args.cache_dir,
+            revision=args.model_revision,
+            token=args.token,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError):  # a checkpoint without a preprocessor_config.json: the defaults of its family
+        if type(model.config) not in IMAGE_PROCESSOR_MAPPING:
+            raise ValueError(
+                f"{name!r} has no preprocessor_config.json and {type(model.config).__name__} no default processor; "
+                "name one with --image_processor_name."
+            ) from None
+        found = IMAGE_PROCESSOR_MAPPING[type(model.config)]
+        found = found.get("torchvision") if isinstance(found, dict) else next(c for c in found if c is not None)
+        processor = found()
+    if image_size is not None:
+        resized = {"height": image_size, "width": image_size}
+        if getattr(processor, "crop_size", None):
+            processor.crop_size = resized
+            processor.size = {"shortest_edge": round(image_size / 0.875)}
+        else:
+            processor.size = resized
+    return processor
+
+
+def input_size(processor) -> int:
+    """Side of the square input that `processor` makes, in pixels."""
+    size = getattr(processor, "crop_size", None) or processor.size
+    return size["height"] if "height" in size else size["shortest_edge"]
+
+
+def timm_repository(name: str) -> str:
+    """The Hub repository of a bare timm name; any other name as it is."""
+    if "/" in name or not timm.is_model(name):
+        return name
+    pretrained = timm.get_pretrained_cfg(name)
+    return pretrained.hf_hub_id if pretrained is not None and pretrained.hf_hub_id else name
+
+
+def _label_maps(labels: list[str]) -> dict:
+    return {
+        "num_labels": len(labels),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "id2label": dict(enumerate(labels)),
+    }

@@ -1,0 +1,460 @@
+"""The three cases against a plain-PyTorch reference, and the exactness of what is put back."""
+
+import copy
+
+import pytest
+import torch
+from reference import largest_difference, package_name, reference_gradients, to_reference, train_reference
+from torch import nn
+
+from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
+
+CASES = (1, 2, 3)
+
+
+def linear_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(12, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, groups=4),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(72, 4),
+    )
+
+
+def batch(net: nn.Module, size: int = 8, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, 12) if isinstance(net[0], nn.Linear) else (size, 3, 8, 8)
+    return torch.randn(shape, generator=generator), torch.randint(0, 4, (size,), generator=generator)
+
+
+def loss_of(model, data):
+    x, y = data
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def quantized(build, bits: int = 3) -> nn.Module:
+    net = build()
+    quantize(net, SAQQuantizationConfig(weight_bits=bits, activation_bits=bits, first_last_bits=None))
+    calibrate(net, [batch(net)[0]])
+    return net.train()
+
+
+def two_passes(net, minimizer, data) -> None:
+    with minimizer.ascent():
+        loss_of(net, data).backward()
+    with minimizer.perturbed():
+        loss_of(net, data).backward()
+
+
+def state_of(net) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def assert_same_state(net, before) -> None:
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("build", [linear_net, conv_net])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_gradients_equal_the_reference(build, case, adaptive):
+    net = quantized(build)
+    reference = to_reference(net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3, case=case, adaptive=adaptive)
+    data = batch(net)
+    expected = reference_gradients(reference, loss_of, [[data]], case, 0.3, "local", adaptive=adaptive)
+    two_passes(net, minimizer, data)
+    names = [name for name, _ in reference.named_parameters()]
+
+    own = dict(net.named_parameters())
+    moved = 0
+    for name, value in zip(names, expected, strict=True):
+        torch.testing.assert_close(own[package_name(name)].grad, value, atol=1e-6, rtol=1e-4, msg=name)
+        moved += int(value.abs().max() > 1e-4)
+    assert moved > len(names) / 2  # the comparison is not one of zeros
+
+
+@pytest.mark.parametrize("build", [linear_net, conv_net])
+@pytest.mark.parametrize("case", CASES)
+def test_training_equals_the_reference(build, case):
+    """In float64: in float32 a last-bit difference sooner or later moves one value across a rounding edge."""
+    net = quantized(build).double()
+    reference = to_reference(net)
+    batches = [batch(net, seed=k) for k in range(10)]
+    steps = [[[(x.double(), y)]] for x, y in batches]
+    train_reference(
+        reference,
+        loss_of,
+        steps,
+        torch.optim.SGD(reference.parameters(), lr=0.005, momentum=0.9),
+        case=case,
+        rho=0.2,
+        sync="local",
+    )
+    minimizer = SharpnessAwareMinimizer(net, rho=0.2, case=case)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.005, momentum=0.9)
+    for ((data,),) in steps:
+        optimizer.zero_grad()
+        two_passes(net, minimizer, data)
+        optimizer.step()
+    assert largest_difference(net, reference) < 1e-10
+
+
+def test_cases_differ():
+    grads = {}
+    for case in CASES:
+        net = quantized(linear_net)
+        two_passes(net, SharpnessAwareMinimizer(net, rho=0.5, case=case), batch(net))
+        grads[case] = net[3].weight.grad
+    assert not torch.allclose(grads[1], grads[3]) and not torch.allclose(grads[2], grads[3])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_first_pass_without_the_context(case):
+    """The three-line form: an ordinary backward serves as the first pass."""
+    net, other = quantized(conv_net), quantized(conv_net)
+    data = batch(net)
+    two_passes(net, SharpnessAwareMinimizer(net, rho=0.3, case=case), data)
+    minimizer = SharpnessAwareMinimizer(other, rho=0.3, case=case)
+    loss_of(other, data).backward()
+    with minimizer.perturbed():
+        loss_of(other, data).backward()
+    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_a_plain_first_pass_may_be_left_unused():
+    """Steps that are not perturbed, and evaluation, leave nothing behind for the next perturbed step."""
+    net, fresh = quantized(linear_net), quantized(linear_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3)
+    loss_of(net, batch(net, seed=5)).backward()
+    net.zero_grad()
+    net.eval()(batch(net)[0])
+    net.train()
+    loss_of(net, batch(net)).backward()
+    with minimizer.perturbed():
+        loss_of(net, batch(net)).backward()
+    two_passes(fresh, SharpnessAwareMinimizer(fresh, rho=0.3), batch(fresh))
+    for p, q in zip(net.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_plain_first_pass_over_older_gradients_is_refused():
+    net = quantized(linear_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3)
+    loss_of(net, batch(net)).backward()
+    loss_of(net, batch(net, seed=1)).backward()
+    with pytest.raises(RuntimeError, match=r"with minimizer\.ascent\(\)"):
+        with minimizer.perturbed():
+            pass
+
+
+def test_perturbed_without_first_pass_is_refused():
+    minimizer = SharpnessAwareMinimizer(quantized(linear_net), rho=0.3)
+    with pytest.raises(RuntimeError, match="without a first pass"):
+        with minimizer.perturbed():
+            pass
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rho_zero_is_plain_training_bit_for_bit(case):
+    net, plain = quantized(conv_net), quantized(conv_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.0, case=case)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (net, plain)]
+    for k in range(10):
+        data = batch(net, seed=k)
+        optimizers[0].zero_grad()
+        two_passes(net, minimizer, data)
+        optimizers[0].step()
+        optimizers[1].zero_grad()
+        loss_of(plain, data).backward()
+        optimizers[1].step()
+    assert_same_state(net, plain.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eps_has_norm_rho_and_is_gone_afterwards(case):
+    net = quantized(conv_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.7, case=case)
+    data, before = batch(net), state_of(net)
+    with minimizer.ascent():
+        loss_of(net, data).backward()
+    updated = state_of(net)  # the first pass moved the running statistics, as plain training does
+    with minimizer.perturbed():
+        squares = [e.square().sum() for e in minimizer._eps.values()]
+        squares += [(p.detach() - before[n]).square().sum() for n, p in net.named_parameters()]
+        loss_of(net, data).backward()
+    assert torch.stack(squares).sum().sqrt().item() == pytest.approx(0.7, rel=1e-5)
+    assert_same_state(net, updated)
+    assert not minimizer._eps and not minimizer._shift and not minimizer._leaf
+
+
+def test_earlier_gradients_are_set_aside():
+    """Under accumulation the direction comes from this micro-batch alone, and gradients still add up."""
+    net, other = quantized(linear_net), quantized(linear_net)
+    first, second = batch(net, seed=0), batch(net, seed=1)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3)
+    two_passes(net, minimizer, first)
+    two_passes(net, minimizer, second)
+    total = []
+    for data in (first, second):
+        other.zero_grad()
+        two_passes(other, SharpnessAwareMinimizer(other, rho=0.3), data)
+        total.append([p.grad.clone() for p in other.parameters()])
+    for p, a, b in zip(net.parameters(), *total, strict=True):
+        torch.testing.assert_close(p.grad, a + b, atol=1e-7, rtol=1e-6)
+
+
+def test_several_first_passes_make_one_perturbation():
+    """What `sync="global"` does with gradient accumulation, against the reference."""
+    net = quantized(conv_net)
+    reference = to_reference(net)
+    batches = [batch(net, seed=k) for k in range(3)]
+    expected = reference_gradients(reference, loss_of, [batches], 3, 0.3, "global")
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3, sync="global")
+    for data in batches:
+        with minimizer.ascent():
+            (loss_of(net, data) / 3).backward()
+    for data in batches:
+        with minimizer.perturbed():
+            (loss_of(net, data) / 3).backward()
+    own = [p.grad for p in net.parameters()]
+    for p, value in zip(own, sorted_like(net, reference, expected), strict=True):
+        torch.testing.assert_close(p, value, atol=1e-6, rtol=1e-4)
+    assert not minimizer._eps
+
+
+def sorted_like(net, reference, values):
+
+    by_name = {package_name(n): v for (n, _), v in zip(reference.named_parameters(), values, strict=True)}
+    return [by_name[name] for name, _ in net.named_parameters()]
+
+
+def test_statistics_are_updated_once():
+    net, plain = quantized(conv_net), quantized(conv_net)
+    two_passes(net, SharpnessAwareMinimizer(net, rho=0.5), batch(net))
+    loss_of(plain, batch(plain)).backward()
+    for (name, a), b in zip(net.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_both_passes_draw_the_same_random_numbers():
+    net = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+    quantize(net, SAQQuantizationConfig(weight_bits=4, activation_bits=None))
+    masks = []
+    net[1].register_forward_hook(lambda m, a, out: masks.append(out == 0))
+    minimizer = SharpnessAwareMinimizer(net, rho=0.1)
+    data = torch.randn(8, 12), torch.randint(0, 4, (8,))
+    torch.manual_seed(3)
+    two_passes(net, minimizer, data)
+    after = torch.rand(4)
+    assert torch.equal(masks[0], masks[1]) and 0 < masks[0].float().mean() < 1
+    torch.manual_seed(3)
+    loss_of(net, data)
+    assert torch.equal(after, torch.rand(4))  # and the generator stands where one pass would have left it
+
+
+@pytest.mark.parametrize("stage", ["ascent", "perturbed"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_exception_restores_everything(case, stage):
+    net = quantized(conv_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.5, case=case)
+    data = batch(net)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    if stage == "perturbed":
+        with minimizer.ascent():
+            loss_of(net, data).backward()
+    before, rng = state_of(net), torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        with minimizer.ascent() if stage == "ascent" else minimizer.perturbed():
+            torch.rand(3)
+            raise KeyboardInterrupt
+    assert_same_state(net, before)
+    assert all(torch.equal(p.grad, torch.full_like(p, 2.0)) for p in net.parameters())
+    if stage == "perturbed":
+        assert torch.equal(torch.get_rng_state(), rng)
+    # and the next step is a normal one
+    fresh = quantized(conv_net)
+    fresh.load_state_dict(net.state_dict())
+    for m in (net, fresh):
+        m.zero_grad()
+    two_passes(net, minimizer, data)
+    two_passes(fresh, SharpnessAwareMinimizer(fresh, rho=0.5, case=case), data)
+    for p, q in zip(net.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("case", CASES)
+def test_a_useless_norm_makes_a_plain_step(case, factor):
+    net, plain = quantized(linear_net), quantized(linear_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.5, case=case)
+    before = state_of(net)
+    with minimizer.ascent():
+        (loss_of(net, batch(net)) * factor).backward()
+    with minimizer.perturbed():
+        loss_of(net, batch(net)).backward()
+    loss_of(plain, batch(plain)).backward()
+    assert minimizer.skipped == 1
+    assert_same_state(net, before)
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+class Twice(nn.Module):
+    """Runs one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_that_runs_twice(case):
+    """g_q sums over both uses: compared with finite differences of the loss along eps."""
+    net = Twice()
+    quantize(net, SAQQuantizationConfig(weight_bits=4, activation_bits=None, first_last_bits=None))
+    net.double()
+    x, y = torch.randn(16, 6, dtype=torch.float64), torch.randint(0, 4, (16,))
+    minimizer = SharpnessAwareMinimizer(net, rho=1e-6, case=case, perturb=["weight"])
+    with minimizer.ascent():
+        clean = loss_of(net, (x, y))
+        clean.backward()
+    with minimizer.perturbed():
+        raised = loss_of(net, (x, y))
+        raised.backward()
+    if case == 3:  # steepest ascent: the loss rises by rho * norm
+        rise = (raised - clean).item() / 1e-6
+        assert rise == pytest.approx(minimizer.ascent_norm, rel=1e-3)
+
+
+def test_tied_weights_get_one_eps_for_each_quantizer():
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+    net[2].weight = net[0].weight
+    quantize(net, SAQQuantizationConfig(weight_bits=3, activation_bits=None, first_last_bits=None))
+    assert net[2].weight is net[0].weight
+    data = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    for case in CASES:
+        net.zero_grad()
+        before = state_of(net)
+        minimizer = SharpnessAwareMinimizer(net, rho=0.3, case=case)
+        two_passes(net, minimizer, data)
+        minimizer.detach()
+        assert_same_state(net, before)
+        assert torch.isfinite(net[0].weight.grad).all()
+
+
+def test_frozen_and_unused_parameters():
+    net = quantized(linear_net)
+    net[0].weight.requires_grad_(False)
+    net[1].bias.requires_grad_(False)
+    unused = nn.Linear(3, 3)
+    net[2].unused = unused
+    before = state_of(net)
+    two_passes(net, SharpnessAwareMinimizer(net, rho=0.5), batch(net))
+    assert net[0].weight.grad is None and net[1].bias.grad is None and unused.weight.grad is None
+    assert net[3].weight.grad is not None
+    assert_same_state(net, before)
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias", "norm", "scale", "other"])
+def test_scope_selects_one_kind(kind):
+    net = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    quantize(net, SAQQuantizationConfig(modules_to_not_convert=["2"], first_last_bits=None))
+    calibrate(net, [torch.randn(8, 12)])
+    minimizer = SharpnessAwareMinimizer(net, rho=0.5, perturb=[kind])
+    before = state_of(net)
+    data = torch.randn(8, 12), torch.randint(0, 4, (8,))
+    with minimizer.ascent():
+        loss_of(net, data).backward()
+    with minimizer.perturbed():
+        moved = {n for n, v in net.state_dict().items() if not torch.equal(v, before[n])}
+        eps = [q.path for q in minimizer._eps]
+    expected = {
+        "weight": set(),
+        "bias": {"0.bias", "2.bias"},
+        "norm": {"1.weight", "1.bias"},
+        "scale": {"0.weight_quantizer.scale", "0.activation_quantizer.scale"},
+        "other": {"2.weight"},
+    }
+    assert moved == expected[kind]
+    assert eps == (["0.weight_quantizer"] if kind == "weight" else [])
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, net, active):
+            super().__init__()
+            self.net, self.active = net, active
+
+        def forward(self, x):
+            x = self.net[0](x)
+            rest = lambda h: self.net[1:](h)  # noqa: E731
+            return checkpoint(rest, x, use_reentrant=reentrant) if self.active else rest(x)
+
+    grads = []
+    for active in (False, True):
+        net = quantized(linear_net)
+        model = Checkpointed(net, active).train()
+        minimizer = SharpnessAwareMinimizer(model, rho=0.4)
+        two_passes(model, minimizer, batch(net))
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bad_arguments():
+    net = quantized(linear_net)
+    with pytest.raises(ValueError, match="rho=-1"):
+        SharpnessAwareMinimizer(net, rho=-1)
+    with pytest.raises(ValueError, match="case=4"):
+        SharpnessAwareMinimizer(net, rho=0.1, case=4)
+    with pytest.raises(ValueError, match="selects no trainable tensor"):
+        SharpnessAwareMinimizer(linear_net()[:1], rho=0.1, perturb=["weight"])
+
+
+def test_copies_and_detach_leave_no_trace():
+    net = quantized(linear_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3)
+    assert not any("eps" in key or "leaf" in key for key in net.state_dict())
+    twin = copy.deepcopy(net)
+    loss_of(twin, batch(net)).backward()  # a copy is not observed
+    assert not minimizer._leaf
+    minimizer.detach()
+    loss_of(net, batch(net)).backward()
+    assert not minimizer._leaf and not minimizer._rng
+
+
+def test_eps_takes_one_buffer():
+    """Between the passes there is one tensor of the weight's size, the gradient's own memory."""
+    net = quantized(linear_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3)
+    with minimizer.ascent():
+        loss_of(net, batch(net)).backward()
+    leaf = next(iter(minimizer._leaf.values()))
+    assert leaf.untyped_storage().nbytes() == leaf.element_size()
+    pointer = leaf.grad.data_ptr()
+    with minimizer.perturbed():
+        assert pointer in {eps.data_ptr() for eps in minimizer._eps.values()}
+        assert all(p.grad is None for p in net.parameters())
