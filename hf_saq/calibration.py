@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,16 +16,23 @@ SAMPLES_PER_BATCH = 16384
 
 
 class _ActivationObserver(Observer):
-    """Keeps the smallest value and an evenly spaced sample of all values."""
+    """Keeps the smallest value and an evenly spaced sample of all values of a quantizer's input."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
+        self.path = path
         self.minimum = float("inf")
         self.samples: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
         flat = x.detach().reshape(-1)
         if flat.numel():
-            self.minimum = min(self.minimum, flat.min().item())
+            smallest, largest = (bound.item() for bound in flat.aminmax())
+            if not math.isfinite(smallest) or not math.isfinite(largest):
+                raise ValueError(
+                    f"{self.path}: calibration found infinite or NaN values, so there is no range to fit; check the "
+                    "batches, and the weights of the layers before it."
+                )
+            self.minimum = min(self.minimum, smallest)
             stride = max(1, flat.numel() // SAMPLES_PER_BATCH)
             # An odd stride does not keep hitting the same channel of a layout whose sizes are powers of two.
             self.samples.append(flat[:: stride | 1].float())
@@ -52,13 +60,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model` itself.
 
     Raises:
-        ValueError: If there is no batch, if a batch has another type, or if some quantized layer was never run (its
-            activations cannot be quantized: leave it out with `modules_to_not_convert`).
+        ValueError: If the model is not quantized, if there is no batch, if a batch has another type or makes
+            activations infinite or NaN, or if some quantized layer was never run (its activations cannot be quantized:
+            leave it out with `modules_to_not_convert`).
     """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")
     activation_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
     weight_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "weight"]
-    observers = {quantizer: _ActivationObserver() for quantizer in activation_quantizers}
-    device = next(model.parameters()).device
+    observers = {quantizer: _ActivationObserver(quantizer.path) for quantizer in activation_quantizers}
+    if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
+        raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     count = 0

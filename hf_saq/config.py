@@ -23,8 +23,14 @@ def _check_bits(where: str, bits: Any) -> None:
 
 
 def _check_choice(where: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
+    if isinstance(value, (bool, float)) or value not in choices:  # True == 1.0 == 1
         raise ValueError(f"{where}={value!r}; expected one of {list(choices)}.")
+
+
+def _is_number(value: Any, maximum: float = float("inf")) -> bool:
+    """Whether `value` is a finite number from 0 to `maximum`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value <= maximum and value != float("inf")
 
 
 def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
@@ -33,6 +39,8 @@ def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
         if name in ("weight_bits", "activation_bits"):
             _check_bits(f"{where}{name}", value)
         elif name == "quantizer":
+            if not isinstance(value, str):
+                raise ValueError(f"{where}{name}={value!r}; expected the name of a quantizer.")
             try:
                 quantizer_class(value)
             except ValueError as error:
@@ -47,7 +55,7 @@ def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
         check_activation_mode(where, values["quantizer"], values["activation_mode"])
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, kw_only=True)
 class SAQQuantizationConfig(QuantizationConfigMixin):
     """How to quantize a vision model; `quant_method` is `"saq"`.
 
@@ -96,14 +104,21 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         _check_bits("SAQQuantizationConfig.first_last_bits", self.first_last_bits)
         _check_choice("SAQQuantizationConfig.storage", self.storage, ("float", "packed"))
         _check_choice("SAQQuantizationConfig.quant_method", self.quant_method, (QUANT_METHOD,))
-        if not isinstance(self.format_version, int) or self.format_version < 1:
-            raise ValueError(f"SAQQuantizationConfig.format_version={self.format_version!r}; expected >= 1.")
-        if isinstance(self.modules_to_not_convert, str):
+        if type(self.format_version) is not int or self.format_version < 1:
             raise ValueError(
-                f"SAQQuantizationConfig.modules_to_not_convert={self.modules_to_not_convert!r}; expected a list."
+                f"SAQQuantizationConfig.format_version={self.format_version!r}; expected an integer >= 1."
             )
-        if not isinstance(self.overrides, dict):
-            raise ValueError(f"SAQQuantizationConfig.overrides={self.overrides!r}; expected pattern -> fields.")
+        excluded = self.modules_to_not_convert
+        if excluded is not None and (
+            not isinstance(excluded, (list, tuple)) or not all(isinstance(name, str) for name in excluded)
+        ):
+            raise ValueError(
+                f"SAQQuantizationConfig.modules_to_not_convert={excluded!r}; expected a list of module names, or None."
+            )
+        if not isinstance(self.overrides, dict) or not all(isinstance(pattern, str) for pattern in self.overrides):
+            raise ValueError(
+                f"SAQQuantizationConfig.overrides={self.overrides!r}; expected a dict of name pattern -> fields."
+            )
         for pattern, values in self.overrides.items():
             where = f"SAQQuantizationConfig.overrides[{pattern!r}]"
             if not isinstance(values, dict) or not values:
@@ -127,10 +142,20 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
             if config_dict.get("storage") == "packed":
                 raise ValueError(message)
             warnings.warn(f"{message} Ignored keys: {unknown}.", stacklevel=2)
+            config_dict = {**config_dict, "format_version": FORMAT_VERSION}  # what is saved from here on
         elif unknown:
             raise ValueError(f"quantization_config has unknown keys {unknown}; expected some of {sorted(known)}.")
-        config_dict = {name: value for name, value in config_dict.items() if name in known}
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        values = {name: value for name, value in {**config_dict, **kwargs}.items() if name in known}
+        stored = values.get("overrides")
+        if isinstance(stored, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in stored):
+            values["overrides"] = {str(pattern): changes for pattern, changes in stored}
+        unused = {name: value for name, value in kwargs.items() if name not in known}
+        return (cls(**values), unused) if return_unused_kwargs else cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-plain fields. `overrides` become pairs: `config.json` sorts its keys, and here the last match wins."""
+        values = super().to_dict()
+        return {**values, "overrides": [[pattern, changes] for pattern, changes in values["overrides"].items()]}
 
     def replace(self, **changes: Any) -> SAQQuantizationConfig:
         """A checked copy with some fields changed."""
@@ -179,20 +204,22 @@ class SAQConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.rho is not None and not (isinstance(self.rho, (int, float)) and 0 <= self.rho < float("inf")):
+        if self.rho is not None and not _is_number(self.rho):
             raise ValueError(f"SAQConfig.rho={self.rho!r}; expected a finite number >= 0, or None for the default.")
         _check_choice("SAQConfig.case", self.case, (None, 1, 2, 3))
-        if not (isinstance(self.eta, (int, float)) and 0 <= self.eta < float("inf")):
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"SAQConfig.adaptive={self.adaptive!r}; expected True or False.")
+        if not _is_number(self.eta):
             raise ValueError(f"SAQConfig.eta={self.eta!r}; expected a finite number >= 0.")
-        self.perturb = [self.perturb] if isinstance(self.perturb, str) else list(self.perturb)
-        unknown = sorted(set(self.perturb) - set(PERTURBABLE))
-        if unknown or not self.perturb:
+        if isinstance(self.perturb, (str, tuple)):
+            self.perturb = [self.perturb] if isinstance(self.perturb, str) else list(self.perturb)
+        if not isinstance(self.perturb, list) or not self.perturb or any(k not in PERTURBABLE for k in self.perturb):
             raise ValueError(f"SAQConfig.perturb={self.perturb!r}; expected one or more of {list(PERTURBABLE)}.")
-        if not isinstance(self.interval, int) or self.interval < 1:
+        if type(self.interval) is not int or self.interval < 1:
             raise ValueError(f"SAQConfig.interval={self.interval!r}; expected an integer >= 1.")
-        if not 0 <= self.start <= 1:
+        if not _is_number(self.start, maximum=1):
             raise ValueError(f"SAQConfig.start={self.start!r}; expected a fraction of training from 0 to 1.")
-        if not 0 <= self.scale_lr_ratio < float("inf"):
+        if not _is_number(self.scale_lr_ratio):
             raise ValueError(f"SAQConfig.scale_lr_ratio={self.scale_lr_ratio!r}; expected a finite number >= 0.")
         _check_choice("SAQConfig.sync", self.sync, ("local", "global"))
 

@@ -68,10 +68,12 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
         ValueError: If the model is quantized already, has no layer that can be quantized, or if a name in
             `modules_to_not_convert` or a pattern in `overrides` matches no module.
     """
+    if not isinstance(config, SAQQuantizationConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a SAQQuantizationConfig.")
     report = convert(model, config)
     initialize_weight_quantizers(model)
-    if report.converted and hasattr(model, "config"):
-        # save_pretrained stores it, from_pretrained acts on it
+    if report.converted and hasattr(getattr(model, "config", None), "model_type"):
+        # a transformers model: save_pretrained stores it, from_pretrained acts on it
         model.config.quantization_config = config  # type: ignore[union-attr]
     return model
 
@@ -84,7 +86,7 @@ def convert(model: nn.Module, config: SAQQuantizationConfig) -> ConversionReport
         raise ValueError(
             f"{type(model).__name__}: no layer can be quantized. Expected at least one of "
             f"{[t.__name__ for t in QUANTIZED_LAYERS]}; found "
-            + (", ".join(f"{p.name} ({p.reason})" for p in layers) or "none of them")
+            + (", ".join(f"{p.name or p.layer_type} ({p.reason})" for p in layers) or "none of them")
             + "."
         )
     settings = {p.name: p.settings for p in report.converted}
@@ -142,7 +144,7 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
 def unsupported(module: nn.Module) -> str | None:
     """Why a weighted layer stays in float: `""` if it can be quantized, `None` if it is not such a layer at all."""
     if type(module) in QUANTIZED_LAYERS:
-        return ""
+        return "" if isinstance(module.weight, nn.Parameter) else "its weight is computed from other parameters"
     for float_type in QUANTIZED_LAYERS:
         if isinstance(module, float_type):
             return f"a subclass of {float_type.__name__} may compute something else"

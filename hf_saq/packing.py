@@ -18,6 +18,11 @@ from torch import Tensor
 CODES_PER_GROUP = 8
 
 
+def _check_bits(bits: int) -> None:
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f"bits={bits!r}; expected an integer from 2 to 8.")
+
+
 def packed_size(count: int, bits: int) -> int:
     """Bytes that `count` codes of `bits` bits take."""
     return -(-count * bits // 8)
@@ -27,8 +32,11 @@ def pack_codes(codes: Tensor, bits: int, signed: bool) -> Tensor:
     """Pack integer `codes` of any shape into uint8 `(ceil(numel * bits / 8),)`.
 
     Raises:
-        ValueError: If a code does not fit into `bits` bits.
+        ValueError: If `bits` is not 2 to 8, `codes` are not integers or one of them does not fit into `bits` bits.
     """
+    _check_bits(bits)
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"codes are {codes.dtype}; expected an integer type.")
     stored = codes.reshape(-1).to(torch.int64) + (2 ** (bits - 1) if signed else 0)
     if stored.numel() and not (0 <= int(stored.min()) and int(stored.max()) < 2**bits):
         raise ValueError(
@@ -48,8 +56,9 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...], signed: bool
     """The int16 codes of `shape` that [`pack_codes`] packed.
 
     Raises:
-        ValueError: If `packed` is not uint8 of the size that `shape` and `bits` ask for.
+        ValueError: If `bits` is not 2 to 8, or `packed` not uint8 of the size that `shape` and `bits` ask for.
     """
+    _check_bits(bits)
     count = torch.Size(shape).numel()
     size = packed_size(count, bits)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):

@@ -34,6 +34,8 @@ class QuantizedLayer(nn.Module):
         new.weight, new.bias = layer.weight, layer.bias
         new.weight_quantizer = weight_quantizer
         new.activation_quantizer = activation_quantizer
+        # Hooks that were put on the float layer run on, and their handles still remove them.
+        new.__dict__.update({name: value for name, value in vars(layer).items() if "_hook" in name})
         new.train(layer.training)
         return new
 
