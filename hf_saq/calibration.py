@@ -93,8 +93,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     unseen = [q.path.removesuffix(".activation_quantizer") for q, seen in observers.items() if not seen.samples]
     if unseen:
         raise ValueError(
-            f"calibrate: the model never ran the quantized layers {unseen}, so their activations have no range. Add "
-            "them to modules_to_not_convert."
+            f"calibrate: the model never ran the quantized layers {unseen} on any value, so their activations have no "
+            "range. Give batches that are not empty, or add the layers to modules_to_not_convert."
         )
     for quantizer, observer in observers.items():
         quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
