@@ -179,9 +179,9 @@ def first_and_heads(model: nn.Module) -> set[str]:
         return set()
     heads = _timm_heads(model) or _outside_base_model(model)
     in_heads = {module for head in heads for module in head.modules()}
-    names = {name for name, module in candidates.items() if module in in_heads}
-    ordered = list(candidates)
-    return {ordered[0]} | (names or {ordered[-1]})
+    names = {name for name, module in candidates.items() if module in in_heads} or {list(candidates)[-1]}
+    body = [name for name in candidates if name not in names]
+    return names | set(body[:1])
 
 
 def _timm_heads(model: nn.Module) -> list[nn.Module]:

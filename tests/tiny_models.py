@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import (
     ConvNextConfig,
@@ -31,6 +33,7 @@ _VIT = {
     "image_size": IMAGE_SIZE,
     "patch_size": 8,
     "num_labels": NUM_LABELS,
+    "initializer_range": 0.2,  # with 0.02 so narrow a model hardly depends on its input
 }
 
 
@@ -50,7 +53,15 @@ def deit_with_teacher(seed: int = 0) -> PreTrainedModel:
 
 
 def convnext(seed: int = 0) -> PreTrainedModel:
-    config = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2, num_labels=NUM_LABELS)
+    config = ConvNextConfig(
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        num_stages=2,
+        patch_size=2,
+        num_labels=NUM_LABELS,
+        layer_scale_init_value=1.0,
+        initializer_range=0.2,
+    )
     return _build(ConvNextForImageClassification, config, seed)
 
 
@@ -76,6 +87,33 @@ def mobilenet_v2(seed: int = 0) -> PreTrainedModel:
 
 TRANSFORMERS_MODELS = {"vit": vit, "convnext": convnext, "resnet": resnet, "mobilenet_v2": mobilenet_v2}
 """One builder for each family the package is tested on, by name."""
+
+
+@torch.enable_grad()
+def digit_classifier(family: Literal["vit", "resnet"]) -> tuple[PreTrainedModel, Tensor, Tensor]:
+    """A float model trained for a second or two on scikit-learn's digits, with images and labels it has not seen."""
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    y = torch.tensor(digits.target)
+    with seeded(0):
+        model: PreTrainedModel
+        if family == "vit":
+            sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 8, "patch_size": 2}
+            others = {"num_channels": 1, "num_labels": 10, "initializer_range": 0.1}
+            model = ViTForImageClassification(ViTConfig(**{**_VIT, **sizes, **others}))
+        else:
+            sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+            model = ResNetForImageClassification(
+                ResNetConfig(**sizes, num_channels=1, num_labels=10, layer_type="basic")  # type: ignore[arg-type]
+            )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        model.train()
+        for _ in range(6):
+            for batch in torch.randperm(1200).split(32):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[batch]).logits, y[batch]).backward()
+                optimizer.step()
+    return model.eval(), x[1200:], y[1200:]
 
 
 def linear_net(seed: int = 0) -> nn.Sequential:
@@ -126,5 +164,20 @@ def jitter(model: nn.Module, seed: int = 1) -> nn.Module:
 def _build(model_class: type[PreTrainedModel], config, seed: int) -> PreTrainedModel:
     with seeded(seed):
         model = model_class(config)
-    # Biases and running means of zero, as an initialization leaves them, hide what a test could see.
-    return jitter(model, seed=seed + 1).eval()
+    # Biases of zero, as an initialization leaves them, hide what a test could see.
+    jitter(model, seed=seed + 1)
+    return _settle_batch_norms(model).eval()
+
+
+@torch.no_grad()
+def _settle_batch_norms(model: nn.Module) -> nn.Module:
+    """Give running statistics the values of one batch, without which activations fade away in a deep model."""
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    if momenta:
+        for m in momenta:
+            m.momentum = 1.0
+        model.train()(images(32, seed=99))
+        for m, momentum in momenta.items():
+            m.momentum = momentum
+            m.num_batches_tracked.zero_()
+    return model
