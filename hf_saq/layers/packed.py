@@ -94,6 +94,13 @@ class PackedLayer(nn.Module):
             packed.weight_offset.copy_(offset)
         return packed
 
+    def __getattr__(self, name: str) -> Any:
+        # The code of models reads hyperparameters of its layers: MobileNetV2 pads by the `stride` of a convolution.
+        hyperparameters = vars(self.__dict__.get("_functional", self))
+        if name in hyperparameters and not name.startswith("_"):
+            return hyperparameters[name]
+        return super().__getattr__(name)
+
     def codes(self) -> Tensor:
         """The integer codes of the weight, int16, in the weight's shape."""
         size = packed_size(torch.Size(self.weight_shape).numel(), self.bits)
@@ -112,6 +119,11 @@ class PackedLayer(nn.Module):
         return weight if self.weight_offset is None else weight + self.weight_offset.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.path}: packed weights cannot be trained. Load a checkpoint in float storage to train, or call "
+                "`model.eval()` for inference."
+            )
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
         return self._apply_weight(x, self.quantized_weight())
