@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from .config import QUANT_METHOD, SAQQuantizationConfig
 from .conversion import convert, initialize_weight_quantizers
 from .layers import PackedLayer
-from .packed_model import convert_to_packed, is_packed
+from .packed_model import convert_to_packed
 from .quantizers import Quantizer
 
 
@@ -48,10 +48,11 @@ class SAQHfQuantizer(HfQuantizer):
                 quantizer.reset()
             initialize_weight_quantizers(model)
             return model
-        missing = [name for name, tensor in _own_tensors(model) if not getattr(tensor, "_is_hf_initialized", False)]
+        own = _own_tensors(model)
+        missing = [name for name, tensor in own.items() if not getattr(tensor, "_is_hf_initialized", False)]
         if missing:
             raise ValueError(
-                f"The checkpoint of this {type(model).__name__} lacks {len(missing)} tensors of its quantized layers, "
+                f"The checkpoint of this {type(model).__name__} lacks {len(missing)} tensor(s) of its quantized layers, "
                 f"for example {missing[:3]}. Its config.json says quant_method={QUANT_METHOD!r}, "
                 f"storage={self.quantization_config.storage!r}; the weights file is incomplete or belongs to another "
                 "model. Nothing was substituted: use the checkpoint it was saved with."
@@ -66,31 +67,32 @@ class SAQHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    # `Trainer` asks these before it will so much as evaluate a model. A packed one may be evaluated; that it cannot be
+    # trained is said by its layers, in a training forward.
     @property
     def is_trainable(self) -> bool:
-        return self.quantization_config.storage == "float"
+        return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        return self.is_trainable
+        return True
 
     @property
     def is_compileable(self) -> bool:
         return True
 
 
-def _own_tensors(model: nn.Module):
-    """Names and tensors that only a quantized checkpoint has: those of quantizers and packed layers."""
-    for name, module in model.named_modules():
-        if isinstance(module, (Quantizer, PackedLayer)):
-            for key, tensor in module.state_dict(keep_vars=True).items():
-                yield f"{name}.{key}", tensor
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that only a quantized checkpoint has, by name: those of quantizers and packed layers."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, (Quantizer, PackedLayer))
+        for key, tensor in module.state_dict(keep_vars=True).items()
+    }
 
 
 def register() -> None:
     """Make transformers know `quant_method="saq"`. Safe to call again, for example when the module is reloaded."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SAQQuantizationConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SAQHfQuantizer
-
-
-__all__ = ["SAQHfQuantizer", "is_packed", "register"]
