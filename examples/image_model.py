@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 import timm
+import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -144,3 +145,48 @@ def _label_maps(labels: list[str]) -> dict:
         "label2id": {label: i for i, label in enumerate(labels)},
         "id2label": dict(enumerate(labels)),
     }
+
+
+def has_folded_batch_norm(model: torch.nn.Module) -> bool:
+    """Whether batch norms have lost their statistics: mean 0 and one and the same variance in every channel.
+
+    Checkpoints converted from inference-only models come so. They evaluate well, but training normalizes with the
+    statistics of the batch and would destroy them.
+    """
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    pretrained = [m for m in norms if not torch.equal(m.bias, torch.zeros_like(m.bias))]
+    return bool(pretrained) and all(
+        not m.running_mean.any() and torch.allclose(m.running_var, m.running_var[0]) for m in pretrained
+    )
+
+
+@torch.no_grad()
+def refit_batch_norm(model: torch.nn.Module, batches, momentum: float = 0.1) -> None:
+    """Give batch norms the statistics of their inputs, in place, and adapt their affine part so that the function in
+    evaluation mode stays what it was; training mode then computes nearly the same.
+
+    Args:
+        batches: Tensors `(N, 3, H, W)`.
+        momentum: Of the running statistics from now on (HF's MobileNetV2 has 0.997, which keeps only the last batch).
+    """
+    norms = {m: [] for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+
+    def observe(norm, args):
+        x = args[0].double()
+        norms[norm].append((x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))))
+
+    handles = [norm.register_forward_pre_hook(observe) for norm in norms]
+    model.eval()
+    for batch in batches:
+        model(pixel_values=batch)
+    for handle in handles:
+        handle.remove()
+    for norm, seen in norms.items():
+        mean = torch.stack([m for m, _ in seen]).mean(dim=0)
+        variance = (torch.stack([s for _, s in seen]).mean(dim=0) - mean.square()).clamp_min(norm.eps)
+        gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        norm.bias.copy_(norm.bias + gain * (mean - norm.running_mean))
+        norm.weight.copy_(gain * (variance + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.momentum = momentum

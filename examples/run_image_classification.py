@@ -15,6 +15,7 @@ into a fresh object and evaluate it again; (4) one table.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import sys
@@ -29,7 +30,14 @@ import transformers
 import yaml
 from image_data import DataTrainingArguments, TransformedImages, load_images, transforms
 from image_metrics import make_compute_metrics
-from image_model import ModelArguments, input_size, load_model, load_processor
+from image_model import (
+    ModelArguments,
+    has_folded_batch_norm,
+    input_size,
+    load_model,
+    load_processor,
+    refit_batch_norm,
+)
 from transformers import AutoModelForImageClassification, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -202,6 +210,10 @@ def run(
         f"{type(model).__name__}, {model.num_parameters():,} parameters; {len(images['train']):,} training and "
         f"{len(images['eval']):,} held-out images of {len(labels)} classes",
     )
+    if has_folded_batch_norm(model):
+        show(training_args, "The batch norms of this checkpoint were folded; refitting their statistics.")
+        sample = TransformedImages(images["train"].shuffle(seed=training_args.seed), train_transform)
+        refit_batch_norm(model, (batch["pixel_values"] for batch in first_batches(sample)))
     rows = [train_float(model, training_args, quantization_args, common)]
     for config in quantization_args.configs():
         bits = bits_name(config)
@@ -285,6 +297,11 @@ def stage_arguments(args: TrainingArguments, stage: str, push_to_hub: bool | Non
     if args.push_to_hub:
         args.hub_model_id = f"{args.hub_model_id or base.name}-{stage}"
     return args
+
+
+def first_batches(dataset, count: int = 8, size: int = 32):
+    """A few batches in order, alike on every process."""
+    return itertools.islice(torch.utils.data.DataLoader(dataset, batch_size=size, drop_last=True), count)
 
 
 def bits_name(config: SAQQuantizationConfig) -> str:

@@ -52,7 +52,7 @@ class SAQHfQuantizer(HfQuantizer):
         missing = [name for name, tensor in own.items() if not getattr(tensor, "_is_hf_initialized", False)]
         if missing:
             raise ValueError(
-                f"The checkpoint of this {type(model).__name__} lacks {len(missing)} tensor(s) of its quantized layers, "
+                f"The checkpoint of this {type(model).__name__} lacks {len(missing)} tensor(s) of quantized layers, "
                 f"for example {missing[:3]}. Its config.json says quant_method={QUANT_METHOD!r}, "
                 f"storage={self.quantization_config.storage!r}; the weights file is incomplete or belongs to another "
                 "model. Nothing was substituted: use the checkpoint it was saved with."

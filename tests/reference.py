@@ -7,6 +7,7 @@ over simulated processes and micro-batches with `torch.autograd.grad`. Slow, obv
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import torch
@@ -39,6 +40,8 @@ class ReferenceLayer(nn.Module):
         self.conv = None
         if isinstance(layer, nn.Conv2d):
             assert layer.padding_mode == "zeros"
+            # MobileNetV2 reads these to pad as TensorFlow does.
+            self.stride, self.kernel_size, self.dilation = layer.stride, layer.kernel_size, layer.dilation
             self.conv = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
         self.mode, self.leaf, self.eps = "clean", None, None
 
@@ -165,32 +168,34 @@ def reference_gradients(model, loss_of, ranks, case, rho, sync, adaptive=False, 
             if g is not None:
                 t += g / len(ranks)
 
+    def keep_statistics_of_rank_zero(rank, before):
+        """DDP broadcasts buffers from rank 0, so what the others saw is lost."""
+        if rank > 0:
+            for b, value in zip(statistics, before, strict=True):
+                b.copy_(value)
+
     model.train()
-    if case is None:
-        for batches in ranks:
-            for batch in batches:
+    mean, states = None, []
+    for rank, batches in enumerate(ranks):
+        before = [b.clone() for b in statistics]
+        for batch in batches:
+            if case is None:
                 add(gradients(model, loss_of(model, batch) / accumulation, parameters))
-        return total
-    if sync == "local":
-        for batches in ranks:
-            for batch in batches:
-                state = torch.get_rng_state()
-                grads = first_pass(batch)
+                continue
+            state = torch.get_rng_state()
+            grads = first_pass(batch)
+            if sync == "local":
                 frozen = [b.clone() for b in statistics]
                 torch.set_rng_state(state)
                 add(second_pass(batch, perturbation(grads), frozen))
-        return total
-    mean, states = None, []
-    for batches in ranks:
-        for batch in batches:
-            states.append(torch.get_rng_state())
-            grads = first_pass(batch)
-            grads = [g / len(ranks) for g in grads]
-            mean = grads if mean is None else [a + b for a, b in zip(mean, grads, strict=True)]
-    frozen = [b.clone() for b in statistics]
-    eps = perturbation(mean)
-    for batches in ranks:
-        for batch in batches:
+            else:
+                states.append(state)
+                grads = [g / len(ranks) for g in grads]
+                mean = grads if mean is None else [a + b for a, b in zip(mean, grads, strict=True)]
+        keep_statistics_of_rank_zero(rank, before)
+    if mean is not None:
+        frozen, eps = [b.clone() for b in statistics], perturbation(mean)
+        for batch in itertools.chain(*ranks):
             torch.set_rng_state(states.pop(0))
             add(second_pass(batch, eps, frozen))
     return total

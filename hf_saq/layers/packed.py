@@ -76,6 +76,9 @@ class PackedLayer(nn.Module):
             layer.activation_quantizer,
             layer.weight.dtype,
         ).to(layer.weight.device)
+        for name, value in layer.constructor_arguments(layer).items():
+            if name != "bias":
+                setattr(packed, name, value)  # models read `stride`, `in_features` and the like of their layers
         packed.path = quantizer.path.removesuffix(".weight_quantizer")
         return packed.train(layer.training)
 
@@ -93,13 +96,6 @@ class PackedLayer(nn.Module):
         if packed.weight_offset is not None:
             packed.weight_offset.copy_(offset)
         return packed
-
-    def __getattr__(self, name: str) -> Any:
-        # The code of models reads hyperparameters of its layers: MobileNetV2 pads by the `stride` of a convolution.
-        hyperparameters = vars(self.__dict__.get("_functional", self))
-        if name in hyperparameters and not name.startswith("_"):
-            return hyperparameters[name]
-        return super().__getattr__(name)
 
     def codes(self) -> Tensor:
         """The integer codes of the weight, int16, in the weight's shape."""
