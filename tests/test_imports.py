@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ ORDER = (
     "packing",
     "quantizers",
     "scope",
+    "sharding",
     "perturbation",
     "layers",
     "config",
@@ -36,7 +38,7 @@ ORDER = (
 )
 KNOW_TRANSFORMERS = {"config", "hf_quantizer", "trainer", "hub"}
 # The method itself: torch (numpy for its random state), quantizers, and one another.
-METHOD = {"scope", "rng", "norm_statistics", "schedules", "perturbation"}
+METHOD = {"scope", "rng", "norm_statistics", "schedules", "sharding", "perturbation"}
 METHOD_MAY_IMPORT = METHOD | {"quantizers"}
 METHOD_LIBRARIES = {"torch", "numpy"}
 
@@ -114,10 +116,9 @@ def test_quantizers_and_layers_import_nothing_above_them():
 
 
 def test_the_method_knows_torch_and_quantizers_only():
-    standard_library = {"__future__", "collections", "contextlib", "dataclasses", "random", "typing"}
-    for name in METHOD:
+    for name in METHOD & GRAPH.keys():
         assert {unit(target) for target in internal(name)} <= METHOD_MAY_IMPORT, name
-        libraries = {unit(target) for target in GRAPH[name]} - {ROOT} - standard_library
+        libraries = {unit(target) for target in GRAPH[name]} - {ROOT} - sys.stdlib_module_names
         assert libraries <= METHOD_LIBRARIES, name
 
 
