@@ -93,10 +93,9 @@ def _load_named(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDi
     directory = Path(args.dataset_name)
     if not directory.is_dir():
         return load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
-    if any(directory.rglob("*.parquet")):
-        return load_dataset("parquet", data_dir=str(directory), cache_dir=cache_dir)
-    _check_image_folder(directory, "--dataset_name")
-    return load_dataset("imagefolder", data_dir=str(directory), cache_dir=cache_dir)
+    if not any(directory.rglob("*.parquet")):
+        _check_image_folder(directory, "--dataset_name")
+    return load_dataset(str(directory), args.dataset_config_name, cache_dir=cache_dir)
 
 
 def _load_folders(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDict:
