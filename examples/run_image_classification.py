@@ -39,9 +39,9 @@ from image_model import (
     refit_batch_norm,
 )
 from transformers import AutoModelForImageClassification, HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer
+from hf_saq.checkpoints import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -277,11 +277,7 @@ def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: 
 
 def timed_training(trainer: Trainer) -> float:
     """Train, resuming where that was asked for; seconds of wall time."""
-    resume = trainer.args.resume_from_checkpoint
-    if resume is not None and Path(trainer.args.output_dir).is_dir():
-        resume = get_last_checkpoint(trainer.args.output_dir)
-    elif resume is not None:
-        resume = None
+    resume = trainer.args.resume_from_checkpoint and last_complete_checkpoint(trainer.args.output_dir)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     return time.perf_counter() - start

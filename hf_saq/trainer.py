@@ -7,14 +7,17 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .calibration import calibrate, is_calibrated
+from .checkpoints import STATE_FILE, last_complete_checkpoint, what_is_missing
 from .config import SAQConfig, SAQQuantizationConfig
 from .conversion import quantize
 from .default_rho import default_rho
@@ -163,10 +166,33 @@ class SAQTrainer(Trainer):
     # Calibration -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """Calibrate what is not calibrated yet, then train as [`transformers.Trainer.train`]."""
-        if not resume_from_checkpoint:
+        """Calibrate what is not calibrated yet, then train as [`transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint: A checkpoint directory, or `True` for the newest one in `output_dir` whose save was
+                finished: one that a killed run left half-written is passed over.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._complete_checkpoint(resume_from_checkpoint)
+        else:
             self.calibrate_if_needed()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _complete_checkpoint(self, asked: str | bool) -> str:
+        if asked is True:
+            found = last_complete_checkpoint(str(self.args.output_dir))
+            if found is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete checkpoint. Name a "
+                    "checkpoint directory, or train from the start."
+                )
+            return found
+        missing = what_is_missing(str(asked))
+        if missing is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={str(asked)!r}: {missing}. Pass True to use the newest complete checkpoint."
+            )
+        return str(asked)
 
     def calibrate_if_needed(self) -> None:
         """Fit missing activation ranges to the first batches of the training data, alike on every process."""
@@ -241,6 +267,13 @@ class SAQTrainer(Trainer):
             return
         with self._saving(pack(self.accelerator.unwrap_model(self.model))):
             super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`. If this step was saved before, its checkpoint stops counting as complete at once."""
+        if self.args.should_save:
+            directory = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (Path(self._get_output_dir(trial=trial)) / directory / STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     @contextmanager
     def _saving(self, model: nn.Module) -> Iterator[None]:

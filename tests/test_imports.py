@@ -30,6 +30,7 @@ ORDER = (
     "calibration",
     "packed_model",
     "hf_quantizer",
+    "checkpoints",
     "trainer",
     "hub",
     "export",

@@ -1,0 +1,145 @@
+"""Resuming is exact: train(2n) equals train(n), save, resume in a fresh process's objects, train(n)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from resume_runs import MODELS, MOMENTS, STEPS, make_trainer
+from transformers import TrainerCallback
+
+from hf_saq import SAQConfig
+from hf_saq.checkpoints import last_complete_checkpoint, what_is_missing
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_equal_states(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def interrupted(family, output_dir, step, **how):
+    """Train to `step`, then resume in a new trainer with a fresh float model."""
+    first = make_trainer(family, output_dir, **how)
+    first.add_callback(StopAt(step))
+    first.train()
+    second = make_trainer(family, output_dir, **how)
+    second.train(resume_from_checkpoint=True)
+    return second
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_resume_is_exact(family, sync, tmp_path):
+    how = {"saq_config": SAQConfig(rho=0.1, sync=sync, interval=2 if sync == "global" else 1)}
+    whole = make_trainer(family, tmp_path / "whole", **how)
+    whole.train()
+    resumed = interrupted(family, tmp_path / "parts", 4, **how)
+    assert resumed.state.global_step == STEPS
+    assert_equal_states(state_of(resumed), state_of(whole))
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+def test_the_best_model_is_loaded_exactly(family, tmp_path):
+    """ViT and Swin have other names on disk than in memory; a raw load would leave the last weights in place."""
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            kept[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
+
+    trainer = make_trainer(
+        family,
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the worst loss: an early checkpoint, not the last state
+    )
+    trainer.add_callback(Keep())
+    trainer.train()
+    best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert_equal_states(state_of(trainer), kept[best])
+    if best != STEPS:
+        assert any(not torch.equal(kept[STEPS][n], v) for n, v in kept[best].items())
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("killed")
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(tests / "resume_runs.py"), str(directory)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, torch.Tensor]:
+    trainer = make_trainer("vit", tmp_path_factory.mktemp("whole"))
+    trainer.train()
+    return state_of(trainer)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_from_the_last_complete_checkpoint(moment, killed, uninterrupted, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(killed / moment, directory)
+    expected = "checkpoint-4" if moment == "between_saves" else "checkpoint-2"
+    assert Path(last_complete_checkpoint(directory)).name == expected
+    trainer = make_trainer("vit", directory)
+    trainer.train(resume_from_checkpoint=True)
+    assert_equal_states(state_of(trainer), uninterrupted)
+    assert Path(last_complete_checkpoint(directory)).name == f"checkpoint-{STEPS}"
+
+
+def test_saving_a_step_again_first_takes_the_old_state_away(tmp_path, monkeypatch):
+    trainer = make_trainer("vit", tmp_path, max_steps=2)
+    trainer.train()
+    assert what_is_missing(tmp_path / "checkpoint-2") is None
+    again = make_trainer("vit", tmp_path, max_steps=2)
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    assert "trainer_state.json" in what_is_missing(tmp_path / "checkpoint-2")
+
+
+def test_clear_errors(tmp_path):
+    trainer = make_trainer("vit", tmp_path / "run", max_steps=2)
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="it is not a directory"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        make_trainer("vit", tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+    weights.unlink()
+    assert what_is_missing(checkpoint) == "it holds no weights"
