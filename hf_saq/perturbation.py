@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import sharding
 from .norm_statistics import frozen_norm_statistics
 from .quantizers import Quantizer
 from .rng import RNGState
@@ -61,6 +61,10 @@ class SharpnessAwareMinimizer:
     first backward `eps.grad` is `g_q`, and scaled in place that same memory is the `eps` of the second pass: one
     buffer of the size of the quantized weights. It exists on each process and is not part of any state dict.
 
+    Under FSDP2 (`fully_shard`, before or after this is built) that buffer is whole on each process, not sharded. What
+    is perturbed in place is sharded, so all processes share one `eps` for it, made of the average gradient. `no_sync`
+    has no effect inside the two contexts: each backward reduces its gradients.
+
     Args:
         model: A model with quantized layers, not wrapped by DDP or the like.
         rho: Radius of the perturbation, >= 0.
@@ -70,7 +74,9 @@ class SharpnessAwareMinimizer:
         perturb: Kinds of tensors to perturb, of `weight` (quantized), `bias`, `norm` (affine parameters of
             normalization layers), `scale` (of quantizers) and `other` (embeddings, unquantized weights).
         sync: `"local"`: each process perturbs with its own gradient (m-sharpness, no communication). `"global"`:
-            gradients are averaged over all processes before the perturbation is made.
+            gradients are averaged over all processes before the perturbation is made. Under FSDP2 `"local"` is for
+            case 3: own `g_q` and norm for quantized weights, average gradient and root mean square of these norms
+            for what is perturbed in place.
 
     Attributes:
         armed (`bool`): Whether a training forward outside of both contexts may serve as a first pass. Set it to
@@ -98,17 +104,13 @@ class SharpnessAwareMinimizer:
             raise ValueError(f"case={case}; expected 1, 2 or 3. For plain training use no minimizer.")
         self.model = model
         self.rho, self.case, self.adaptive, self.eta, self.sync = rho, case, adaptive, eta, sync
-        self._weights = quantized_weights(model) if "weight" in perturb else []
-        others = in_place_parameters(model, perturb)
-        self._others = [p for _, p in others]
+        self._perturb = tuple(perturb)
+        self._find_parameters()
         if not self._weights and not any(p.requires_grad for p in self._others):
             raise ValueError(
                 f"perturb={list(perturb)} selects no trainable tensor of {type(model).__name__}. Quantize the model "
                 'first, or add "other" to perturb weights that are not quantized.'
             )
-        self._unscaled = {p for name, p in others if name.endswith("bias")}
-        self._by_quantizer = {entry.quantizer: entry for entry in self._weights}
-        self._by_weight = {entry.weight: entry for entry in self._weights}
         self._leaf: dict[Quantizer, Tensor] = {}  # collects g_q in its .grad during a first pass
         self._eps: dict[Quantizer, Tensor] = {}  # added to w_q in a second pass
         self._shift: dict[nn.Parameter, Tensor] = {}  # added to parameters in a second pass
@@ -122,6 +124,17 @@ class SharpnessAwareMinimizer:
         self.skipped = 0
         self._handles = [quantizer.register_forward_hook(self._hook) for quantizer in self._by_quantizer]
         self._handles.append(model.register_forward_pre_hook(self._before_forward))
+
+    def _find_parameters(self) -> None:
+        """Look up what is perturbed; done again when parameters were replaced, as `fully_shard` does."""
+        sharding.check_parallelism(self.model, self.case, self.sync)
+        self._parameters = list(self.model.parameters())
+        self._weights = quantized_weights(self.model) if "weight" in self._perturb else []
+        others = in_place_parameters(self.model, self._perturb)
+        self._others = [p for _, p in others]
+        self._unscaled = {p for name, p in others if name.endswith("bias")}
+        self._by_quantizer = {entry.quantizer: entry for entry in self._weights}
+        self._by_weight = {entry.weight: entry for entry in self._weights}
 
     def __deepcopy__(self, memo: dict) -> SharpnessAwareMinimizer:
         return self  # copying a model copies its hooks; they must not drag a second minimizer along
@@ -161,6 +174,8 @@ class SharpnessAwareMinimizer:
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
         """Note where the random generators stand when a first pass outside of `ascent` begins."""
+        if self._phase != "idle":
+            sharding.reduce_gradients(self.model)
         if self._phase != "idle" or not self._is_first_pass() or not torch.is_grad_enabled():
             return
         finished = not self._rng or any(leaf.grad is not None for leaf in self._leaf.values())
@@ -175,14 +190,19 @@ class SharpnessAwareMinimizer:
     def ascent(self) -> Iterator[None]:
         """The first pass: gradients go to the perturbation and leave `p.grad` as it was.
 
-        Under DDP or FSDP enter `accelerator.no_sync(model)` as well: this backward is not to be communicated.
+        Under DDP enter `accelerator.no_sync(model)` as well: this backward is not to be communicated.
         May be entered several times before `perturbed`: the gradients add up to one perturbation, and `perturbed`
         is then entered as often, in the same order.
         """
+        sharding.reshard(self.model)
+        sharding.check_gradients_are_reduced(self.model)
+        parameters = list(self.model.parameters())
         if self._grads is None:
             self.reset()
+            if [*map(id, parameters)] != [*map(id, self._parameters)]:
+                self._find_parameters()
             self._grads = {}
-        earlier = {p: p.grad for p in self.model.parameters()}
+        earlier = {p: p.grad for p in parameters}
         for p in earlier:
             p.grad = None
         self._rng.append(RNGState())
@@ -218,20 +238,24 @@ class SharpnessAwareMinimizer:
         for quantizer, leaf in self._leaf.items():
             if leaf.grad is not None:
                 grads[self._by_quantizer[quantizer]] = leaf.grad
+        if self.sync == "global":
+            sharding.average_over_processes([g for g in grads.values() if not sharding.is_sharded(g)])
+        if self.case == 1:  # added at the quantizers' outputs, which are whole
+            grads = {key: sharding.full(g) if key in self._by_weight else g for key, g in grads.items()}
         self._grads, self._leaf, self._climbed = None, {}, True
-        tensors = list(grads.values())
-        if self.sync == "global" and dist.is_initialized():
-            _average_over_processes(tensors)
         sizes = {key: self._size(key) for key in grads} if self.adaptive else {}
         for key, t in sizes.items():
             if t is not None:
                 grads[key].mul_(t)  # T g
-        norm = float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.0
-        self.ascent_norm = norm
-        if not 0 < norm < float("inf"):
+        plain = [g for g in grads.values() if not sharding.is_sharded(g)]
+        sharded = [g for g in grads.values() if sharding.is_sharded(g)]
+        self.ascent_norm, shared_norm = sharding.global_norms(plain, sharded)
+        if not (0 < self.ascent_norm < float("inf") and 0 < shared_norm < float("inf")):
             self.skipped += 1
             return
-        torch._foreach_mul_(tensors, self.rho / norm)
+        for tensors, norm in ((plain, self.ascent_norm), (sharded, shared_norm)):
+            if tensors:
+                torch._foreach_mul_(tensors, self.rho / norm)
         for key, t in sizes.items():
             if t is not None:
                 grads[key].mul_(t)  # T^2 g
@@ -245,6 +269,9 @@ class SharpnessAwareMinimizer:
                 self._shift[key] = eps
 
     def _take_ordinary_gradients(self) -> None:
+        sharding.reshard(self.model)
+        if any(sharding.is_sharded(p) for p in self.model.parameters()):
+            raise RuntimeError("Under FSDP2, run the first pass in `with minimizer.ascent():`.")
         if self._found_grads:
             raise RuntimeError(
                 "perturbed() after a plain backward found gradients that were there before it, as gradient "
@@ -262,7 +289,7 @@ class SharpnessAwareMinimizer:
         if not isinstance(key, QuantizedWeight) and (self.case == 2 or key not in self._by_weight):
             return key.abs().add_(self.eta)
         entry = key if isinstance(key, QuantizedWeight) else self._by_weight[key]
-        return entry.quantizer.fake_quantize(entry.weight).abs_().add_(self.eta)
+        return sharding.quantized(entry).abs_().add_(self.eta)
 
     # Second pass -------------------------------------------------------------------------------------------------
 
@@ -275,6 +302,7 @@ class SharpnessAwareMinimizer:
                 "perturbed() without a first pass: run forward and backward in training mode before it, either in "
                 "`with minimizer.ascent():` or with `minimizer.armed = True`."
             )
+        sharding.reshard(self.model)
         if not self._climbed:
             self._climb()
         saved = {p: p.detach().clone() for p in self._shift}
@@ -292,6 +320,7 @@ class SharpnessAwareMinimizer:
             completed = True
         finally:
             self._phase = "idle"
+            sharding.reshard(self.model)
             with torch.no_grad():
                 for p, value in saved.items():
                     p.copy_(value)
@@ -299,10 +328,3 @@ class SharpnessAwareMinimizer:
                 after.restore()
             if not completed or not self._rng:
                 self.reset()
-
-
-def _average_over_processes(tensors: list[Tensor]) -> None:
-    pending = [dist.all_reduce(t, async_op=True) for t in tensors]
-    for work in pending:
-        work.wait()
-    torch._foreach_div_(tensors, dist.get_world_size())

@@ -99,15 +99,19 @@ def gradients(model, loss, tensors):
     return torch.autograd.grad(loss, tensors, allow_unused=True)
 
 
-def reference_gradients(model, loss_of, ranks, case, rho, sync, adaptive=False, eta=0.01):
+def reference_gradients(
+    model, loss_of, ranks, case, rho, sync, adaptive=False, eta=0.01, sharded=False, weights_only=False
+):
     """Gradients that the optimizer gets, averaged over processes, in the order of `model.parameters()`.
 
     Args:
         loss_of: `(model, batch) -> loss`.
         ranks: One list of micro-batches for each simulated process.
+        sharded: What "local" means under FSDP2: in-place tensors are perturbed by the average gradient.
+        weights_only: Perturb no biases and norms.
     """
     parameters = list(model.parameters())
-    layers, in_place = layers_of(model), biases_and_norms(model)
+    layers, in_place = layers_of(model), [] if weights_only else biases_and_norms(model)
     accumulation = len(ranks[0])
     statistics = [b for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for b in m.buffers()]
 
@@ -122,7 +126,7 @@ def reference_gradients(model, loss_of, ranks, case, rho, sync, adaptive=False, 
             layer.mode, layer.leaf = "clean", None
         return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
 
-    def perturbation(grads):
+    def stretches(grads):
         scales = []
         for k, _ in enumerate(grads):
             if not adaptive:
@@ -134,12 +138,31 @@ def reference_gradients(model, loss_of, ranks, case, rho, sync, adaptive=False, 
                 p = in_place[k - len(layers)]
                 is_bias = any(q is p and n.endswith("bias") for n, q in model.named_parameters())
                 scales.append(1.0 if is_bias else p.detach().abs() + eta)
-        norm = math.sqrt(
-            sum(float(((t * g) ** 2).sum(dtype=torch.float64)) for t, g in zip(scales, grads, strict=True))
-        )
+        return scales
+
+    def norm_of(grads):
+        pairs = zip(stretches(grads), grads, strict=True)
+        return math.sqrt(sum(float(((t * g) ** 2).sum(dtype=torch.float64)) for t, g in pairs))
+
+    def perturbation(grads):
+        scales, norm = stretches(grads), norm_of(grads)
         if norm == 0 or not math.isfinite(norm):
             return [torch.zeros_like(g) for g in grads]
         return [rho * t * t * g / norm for t, g in zip(scales, grads, strict=True)]
+
+    def sharded_perturbations(grads_of_ranks):
+        """One list of eps for each process; those of biases and norms are the same everywhere."""
+        weights = len(layers)
+        columns = list(zip(*grads_of_ranks, strict=True))[weights:]
+        mean = [torch.stack(column).mean(dim=0) for column in columns]
+        mixed = [[*grads[:weights], *mean] for grads in grads_of_ranks]
+        norms = [norm_of(grads) for grads in mixed]
+        shared = math.sqrt(sum(norm**2 for norm in norms) / len(norms))
+        found = []
+        for grads, norm in zip(mixed, norms, strict=True):
+            divisors = [norm] * weights + [shared] * len(mean)
+            found.append([rho * t * t * g / d for t, g, d in zip(stretches(grads), grads, divisors, strict=True)])
+        return found
 
     def second_pass(batch, eps, frozen):
         saved = [p.detach().clone() for p in in_place + [layer.weight for layer in layers]]
@@ -175,6 +198,12 @@ def reference_gradients(model, loss_of, ranks, case, rho, sync, adaptive=False, 
                 b.copy_(value)
 
     model.train()
+    if sharded and sync == "local":
+        for batches in zip(*ranks, strict=True):
+            all_eps = sharded_perturbations([first_pass(batch) for batch in batches])
+            for batch, eps in zip(batches, all_eps, strict=True):
+                add(second_pass(batch, eps, [b.clone() for b in statistics]))
+        return total
     mean, states = None, []
     for rank, batches in enumerate(ranks):
         before = [b.clone() for b in statistics]

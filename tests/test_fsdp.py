@@ -1,0 +1,89 @@
+"""FSDP2 with two processes on the gloo backend against the plain-PyTorch reference, which simulates both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, PROCESSES, RHO, RUNS, STEPS, batch, loss_of, net
+from reference import package_name, to_reference, train_reference
+
+TOLERANCE = 1e-11
+
+
+def torchrun(worker: str, output: Path) -> dict:
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
+        + [str(tests / worker), str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(output / "results.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    return torchrun("fsdp_worker.py", tmp_path_factory.mktemp("fsdp"))
+
+
+def difference(state: dict, reference: torch.nn.Module) -> float:
+    return max(float((state[package_name(n)] - t).abs().max()) for n, t in reference.state_dict().items())
+
+
+def expected(case, sync, adaptive=False, perturb=("weight", "bias", "norm"), sharded=True) -> torch.nn.Module:
+    model = to_reference(net())
+    steps = [
+        [[batch(step, rank, micro) for micro in range(MICRO_BATCHES)] for rank in range(PROCESSES)]
+        for step in range(STEPS)
+    ]
+    how = dict(case=case, sync=sync, adaptive=adaptive, sharded=sharded, weights_only="bias" not in perturb)
+    train_reference(model, loss_of, steps, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE), rho=RHO, **how)
+    return model
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_equals_the_reference(name, results):
+    assert difference(results[name]["state"], expected(**RUNS[name])) < TOLERANCE
+    assert results[name]["skipped"] == 0
+
+
+def test_global_equals_ddp(results):
+    assert difference(results["case 3 global"]["state"], expected(3, "global", sharded=False)) < TOLERANCE
+
+
+def test_local_equals_ddp_where_nothing_is_perturbed_in_place(results):
+    run = "case 3 local, weights only"
+    assert difference(results[run]["state"], expected(**RUNS[run], sharded=False)) < TOLERANCE
+
+
+def test_local_differs_from_ddp_and_from_global(results):
+    """Otherwise the comparisons above could not tell them apart."""
+    for other in (expected(3, "local", sharded=False), expected(3, "global")):
+        assert difference(results["case 3 local"]["state"], other) > 1e3 * TOLERANCE
+
+
+def test_shards_are_restored_after_an_exception(results):
+    assert results["restored"]
+    assert results["function restored"]
+
+
+@pytest.mark.parametrize("case", [1, 2])
+def test_local_needs_gradients_at_quantized_weights(case, results):
+    message = results[f"case {case} local"]
+    assert message.startswith("ValueError") and f"case={case}" in message and 'Pass sync="global"' in message
+
+
+def test_gradients_left_by_no_sync_are_refused(results):
+    assert "left a gradient that is not reduced" in results["unreduced"]
+
+
+def test_a_plain_first_pass_is_refused(results):
+    assert "minimizer.ascent()" in results["plain first pass"]
