@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from .quantizers import Quantizer
 from .scope import QuantizedWeight
 
 
@@ -39,9 +40,9 @@ def quantized(entry: QuantizedWeight) -> Tensor:
 class _FakeQuantize(nn.Module):
     """A quantizer without its hooks."""
 
-    def __init__(self, quantizer: nn.Module):
+    def __init__(self, quantizer: Quantizer):
         super().__init__()
-        self.q = quantizer
+        self.q: Quantizer = quantizer
 
     def forward(self, w: Tensor) -> Tensor:
         return self.q.fake_quantize(w)

@@ -23,8 +23,8 @@ from .conversion import quantize
 from .default_rho import default_rho
 from .layers import QuantizedLayer
 from .packed_model import is_packed, pack
+from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbation import SharpnessAwareMinimizer
-from .quantizers import Quantizer
 from .rng import RNGState
 from .schedules import PerturbationSchedule
 
@@ -244,8 +244,8 @@ class SAQTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in `Trainer`, less the values of quantizers: decaying a step size would shrink the grid."""
-        owned = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
-        without_decay = {name for name, p in model.named_parameters() if id(p) in owned}
+        owned = quantizer_parameters(model)
+        without_decay = {name for name, p in model.named_parameters() if p in owned}
         return [name for name in super().get_decay_parameter_names(model) if name not in without_decay]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -253,7 +253,9 @@ class SAQTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.saq_config.scale_lr_ratio != 1:
-            _split_off_scales(optimizer, model or self.model, self.saq_config.scale_lr_ratio)
+            groups = split_off_scales(optimizer.param_groups, model or self.model, self.saq_config.scale_lr_ratio)
+            for group in groups:
+                optimizer.add_param_group(group)
         return optimizer
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
@@ -301,16 +303,6 @@ class SAQTrainer(Trainer):
             return
         logger.info("Loading best model from %s.", self.state.best_model_checkpoint)
         _load_exactly(plain, str(self.state.best_model_checkpoint))
-
-
-def _split_off_scales(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
-    """Move the parameters of quantizers out of each group into a copy of it with `ratio` times its learning rate."""
-    scales = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
-    for group in list(optimizer.param_groups):
-        own = [p for p in group["params"] if p in scales]
-        if own:
-            group["params"] = [p for p in group["params"] if p not in scales]
-            optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * ratio})
 
 
 def _load_exactly(model: PreTrainedModel, directory: str) -> None:

@@ -22,6 +22,7 @@ ORDER = (
     "packing",
     "quantizers",
     "scope",
+    "parameter_groups",
     "sharding",
     "perturbation",
     "layers",
