@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .conversion import leave_in_float
+from .layers import QuantizedLayer
 from .quantizers import Observer, Quantizer
 
+NEVER_RUN = "the model never calls this layer: its weight is read directly, or has no part in the output"
 SAMPLES_PER_BATCH = 16384
 """Values kept of each activation tensor: enough for a step size, small enough for any model."""
 
@@ -20,10 +24,12 @@ class _ActivationObserver(Observer):
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.ran = False
         self.minimum = float("inf")
         self.samples: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
+        self.ran = True
         flat = x.detach().reshape(-1)
         if flat.numel():
             smallest, largest = (bound.item() for bound in flat.aminmax())
@@ -41,7 +47,10 @@ class _ActivationObserver(Observer):
 class _PassThrough(Observer):
     """Lets the float weight through while activations are observed."""
 
-    def update(self, x: Tensor) -> None: ...
+    ran = False
+
+    def update(self, x: Tensor) -> None:  # noqa: ARG002
+        self.ran = True
 
 
 @torch.no_grad()
@@ -50,6 +59,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     The model runs in evaluation mode without gradients, its mode is restored afterwards. Weights run unquantized, so
     that the ranges belong to the function that training starts from.
+
+    A quantized layer that the model never calls goes back to float, with a warning: a parent that reads
+    `layer.weight` itself passes the quantizers by, and the model would not be what its report says. This holds for
+    weight-only quantization too, which needs no calibration otherwise. Such layers are from then on listed in the
+    report and in `model.config.quantization_config.modules_to_not_convert`, so that saved models load as they are.
 
     Args:
         model: A quantized model.
@@ -60,15 +74,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model` itself.
 
     Raises:
-        ValueError: If the model is not quantized, if there is no batch, if a batch has another type or makes
-            activations infinite or NaN, or if some quantized layer was never run (its activations cannot be quantized:
-            leave it out with `modules_to_not_convert`).
+        ValueError: If the model is not quantized, if there is no batch, if a batch has another type, is empty or makes
+            activations infinite or NaN, or if no quantized layer was run.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")
     activation_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
     weight_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "weight"]
     observers = {quantizer: _ActivationObserver(quantizer.path) for quantizer in activation_quantizers}
+    pass_through = {quantizer: _PassThrough() for quantizer in weight_quantizers}
     if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -76,9 +90,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     model.eval()
     count = 0
     try:
-        for quantizer in weight_quantizers:
-            quantizer.observer = _PassThrough()
-        for quantizer, observer in observers.items():
+        for quantizer, observer in [*observers.items(), *pass_through.items()]:
             quantizer.observer = observer
         for batch in batches:
             _run(model, batch, device)
@@ -90,15 +102,43 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             module.training = training
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
-    unseen = [q.path.removesuffix(".activation_quantizer") for q, seen in observers.items() if not seen.samples]
-    if unseen:
+    ran = {quantizer for quantizer, seen in [*observers.items(), *pass_through.items()] if seen.ran}
+    _leave_idle_layers_in_float(model, ran)
+    attached = set(model.modules())
+    seen = {quantizer: observer for quantizer, observer in observers.items() if quantizer in attached}
+    empty = [q.path.removesuffix(".activation_quantizer") for q, observer in seen.items() if not observer.samples]
+    if empty:
         raise ValueError(
-            f"calibrate: the model never ran the quantized layers {unseen} on any value, so their activations have no "
-            "range. Give batches that are not empty, or add the layers to modules_to_not_convert."
+            f"calibrate: the model ran the quantized layers {empty} on no value, so their activations have no range. "
+            "Give batches that are not empty."
         )
-    for quantizer, observer in observers.items():
+    for quantizer, observer in seen.items():
         quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
     return model
+
+
+def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
+    """Give up the quantization of `QuantizedLayer`s with no quantizer among those that `ran`."""
+    idle = []
+    working = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            own = [q for q in (layer.weight_quantizer, layer.activation_quantizer) if q is not None]
+            working += bool(ran.intersection(own))
+            if own and ran.isdisjoint(own):
+                idle.append(name)
+    if idle and not working:
+        raise ValueError(
+            f"calibrate: {type(model).__name__} ran none of its {len(idle)} quantized layers, for example {idle[:3]}. "
+            "Pass batches of what the model classifies, through the model that was quantized."
+        )
+    if idle:
+        leave_in_float(model, idle, NEVER_RUN)
+        warnings.warn(
+            f"calibrate: {len(idle)} of {len(idle) + working} layers stay in float, because {NEVER_RUN}. They are: "
+            f"{', '.join(idle)}. List them in modules_to_not_convert to say that this is intended.",
+            stacklevel=4,
+        )
 
 
 def is_calibrated(model: nn.Module) -> bool:

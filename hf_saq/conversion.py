@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import OVERRIDABLE, SAQQuantizationConfig
-from .layers import QUANTIZED_LAYERS, PackedLayer, QuantizedLayer
+from .layers import QUANTIZED_LAYERS, PackedLayer, QuantizedLayer, quantized_form
 from .quantizers import Quantizer, check_activation_mode, quantizer_class
 
 _SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
@@ -143,8 +145,10 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
 
 def unsupported(module: nn.Module) -> str | None:
     """Why a weighted layer stays in float: `""` if it can be quantized, `None` if it is not such a layer at all."""
-    if type(module) in QUANTIZED_LAYERS:
+    if quantized_form(module) is not None:
         return "" if isinstance(module.weight, nn.Parameter) else "its weight is computed from other parameters"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its weight is read by the attention that holds it, which does not call the layer"
     for float_type in QUANTIZED_LAYERS:
         if isinstance(module, float_type):
             return f"a subclass of {float_type.__name__} may compute something else"
@@ -205,7 +209,9 @@ def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLay
     """The quantized form of one float layer, its quantizers not yet initialized."""
     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
     make = quantizer_class(settings["quantizer"])
-    per_channel = (weight.shape[0], *(1,) * (weight.ndim - 1))
+    form = quantized_form(layer)
+    assert form is not None
+    per_channel = tuple(size if axis == form.channel_axis else 1 for axis, size in enumerate(weight.shape))
     weight_quantizer: Quantizer | None = None
     activation_quantizer: Quantizer | None = None
     if settings["weight_bits"] is not None:
@@ -226,7 +232,28 @@ def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLay
             scale_init=settings["scale_init"],
         ).to(weight.device)
         activation_quantizer.path = f"{name}.activation_quantizer"
-    return QUANTIZED_LAYERS[type(layer)].from_float(layer, weight_quantizer, activation_quantizer)
+    return form.from_float(layer, weight_quantizer, activation_quantizer)
+
+
+def leave_in_float(model: nn.Module, names: Collection[str], reason: str) -> None:
+    """Take the quantizers of some layers away again, in place, and note it in the report and in the configuration.
+
+    What is stored with the model then names these layers in `modules_to_not_convert`, so that it loads as it is now.
+    """
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLayer)
+        layer.weight_quantizer = layer.activation_quantizer = None
+    report = getattr(model, "quantization_report", None)
+    for planned in report.layers if isinstance(report, ConversionReport) else []:
+        if planned.name in names:
+            planned.settings, planned.reason = {}, reason
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(config, SAQQuantizationConfig):
+        excluded = config.modules_to_not_convert or []
+        model.config.quantization_config = config.replace(  # type: ignore[union-attr]
+            modules_to_not_convert=[*excluded, *(name for name in names if name not in excluded)]
+        )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.calibration import SAMPLES_PER_BATCH, is_calibrated
+from hf_saq.calibration import NEVER_RUN, SAMPLES_PER_BATCH, is_calibrated
 from hf_saq.conversion import quantizers
 
 W4A4 = SAQQuantizationConfig()
@@ -187,7 +187,7 @@ def test_no_batches_raise():
 
 
 def test_an_empty_batch_raises():
-    with pytest.raises(ValueError, match=r"never ran the quantized layers \['0', '2', '4'\] on any value"):
+    with pytest.raises(ValueError, match=r"ran the quantized layers \['0', '2', '4'\] on no value"):
         calibrate(quantize(linear_net(), W4A4), [vectors()[:0]])
 
 
@@ -220,10 +220,59 @@ class WithIdleLayer(nn.Module):
         return self.head(self.used(x))
 
 
-def test_a_layer_that_never_ran_raises():
-    with pytest.raises(ValueError, match=r"never ran the quantized layers \['idle'\] .* modules_to_not_convert"):
-        calibrate(quantize(WithIdleLayer(), W4A4), [vectors()])
-    calibrate(quantize(WithIdleLayer(), SAQQuantizationConfig(modules_to_not_convert=["idle"])), [vectors()])
+class ReadsTheWeight(nn.Module):
+    """As timm's BEiT does: the parent computes with the weight of a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.linear(x, self.read.weight, self.read.bias))
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (4, None), (None, 4)], ids=["W4A4", "weights", "activations"])
+@pytest.mark.parametrize(("build", "name"), [(WithIdleLayer, "idle"), (ReadsTheWeight, "read")], ids=["idle", "read"])
+def test_a_layer_that_the_model_never_calls_goes_back_to_float(build, name: str, bits):
+    model = quantize(build(), SAQQuantizationConfig(weight_bits=bits[0], activation_bits=bits[1]))
+    with pytest.warns(
+        UserWarning, match=rf"^calibrate: 1 of \d layers stay in float, .* They are: {name}\. List them"
+    ):
+        calibrate(model, [vectors()])
+    assert is_calibrated(model)
+    assert not [key for key in model.state_dict() if key.startswith(name) and "quantizer" in key]
+    assert {layer.name: layer.reason for layer in model.quantization_report.skipped} == {name: NEVER_RUN}
+    config = SAQQuantizationConfig(weight_bits=bits[0], activation_bits=bits[1], modules_to_not_convert=[name])
+    said = calibrate(quantize(build(), config), [vectors()])  # and no warning
+    assert said.state_dict().keys() == model.state_dict().keys()
+    if bits[0] is not None:
+        assert_close(pack(model)(vectors()), model.eval()(vectors()), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. 1 of 14 layers stay in float")
+def test_a_layer_left_in_float_is_stored_as_one(tmp_path):
+    """An encoder whose first projection is passed by: what is saved loads as it was, packed or not."""
+    model = quantize(vit(), W4A4)
+    block = model.vit.layers[0].mlp
+    block.forward = lambda x: block.fc2(nn.functional.gelu(nn.functional.linear(x, block.fc1.weight, block.fc1.bias)))
+    calibrate(model, [images()])
+    expected = model(images()).logits
+    assert model.config.quantization_config.modules_to_not_convert == ["vit.layers.0.mlp.fc1"]
+    assert W4A4.modules_to_not_convert is None
+    for storage, saved in (("float", model), ("packed", pack(model))):
+        saved.save_pretrained(tmp_path / storage)
+        loaded = type(model).from_pretrained(tmp_path / storage)
+        assert type(loaded.vit.layers[0].mlp.fc1) is nn.Linear
+        assert_close(loaded(images()).logits, expected, rtol=0, atol=1e-5 if storage == "packed" else 0)
+
+
+def test_a_model_that_runs_none_of_its_layers_raises():
+    model = quantize(linear_net(), W4A4)
+    model.forward = lambda x: x
+    with pytest.raises(
+        ValueError, match=r"Sequential ran none of its 3 quantized layers, for example \['0', '2', '4'"
+    ):
+        calibrate(model, [vectors()])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)

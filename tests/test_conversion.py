@@ -153,7 +153,10 @@ def test_layers_left_in_float_have_a_reason():
         "0": ("ScaledLinear", "a subclass of Linear may compute something else"),
         "2": ("ParametrizedLinear", "a subclass of Linear may compute something else"),
         "3": ("MultiheadAttention", "its projections are raw parameters of one fused function"),
-        "3.out_proj": ("NonDynamicallyQuantizableLinear", "a subclass of Linear may compute something else"),
+        "3.out_proj": (
+            "NonDynamicallyQuantizableLinear",
+            "its weight is read by the attention that holds it, which does not call the layer",
+        ),
         "4": ("ConvTranspose2d", "this convolution has no quantized form"),
         "5": ("Conv3d", "this convolution has no quantized form"),
     }

@@ -19,6 +19,9 @@ class QuantizedLayer(nn.Module):
         activation_quantizer: `None` keeps the input in float.
     """
 
+    channel_axis = 0
+    """Dimension of `weight` that counts the output channels."""
+
     weight: Any  # nn.Parameter; the float type that a subclass mixes in declares it
     bias: Any
     weight_quantizer: Quantizer | None
@@ -43,6 +46,13 @@ class QuantizedLayer(nn.Module):
     def constructor_arguments(layer: Any) -> dict[str, Any]:
         """Arguments that rebuild a layer of the same shape as the float `layer`."""
         raise NotImplementedError
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the float layer computes, of these operands in place of its own."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self.quantized_input(x), self.quantized_weight(), self.bias)
 
     def quantized_weight(self) -> Tensor:
         """`Q(w)`, same shape as `weight`."""

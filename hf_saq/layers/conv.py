@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import QuantizedLayer
@@ -26,9 +27,9 @@ class _QuantConv(QuantizedLayer):
             )
         } | {"bias": layer.bias is not None}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # `_conv_forward` is torch's own seam for a convolution with another weight; it handles the padding modes.
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)  # type: ignore[operator]
+        return self._conv_forward(x, weight, bias)  # type: ignore[operator]
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -37,3 +38,16 @@ class QuantConv1d(_QuantConv, nn.Conv1d):
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """`nn.Conv2d` on quantized operands. Weight `(out_channels, in_channels / groups, height, width)`."""
+
+
+class QuantConv2dSame(QuantConv2d):
+    """timm's `Conv2dSame` on quantized operands: TensorFlow's "same" padding, which depends on the input's size."""
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        edges: list[int] = []  # of the last dimension first, as `pad` takes them
+        for size, kernel, stride, dilation in zip(
+            x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True
+        ):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            edges = [total // 2, total - total // 2, *edges]
+        return super().compute(F.pad(x, edges), weight, bias)

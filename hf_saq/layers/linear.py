@@ -1,9 +1,10 @@
-"""Linear layer with quantized weight and input."""
+"""Linear layers with quantized weight and input."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,5 +22,27 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             "bias": layer.bias is not None,
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class QuantTransposedLinear(QuantizedLayer):
+    """The `Conv1D` of transformers, GPT-2's linear layer, on quantized operands. Weight `(nx, nf)`: inputs first."""
+
+    channel_axis = 1
+
+    def __init__(self, nf: int, nx: int):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    @staticmethod
+    def constructor_arguments(layer: Any) -> dict[str, Any]:
+        return {"nf": layer.nf, "nx": layer.nx}
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.mT, bias)
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"

@@ -16,7 +16,7 @@ class PackedLayer(nn.Module):
     """A layer whose weight is `ceil(numel * bits / 8)` bytes of codes plus a scale; it cannot be trained.
 
     Args:
-        functional: A float layer on the meta device: its type, hyperparameters and `forward`, without memory.
+        functional: A quantized layer on the meta device: its hyperparameters and `compute`, without memory.
         bias: `(out,)` or `None`.
         bits: Width of a weight code, 2 to 8.
         scale_shape: `(1,)`, or `(out, 1, ...)` for one scale per output channel.
@@ -33,11 +33,11 @@ class PackedLayer(nn.Module):
     packed_weight: Tensor
     weight_scale: Tensor
     weight_offset: Tensor | None
-    _functional: Any
+    _functional: QuantizedLayer
 
     def __init__(
         self,
-        functional: Any,
+        functional: QuantizedLayer,
         bias: nn.Parameter | None,
         bits: int,
         scale_shape: tuple[int, ...],
@@ -64,9 +64,8 @@ class PackedLayer(nn.Module):
         """A packed layer of the shape of `layer`, still without its codes."""
         assert layer.weight_quantizer is not None
         quantizer = layer.weight_quantizer
-        float_type = next(base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn.modules."))
         with torch.device("meta"):
-            functional = float_type(**layer.constructor_arguments(layer))
+            functional = type(layer)(**layer.constructor_arguments(layer))
         packed = cls(
             functional,
             layer.bias,
@@ -122,13 +121,7 @@ class PackedLayer(nn.Module):
             )
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
-        return self._apply_weight(x, self.quantized_weight())
-
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        functional = self._functional
-        if isinstance(functional, nn.Linear):
-            return nn.functional.linear(x, weight, self.bias)
-        return functional._conv_forward(x, weight, self.bias)
+        return self._functional.compute(x, self.quantized_weight(), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{type(self._functional).__name__}, weight_shape={self.weight_shape}, bits={self.bits}"
+        return f"{type(self._functional).__name__.removeprefix('Quant')}, weight_shape={self.weight_shape}, bits={self.bits}"
