@@ -28,7 +28,7 @@ flowers: $(STAMP)  ## MobileNetV2 on Oxford Flowers-102 at 96 pixels, about ten 
 	    --do_train --do_eval --output_dir outputs/flowers \
 	    --float_epochs 10 --num_train_epochs 8 --learning_rate 1e-3 --lr_scheduler_type cosine \
 	    --per_device_train_batch_size 32 --per_device_eval_batch_size 64 \
-	    --weight_bits 4 --weight_granularity channel \
+	    --weight_bits 4 --weight_granularity channel --rho 0.05 \
 	    --save_strategy no --report_to none --dataloader_pin_memory false
 
 test: $(STAMP)
