@@ -159,21 +159,26 @@ class SharpnessAwareMinimizer:
         if self._phase == "perturbed":
             eps = self._eps.get(quantizer)
             return None if eps is None else w_q + eps
-        if self.case != 3 or quantizer not in self._by_quantizer or not self._is_first_pass():
-            return None
         leaf = self._leaf.get(quantizer)
-        if leaf is None:
-            # Expanded from one element: a zero of the right shape that takes no memory. Its gradient does.
-            leaf = torch.zeros((), dtype=w_q.dtype, device=w_q.device).expand(w_q.shape).requires_grad_()
-            self._leaf[quantizer] = leaf
+        if leaf is None or not self._is_first_pass():
+            return None
         # Inside `ascent` the weight's own gradient is not wanted, so autograd need not compute it.
         return _CatchGradient.apply(w_q.detach() if self._phase == "ascent" else w_q, leaf)
+
+    def _place_leaves(self) -> None:
+        """A zero leaf behind every quantizer: made before the forward, so that compiled code finds it ready."""
+        for entry in self._weights if self.case == 3 else []:
+            # Expanded from one element: a zero of the weight's shape that takes no memory. Its gradient does.
+            zero = torch.zeros((), dtype=entry.weight.dtype, device=entry.weight.device)
+            self._leaf.setdefault(entry.quantizer, zero.expand(entry.weight.shape).requires_grad_())
 
     def _is_first_pass(self) -> bool:
         return self._phase == "ascent" or (self.armed and self.model.training)
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
         """Note where the random generators stand when a first pass outside of `ascent` begins."""
+        if module is not self.model:
+            return  # a copy of the model, which has copies of the hooks
         if self._phase != "idle":
             sharding.reduce_gradients(self.model)
         if self._phase != "idle" or not self._is_first_pass() or not torch.is_grad_enabled():
@@ -182,6 +187,7 @@ class SharpnessAwareMinimizer:
         if finished:  # otherwise this is another forward of the same pass
             self.reset()
             self._rng = [RNGState()]
+            self._place_leaves()
             self._found_grads = any(p.grad is not None and bool(p.grad.any()) for p in self.model.parameters())
 
     # First pass --------------------------------------------------------------------------------------------------
@@ -202,6 +208,7 @@ class SharpnessAwareMinimizer:
             if [*map(id, parameters)] != [*map(id, self._parameters)]:
                 self._find_parameters()
             self._grads = {}
+            self._place_leaves()
         earlier = {p: p.grad for p in parameters}
         for p in earlier:
             p.grad = None
