@@ -94,6 +94,9 @@ class SAQTrainer(Trainer):
                 "SAQTrainer: DeepSpeed steps inside backward, so a second pass cannot be put before the step. Use DDP "
                 "or FSDP2, or SAQConfig(case=None)."
             )
+        if self.is_fsdp_enabled:
+            self._check_fsdp()
+            self._skeleton = _on_meta(self.model)
         self._mend_loss_scaling()
         self.schedule = PerturbationSchedule(self.saq_config.interval, self.saq_config.start)
         self.minimizer: SharpnessAwareMinimizer | None = None
@@ -162,6 +165,27 @@ class SAQTrainer(Trainer):
         classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large."""
         if getattr(self.accelerator.unwrap_model(self.model), "accepts_loss_kwargs", None) is None:
             self.model_accepts_loss_kwargs = False
+
+    def _check_fsdp(self) -> None:
+        """Raise where FSDP cannot do what is asked for, before it shards anything."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 and self.saq_config.case is not None:
+            raise ValueError(
+                "SAQTrainer: FSDP version 1 hides the parameters of a layer in one flat tensor. Set fsdp_version: 2 "
+                'in the accelerate config, or "version": 2 in fsdp_config.'
+            )
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "SAQTrainer: FSDP's cpu_ram_efficient_loading leaves quantizers uncalibrated on all processes but the "
+                "first, and accelerate cannot broadcast their buffers. Set fsdp_cpu_ram_efficient_loading: false."
+            )
+        if self.args.save_on_each_node:
+            raise ValueError("SAQTrainer: under FSDP only the first process holds the model; unset save_on_each_node.")
+        if self.saq_config.case in (1, 2) and self.saq_config.sync == "local":
+            raise ValueError(
+                f'SAQTrainer: SAQConfig(case={self.saq_config.case}, sync="local") under FSDP2, where gradients of '
+                'latent weights exist only averaged over processes. Set sync="global", or case=3.'
+            )
 
     # Calibration -----------------------------------------------------------------------------------------------------
 
@@ -264,11 +288,24 @@ class SAQTrainer(Trainer):
         """Save the model for use: packed integers and scales. Checkpoints during training keep the latent weights."""
         is_checkpoint = _internal_call and output_dir is not None
         quantized = any(isinstance(m, QuantizedLayer) and m.weight_quantizer for m in self.model.modules())
-        if is_checkpoint or not quantized or self.is_fsdp_enabled:
+        # A checkpoint in shards has them in files of their own, next to the optimizer's.
+        in_shards = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if is_checkpoint and (in_shards or not self.is_fsdp_enabled) or not (quantized or self.is_fsdp_enabled):
             super().save_model(output_dir, _internal_call)
             return
-        with self._saving(pack(self.accelerator.unwrap_model(self.model))):
+        model = self._gathered_model() if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model)
+        if quantized and not is_checkpoint and self.args.should_save:
+            model = pack(model)
+        with self._saving(model):
             super().save_model(output_dir, _internal_call)
+
+    def _gathered_model(self) -> nn.Module:
+        """An unsharded copy of the model in CPU memory, with values on the main process only."""
+        whole = copy.deepcopy(self._skeleton)
+        state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            whole.load_state_dict(state, strict=True, assign=True)
+        return whole
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in `Trainer`. If this step was saved before, its checkpoint stops counting as complete at once."""
@@ -280,11 +317,12 @@ class SAQTrainer(Trainer):
     @contextmanager
     def _saving(self, model: nn.Module) -> Iterator[None]:
         """Let `Trainer` save another model than the one in training."""
-        trained, self.model = self.model, model
+        trained, sharded = self.model, self.is_fsdp_enabled
+        self.model, self.is_fsdp_enabled = model, False
         try:
             yield
         finally:
-            self.model = trained
+            self.model, self.is_fsdp_enabled = trained, sharded
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Resume exactly. `Trainer` reads the file's names as the module's names and skips what does not match, which
@@ -303,6 +341,12 @@ class SAQTrainer(Trainer):
             return
         logger.info("Loading best model from %s.", self.state.best_model_checkpoint)
         _load_exactly(plain, str(self.state.best_model_checkpoint))
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose parameters take no memory."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 def _load_exactly(model: PreTrainedModel, directory: str) -> None:

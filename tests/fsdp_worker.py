@@ -1,4 +1,7 @@
-"""Started by torchrun from `test_fsdp.py`: trains under FSDP2 and leaves the results of rank 0 in a file."""
+"""Started by torchrun from `test_fsdp.py`: trains under FSDP2 and leaves the results of rank 0 in a file.
+
+First with `SAQTrainer`, whose Accelerate makes the process group, then with the minimizer alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import copy
 import sys
 from pathlib import Path
 
+import fsdp_trainer_runs
 import torch
 import torch.distributed as dist
 from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, RHO, RUNS, STEPS, batch, loss_of, net
@@ -96,8 +100,8 @@ def plain_first_pass() -> str:
 
 
 def main(output: Path) -> None:
-    dist.init_process_group("gloo")
-    results = {}
+    trained, accelerator = fsdp_trainer_runs.run(output)
+    results = {"trainer": trained}
     for name, options in RUNS.items():
         # Half of the runs shard under a minimizer that is already there, as SAQTrainer does.
         model = net()
@@ -115,8 +119,7 @@ def main(output: Path) -> None:
         results[f"case {case} local"] = raised(lambda c=case: SharpnessAwareMinimizer(shard(net()), rho=RHO, case=c))
     if dist.get_rank() == 0:
         torch.save(results, output / "results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def reference_gradients(
                 b.copy_(value)
 
     model.train()
-    if sharded and sync == "local":
+    if sharded and sync == "local" and case is not None:
         for batches in zip(*ranks, strict=True):
             all_eps = sharded_perturbations([first_pass(batch) for batch in batches])
             for batch, eps in zip(batches, all_eps, strict=True):

@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, PROCESSES, RHO, RUNS, STEPS, batch, loss_of, net
+from fsdp_trainer_runs import RUNS as TRAINER_RUNS
 from reference import package_name, to_reference, train_reference
+from training import reference_result
 
 TOLERANCE = 1e-11
 
 
-def torchrun(worker: str, output: Path) -> dict:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("fsdp")
     tests = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
-        + [str(tests / worker), str(output)],
+        + [str(tests / "fsdp_worker.py"), str(output)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -27,11 +31,6 @@ def torchrun(worker: str, output: Path) -> dict:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(output / "results.pt", weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
-    return torchrun("fsdp_worker.py", tmp_path_factory.mktemp("fsdp"))
 
 
 def difference(state: dict, reference: torch.nn.Module) -> float:
@@ -87,3 +86,46 @@ def test_gradients_left_by_no_sync_are_refused(results):
 
 def test_a_plain_first_pass_is_refused(results):
     assert "minimizer.ascent()" in results["plain first pass"]
+
+
+# SAQTrainer through Accelerate ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(results) -> dict:
+    return results["trainer"]
+
+
+@pytest.mark.parametrize(("case", "sync"), TRAINER_RUNS)
+def test_trainer_equals_the_reference(case, sync, trained):
+    result = trained[case, sync]
+    reference = reference_result("vit", case, 2, sync, processes=2, sharded=True)
+    assert result["sharded"]
+    assert difference(result["state"], reference) < TOLERANCE
+    assert result["skipped"] == 0
+
+
+def test_trainer_saves_a_packed_model(trained):
+    assert (trained["packed"]["trained"] - trained["packed"]["reloaded"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_trainer_resumes_exactly(kind, trained):
+    whole, resumed = trained[kind]["whole"], trained[kind]["resumed"]
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_checkpoints_hold_the_whole_model_in_float(trained):
+    whole, checkpoint = trained["FULL_STATE_DICT"]["whole"], trained["checkpoint"]
+    assert whole.keys() == checkpoint.keys()
+    # `from_pretrained` keeps step sizes in float32.
+    assert all(torch.equal(whole[name].to(checkpoint[name].dtype), checkpoint[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("case", 'Set sync="global"'), ("version", "fsdp_version: 2"), ("loading", "cpu_ram_efficient_loading: false")],
+)
+def test_trainer_refuses_what_cannot_work(what, message, trained):
+    assert message in trained["refused"][what]

@@ -83,7 +83,7 @@ def loss_of(model: nn.Module, batch: tuple) -> torch.Tensor:
     return model(pixel_values=batch[0], labels=batch[1]).loss
 
 
-def reference_result(family, case, accumulation, sync, processes=1, max_grad_norm=0.0) -> nn.Module:
+def reference_result(family, case, accumulation, sync, processes=1, max_grad_norm=0.0, sharded=False) -> nn.Module:
     """What the run must end with. Accelerate deals batch `k` to process `k % processes`."""
     model = to_reference(quantized_model(family))
     data = Images(BATCH * STEPS * accumulation * processes)
@@ -97,5 +97,6 @@ def reference_result(family, case, accumulation, sync, processes=1, max_grad_nor
     optimizer = torch.optim.SGD(
         [{"params": others}, {"params": scales, "lr": LEARNING_RATE * SCALE_LR_RATIO}], lr=LEARNING_RATE
     )
-    train_reference(model, loss_of, steps, optimizer, max_grad_norm=max_grad_norm, case=case, rho=RHO, sync=sync)
+    how = dict(case=case, rho=RHO, sync=sync, sharded=sharded)
+    train_reference(model, loss_of, steps, optimizer, max_grad_norm=max_grad_norm, **how)
     return model
