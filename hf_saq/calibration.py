@@ -82,7 +82,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     activation_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
     weight_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "weight"]
     observers = {quantizer: _ActivationObserver(quantizer.path) for quantizer in activation_quantizers}
-    pass_through = {quantizer: _PassThrough() for quantizer in weight_quantizers}
+    attached_to: dict[Quantizer, _ActivationObserver | _PassThrough] = {
+        **observers,
+        **{quantizer: _PassThrough() for quantizer in weight_quantizers},
+    }
     if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -90,7 +93,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     model.eval()
     count = 0
     try:
-        for quantizer, observer in [*observers.items(), *pass_through.items()]:
+        for quantizer, observer in attached_to.items():
             quantizer.observer = observer
         for batch in batches:
             _run(model, batch, device)
@@ -102,10 +105,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             module.training = training
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
-    ran = {quantizer for quantizer, seen in [*observers.items(), *pass_through.items()] if seen.ran}
-    _leave_idle_layers_in_float(model, ran)
-    attached = set(model.modules())
-    seen = {quantizer: observer for quantizer, observer in observers.items() if quantizer in attached}
+    _leave_idle_layers_in_float(model, {quantizer for quantizer, observer in attached_to.items() if observer.ran})
+    remaining = set(model.modules())
+    seen = {quantizer: observer for quantizer, observer in observers.items() if quantizer in remaining}
     empty = [q.path.removesuffix(".activation_quantizer") for q, observer in seen.items() if not observer.samples]
     if empty:
         raise ValueError(

@@ -119,6 +119,7 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
     _check_patterns("modules_to_not_convert", excluded, names)
     _check_patterns("overrides", config.overrides, names)
     edges = first_and_heads(model) if config.first_last_bits is not None else set()
+    tied = _tied_to_something_else(model)
 
     layers: list[LayerPlan] = []
     for name, module in model.named_modules():
@@ -131,8 +132,8 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
             layer.reason = "the model itself is a single layer; wrap it, for example in nn.Sequential"
         elif any(_matches(pattern, name) for pattern in excluded):
             layer.reason = "listed in modules_to_not_convert"
-        elif reason:
-            layer.reason = reason
+        elif reason or module in tied:
+            layer.reason = reason or tied[module]
         else:
             settings = layer_settings(config, name, edge=name in edges)
             if settings["weight_bits"] is None and settings["activation_bits"] is None:
@@ -157,6 +158,25 @@ def unsupported(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "this convolution has no quantized form"
     return None
+
+
+def _tied_to_something_else(model: nn.Module) -> dict[nn.Module, str]:
+    """Layers that share their weight with a module that cannot be quantized, such as an embedding, and the reason."""
+    # transformers ties weights after loading them; until then it only lists which ones.
+    source_of: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            source = parameters.get(source_of.get(f"{name}.{key}", ""), parameter)
+            owners.setdefault(source, []).append((name, module))
+    tied = {}
+    for sharing in owners.values():
+        others = [name for name, module in sharing if unsupported(module) != ""]
+        if others and len(sharing) > 1:
+            reason = f"its weight is shared with {others[0]}, which has no quantized form"
+            tied.update({module: reason for _, module in sharing if unsupported(module) == ""})
+    return tied
 
 
 def layer_settings(config: SAQQuantizationConfig, name: str, edge: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 from tiny_models import (
     NUM_LABELS,
     TRANSFORMERS_MODELS,
@@ -25,6 +26,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.conversion import first_and_heads, plan
@@ -169,6 +171,57 @@ def test_a_weight_that_is_computed_stays_in_float():
     quantize(model, W4A4)
     assert model.quantization_report.skipped[0].reason == "its weight is computed from other parameters"
     assert list(layers(model)) == ["1"]
+
+
+def test_a_weight_shared_with_an_embedding_stays_in_float():
+    """Packed, the two could no longer be one tensor."""
+    model = nn.ModuleDict({"tokens": nn.Embedding(5, 6), "body": nn.Linear(6, 6), "head": nn.Linear(6, 5)})
+    model["head"].weight = model["tokens"].weight
+    quantize(model, W4A4)
+    assert list(layers(model)) == ["body"]
+    assert (
+        model.quantization_report.skipped[0].reason == "its weight is shared with tokens, which has no quantized form"
+    )
+
+
+class Marked(nn.Conv2d):
+    """A torch layer under another name: what it computes is the same."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+
+def test_a_subclass_that_adds_nothing_but_a_constructor_is_quantized():
+    model = quantize(nn.Sequential(Marked(3), nn.Linear(3, 3)), W4A4)
+    assert list(layers(model)) == ["0", "1"] and type(model[0]) is QuantConv2d
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_conv1d_of_transformers_equals_the_float_one_on_hand_quantized_operands(granularity: str):
+    layer = jitter(Conv1D(5, 6))
+    x = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0))
+    config = SAQQuantizationConfig(weight_bits=3, first_last_bits=None, weight_granularity=granularity)
+    model = calibrate(quantize(nn.Sequential(copy.deepcopy(layer)), config), [x])
+    w_scale, x_scale = model[0].weight_quantizer.scale.detach(), model[0].activation_quantizer.scale.detach()
+    assert w_scale.shape == ((1,) if granularity == "tensor" else (1, 5))
+    layer.weight.data = by_hand(layer.weight.data, w_scale, -4, 3)
+    expected = layer(by_hand(x, x_scale, -8, 7))
+    assert_close(model(x), expected)
+    assert torch.equal(pack(model)(x), model(x))
+
+
+@pytest.mark.parametrize("size", [8, 9, 11], ids=str)
+@pytest.mark.parametrize("stride", [1, 2, 3], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3, (4, 5)], ids=str)
+def test_the_same_padding_of_timm_equals_the_float_one_on_hand_quantized_operands(size: int, stride: int, kernel):
+    layer = jitter(Conv2dSame(4, 6, kernel, stride=stride, dilation=2, groups=2))
+    x = torch.randn(2, 4, size, size + 1, generator=torch.Generator().manual_seed(0))
+    config = SAQQuantizationConfig(weight_bits=3, first_last_bits=None)
+    model = calibrate(quantize(nn.Sequential(copy.deepcopy(layer)), config), [x])
+    layer.weight.data = by_hand(layer.weight.data, model[0].weight_quantizer.scale.detach(), -4, 3)
+    expected = layer(by_hand(x, model[0].activation_quantizer.scale.detach(), -8, 7))
+    assert torch.equal(model(x), expected)
+    assert torch.equal(pack(model)(x), expected)
 
 
 # First layer and heads -----------------------------------------------------------------------------------------------

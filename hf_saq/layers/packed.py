@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -124,4 +122,5 @@ class PackedLayer(nn.Module):
         return self._functional.compute(x, self.quantized_weight(), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{type(self._functional).__name__.removeprefix('Quant')}, weight_shape={self.weight_shape}, bits={self.bits}"
+        kind = type(self._functional).__name__.removeprefix("Quant")
+        return f"{kind}, weight_shape={self.weight_shape}, bits={self.bits}"
