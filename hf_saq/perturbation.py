@@ -158,7 +158,7 @@ class SharpnessAwareMinimizer:
         assert isinstance(quantizer, Quantizer)
         if self._phase == "perturbed":
             eps = self._eps.get(quantizer)
-            return None if eps is None else w_q + eps
+            return None if eps is None else w_q + eps.to(w_q.dtype)  # FSDP2 may hand out weights in half precision
         leaf = self._leaf.get(quantizer)
         if leaf is None or not self._is_first_pass():
             return None
