@@ -72,7 +72,7 @@ class SAQTrainer(Trainer):
         if is_packed(model):
             raise ValueError(
                 f"{type(model).__name__} holds packed integers, which cannot be trained. Load a checkpoint in float "
-                "storage, or call `hf_saq.dequantize(model)` and quantize it again."
+                "storage, as training leaves them in `checkpoint-N`."
             )
         self.saq_config = saq_config or SAQConfig()
         if self.saq_config.case is not None and not any(isinstance(m, QuantizedLayer) for m in model.modules()):
@@ -141,10 +141,12 @@ class SAQTrainer(Trainer):
         with minimizer.perturbed():
             perturbed_loss = super().training_step(model, inputs, num_items_in_batch)
         clean_loss = self._clean_losses.pop(0)
-        # The loss of a micro-batch is already divided by their number; so is the sharpness, which adds up over a step.
-        self._sharpness.append(perturbed_loss - clean_loss)
+        # Losses come divided by the number of micro-batches, and so do gradients of a single one; logs are per image.
+        micro_batches = self.current_gradient_accumulation_steps
+        self._sharpness.append((perturbed_loss - clean_loss) * micro_batches)
         if batches:
-            self._ascent_norms.append(minimizer.ascent_norm / self._loss_scale())
+            norm = minimizer.ascent_norm / self._loss_scale()
+            self._ascent_norms.append(norm * micro_batches / len(batches))
         return clean_loss
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -245,16 +247,15 @@ class SAQTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the quantities of the perturbation to training logs."""
-        if "loss" in logs and self.minimizer is not None:
+        if "loss" in logs:
             logs = {**logs, **self._perturbation_logs()}
         super().log(logs, start_time)
 
     def _perturbation_logs(self) -> dict[str, float]:
-        assert self.minimizer is not None
-        steps = max(len(self._ascent_norms), 1)
-        zero = torch.zeros((), device=self.args.device)
-        sharpness = torch.stack([zero, *self._sharpness]).sum() / steps
-        norm = torch.tensor(sum(self._ascent_norms) / steps, device=sharpness.device)
+        if self.minimizer is None or not self._sharpness:
+            return {}  # no step was perturbed since the last log; schedules are alike on every process
+        sharpness = torch.stack(self._sharpness).mean()
+        norm = torch.tensor(sum(self._ascent_norms) / len(self._ascent_norms), device=sharpness.device)
         skipped = torch.tensor(float(self.minimizer.skipped), device=sharpness.device)
         gathered = self.accelerator.gather(torch.stack([sharpness.float(), norm, skipped])[None]).mean(dim=0)
         self._sharpness, self._ascent_norms = [], []

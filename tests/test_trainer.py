@@ -80,6 +80,39 @@ def test_logs(tmp_path):
         assert entry["skipped_perturbations"] == 0
 
 
+@pytest.mark.parametrize("sync", ["local", "global"])
+def test_sharpness_is_the_mean_over_micro_batches(sync, tmp_path):
+    """Against the losses of both passes, recorded as they come out of the model."""
+    losses: list[float] = []
+
+    class Recorder(InOrder):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    trainer = make_trainer("vit", 3, 2, sync, tmp_path, cls=Recorder, max_steps=1)
+    trainer.train()
+    clean, perturbed = (losses[0::2], losses[1::2]) if sync == "local" else (losses[:2], losses[2:])
+    expected = sum(p - c for p, c in zip(perturbed, clean, strict=True)) / 2
+    entry = trainer.state.log_history[0]
+    assert entry["sharpness"] == pytest.approx(expected, abs=2e-6)
+    assert entry["loss"] == pytest.approx(sum(clean) / 2, abs=1e-4)
+
+
+def test_ascent_norm_does_not_depend_on_how_a_batch_is_split(tmp_path):
+    """Twice the same images: the gradient of each half is that of the whole, also in what is logged."""
+    norms = []
+    for accumulation, sync in ((1, "local"), (2, "local"), (2, "global")):
+        trainer = make_trainer("vit", 3, accumulation, sync, tmp_path, max_steps=1)
+        data = trainer.train_dataset
+        data.pixel_values = data.pixel_values[:4].repeat(accumulation, 1, 1, 1)
+        data.labels = data.labels[:4].repeat(accumulation)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["ascent_norm"])
+    assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-4)
+
+
 def test_schedule(tmp_path):
     """`interval` and `start` choose the steps with two passes."""
     for config, expected in ((SAQConfig(interval=2), [2, 1, 2, 1]), (SAQConfig(start=0.5), [1, 1, 2, 2])):
