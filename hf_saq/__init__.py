@@ -7,6 +7,7 @@ quantized checkpoints.
 from .calibration import calibrate
 from .config import SAQConfig, SAQQuantizationConfig
 from .conversion import quantize
+from .cost import Cost, cost
 from .hf_quantizer import register
 from .packed_model import pack
 from .perturbation import SharpnessAwareMinimizer
@@ -16,12 +17,14 @@ from .version import __version__
 register()
 
 __all__ = [
+    "Cost",
     "SAQConfig",
     "SAQQuantizationConfig",
     "SAQTrainer",
     "SharpnessAwareMinimizer",
     "__version__",
     "calibrate",
+    "cost",
     "pack",
     "quantize",
 ]

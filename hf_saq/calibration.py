@@ -88,21 +88,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     }
     if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    count = 0
-    try:
-        for quantizer, observer in attached_to.items():
-            quantizer.observer = observer
-        for batch in batches:
-            _run(model, batch, device)
-            count += 1
-    finally:
-        for quantizer in [*activation_quantizers, *weight_quantizers]:
-            quantizer.observer = None
-        for module, training in was_training.items():
-            module.training = training
+    count = _run_observed(model, batches, attached_to)
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
     _leave_idle_layers_in_float(model, {quantizer for quantizer, observer in attached_to.items() if observer.ran})
@@ -117,6 +103,32 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     for quantizer, observer in seen.items():
         quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
     return model
+
+
+def run_in_float(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run `model` on `batches` in evaluation mode, with every quantizer that it still has passed by."""
+    _run_observed(model, batches, {m: _PassThrough() for m in model.modules() if isinstance(m, Quantizer)})
+
+
+@torch.no_grad()
+def _run_observed(model: nn.Module, batches: Iterable[Any], observers: Mapping[Quantizer, Observer]) -> int:
+    """Run in evaluation mode while each quantizer shows its input to its observer; returns the number of batches."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    count = 0
+    try:
+        for quantizer, observer in observers.items():
+            quantizer.observer = observer
+        for batch in batches:
+            _run(model, batch, device)
+            count += 1
+    finally:
+        for quantizer in observers:
+            quantizer.observer = None
+        for module, training in was_training.items():
+            module.training = training
+    return count
 
 
 def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:

@@ -29,6 +29,7 @@ ORDER = (
     "config",
     "conversion",
     "calibration",
+    "cost",
     "packed_model",
     "hf_quantizer",
     "checkpoints",
