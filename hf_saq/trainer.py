@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .calibration import calibrate, is_calibrated
+from .calibration import NEVER_RUN, calibrate, needs_calibration
 from .checkpoints import STATE_FILE, last_complete_checkpoint, what_is_missing
 from .config import SAQConfig, SAQQuantizationConfig
-from .conversion import quantize
+from .conversion import leave_in_float, quantize
+from .cost import cost
 from .default_rho import default_rho
 from .layers import QuantizedLayer
 from .packed_model import is_packed, pack
@@ -39,7 +40,8 @@ class SAQTrainer(Trainer):
     Everything else is [`transformers.Trainer`]: the same arguments, callbacks, evaluation, checkpoints and Hub push.
     Each perturbed step runs forward and backward twice; the loss that is logged is the one of the first pass, at the
     quantized weights. Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log),
-    `ascent_norm` (mean gradient norm of the first pass) and `skipped_perturbations` (count so far).
+    `ascent_norm` (mean gradient norm of the first pass) and `skipped_perturbations` (count so far). The first line of
+    a run that calibrates also has `bit_operations` (for one image) and `weight_bytes`, see [`cost`].
 
     Args:
         model: A quantized model, or a float one together with `quantization_config`. Activation ranges that are still
@@ -121,6 +123,7 @@ class SAQTrainer(Trainer):
         self._clean_losses: list[Tensor] = []
         self._sharpness: list[Tensor] = []
         self._ascent_norms: list[float] = []
+        self._cost_logs: dict[str, float] = {}  # of a model calibrated here, for the first line of its log
 
     # The two-pass step -----------------------------------------------------------------------------------------------
 
@@ -222,12 +225,17 @@ class SAQTrainer(Trainer):
 
     def calibrate_if_needed(self) -> None:
         """Fit missing activation ranges to the first batches of the training data, alike on every process."""
-        if is_calibrated(self.model):
+        if not needs_calibration(self.model):
             return
         if self.train_dataset is None:
             raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to do it with.")
         with unchanged_rng():
-            calibrate(self.model, self._calibration_batches())
+            batches = list(self._calibration_batches())
+            calibrate(self.model, batches)
+            image = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batches[0].items()}
+            found = cost(self.model, image)
+        logger.info("For the first training image:\n%s", found)
+        self._cost_logs = {"bit_operations": found.bops, "weight_bytes": found.weight_bytes}
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Plain, unsharded batches: every process must see the same ones."""
@@ -248,7 +256,8 @@ class SAQTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the quantities of the perturbation to training logs."""
         if "loss" in logs:
-            logs = {**logs, **self._perturbation_logs()}
+            logs = {**logs, **self._cost_logs, **self._perturbation_logs()}
+            self._cost_logs = {}
         super().log(logs, start_time)
 
     def _perturbation_logs(self) -> dict[str, float]:
@@ -353,6 +362,10 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _load_exactly(model: PreTrainedModel, directory: str) -> None:
     """Put the checkpoint's tensors into `model`; every one must be there and fit."""
     loaded = type(model).from_pretrained(directory, dtype=model.dtype)
+    stored = getattr(loaded.config, "quantization_config", None)
+    idle = set(getattr(stored, "modules_to_not_convert", None) or ())  # among them those that calibration found idle
+    quantized = {name for name, m in model.named_modules() if isinstance(m, QuantizedLayer) and name in idle}
+    leave_in_float(model, sorted(quantized), NEVER_RUN)
     model.load_state_dict(loaded.state_dict(), strict=True)
 
 
