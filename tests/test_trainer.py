@@ -303,3 +303,24 @@ def test_stopping_between_micro_batches_leaves_nothing_behind(tmp_path):
     trainer.model.zero_grad()
     trainer.train()
     assert largest_difference(trainer.model, reference_result("vit", 3, 2, "global")) < TOLERANCE
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    """Its engine steps inside `backward`. Plain training is let through."""
+    create = SAQTrainer.create_accelerator_and_postprocess
+
+    def with_deepspeed(self):
+        create(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(SAQTrainer, "create_accelerator_and_postprocess", with_deepspeed)
+    with pytest.raises(ValueError, match="DeepSpeed steps inside backward"):
+        SAQTrainer(quantized_model("vit"), arguments(tmp_path), saq_config=SAQConfig(rho=0.1))
+    SAQTrainer(quantized_model("vit"), arguments(tmp_path), saq_config=SAQConfig(case=None))
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs in one process would use nn.DataParallel"):
+        SAQTrainer(quantized_model("vit"), args, saq_config=SAQConfig(rho=0.1))
