@@ -54,7 +54,7 @@ def small_vit(labels: list[str], image_size: int) -> PreTrainedModel:
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=128,
-        # 0.02 is made for hundreds of dimensions; with 64 it costs ten epochs before anything is learned.
+        # The usual 0.02 is made for hundreds of dimensions; with 64 training is slow to start.
         initializer_range=0.1,
         **_label_maps(labels),
     )

@@ -198,7 +198,8 @@ def run(
     }
     training_args.remove_unused_columns = False
     if not training_args.do_train:
-        trainer = SAQTrainer(model, stage_arguments(training_args, "eval"), saq_config=SAQConfig(case=None), **common)
+        # A packed model is evaluated here too, which only the stock Trainer takes.
+        trainer = Trainer(model, stage_arguments(training_args, "eval", push_to_hub=False), **common)
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
@@ -263,15 +264,13 @@ def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: 
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    trainer.save_model()
+    trainer.save_model()  # and push it, with --push_to_hub
     trainer.accelerator.wait_for_everyone()
     directory = Path(trainer.args.output_dir)
     reloaded = AutoModelForImageClassification.from_pretrained(directory)
     check_args = stage_arguments(training_args, f"{directory.name}-reloaded", push_to_hub=False)
     checker = Trainer(reloaded, check_args, **{k: v for k, v in common.items() if k != "train_dataset"})
     reloaded_top1 = checker.evaluate()["eval_top1"]
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_tags=None)
     return Row(method, bits, metrics["eval_top1"], weight_bytes(directory), seconds, reloaded_top1)
 
 

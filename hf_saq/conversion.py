@@ -285,11 +285,6 @@ def initialize_weight_quantizers(model: nn.Module) -> None:
                 module.weight_quantizer.initialize(module.weight)
 
 
-def quantizers(model: nn.Module) -> list[Quantizer]:
-    """Every quantizer of the model, in the order of `named_modules`."""
-    return [module for module in model.modules() if isinstance(module, Quantizer)]
-
-
 def _matches(pattern: str, name: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
 

@@ -6,10 +6,10 @@ from torch import nn
 
 CONVOLUTIONAL_RHO = 0.05
 """SAM's own default for CNNs (arXiv:2010.01412). The SAQ authors' scripts use 0.3 to 0.9, but on standardised weights,
-which are larger; on MobileNetV2 with LSQ 0.3 raised the loss by more than twice its value."""
+which are larger."""
 
 TRANSFORMER_RHO = 0.1
-"""The authors' scripts for ViTs sweep 0.001 to 0.1; small ViTs with LSQ and AdamW liked 0.1 to 0.3."""
+"""The upper end of 0.001 to 0.1, which the authors' scripts for ViTs sweep."""
 
 
 def default_rho(model: nn.Module) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.calibration import NEVER_RUN, SAMPLES_PER_BATCH, is_calibrated
-from hf_saq.conversion import quantizers
+from hf_saq.quantizers import Quantizer
 
 W4A4 = SAQQuantizationConfig()
 
@@ -137,7 +137,7 @@ def test_nothing_else_changes():
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert after["1.num_batches_tracked"] == 0
     assert all(p.grad is None for p in model.parameters())
-    assert all(quantizer.observer is None for quantizer in quantizers(model))
+    assert all(m.observer is None for m in model.modules() if isinstance(m, Quantizer))
 
 
 def test_dropout_is_off():
@@ -290,7 +290,7 @@ def test_after_an_exception_everything_is_back():
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         calibrate(model, [images(size=8), images(size=16)])  # the second does not fit the head
     assert all(module.training for module in model.modules())
-    assert all(quantizer.observer is None for quantizer in quantizers(model))
+    assert all(m.observer is None for m in model.modules() if isinstance(m, Quantizer))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
     assert torch.is_grad_enabled()
     with pytest.raises(RuntimeError, match="0.activation_quantizer: this activation quantizer has no range yet"):

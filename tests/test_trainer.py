@@ -7,6 +7,7 @@ import torch
 from reference import largest_difference
 from torch import nn
 from training import FAMILIES, HOW, RHO, Images, InOrder, arguments, make_trainer, quantized_model, reference_result
+from transformers import Trainer
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, pack
 
@@ -38,8 +39,6 @@ def test_gradient_clipping_sees_the_final_gradient_only(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rho_zero_and_case_none_are_plain_training_bit_for_bit(family, tmp_path):
-    from transformers import Trainer
-
     states = []
     for saq_config in (SAQConfig(rho=0.0), SAQConfig(case=None), None):
         model, args = quantized_model(family, torch.float32), arguments(tmp_path, max_steps=10, optim="adamw_torch")
@@ -241,14 +240,13 @@ def test_scales_have_their_own_group(tmp_path):
     names = {p: name for name, p in trainer.model.named_parameters()}
     grouped = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
     assert set(grouped) == set(names.values())
+    scales = {name for name in grouped if name.endswith("_quantizer.scale")}
+    assert len(scales) == 2 * len(trainer.model.quantization_report.converted)
+    decays = set(Trainer.get_decay_parameter_names(trainer, trainer.model)) - scales  # what the stock Trainer decays
+    assert {"classifier.weight", "vit.embeddings.cls_token"} <= decays
     for name, group in grouped.items():
-        is_scale = name.endswith("_quantizer.scale")
-        assert group["lr"] == (0.25e-2 if is_scale else 1e-2), name
-        assert group["weight_decay"] == (0.1 if name.endswith(".weight") and "layernorm" not in name else 0.0) or (
-            not is_scale and group["weight_decay"] in (0.0, 0.1)
-        ), name
-        if is_scale:
-            assert group["weight_decay"] == 0.0
+        assert group["lr"] == (0.25e-2 if name in scales else 1e-2), name
+        assert group["weight_decay"] == (0.1 if name in decays else 0.0), name
 
 
 def test_bad_input(tmp_path):

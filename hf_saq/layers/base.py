@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..quantizers import Quantizer
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(nn.Module, ABC):
     """Mixin of the layers that train with fake-quantized weights and inputs.
 
     Attributes:
@@ -43,13 +44,13 @@ class QuantizedLayer(nn.Module):
         return new
 
     @staticmethod
+    @abstractmethod
     def constructor_arguments(layer: Any) -> dict[str, Any]:
         """Arguments that rebuild a layer of the same shape as the float `layer`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the float layer computes, of these operands in place of its own."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(self.quantized_input(x), self.quantized_weight(), self.bias)

@@ -63,6 +63,17 @@ def test_the_default_run_end_to_end(tmp_path, capsys):
         assert config["quantization_config"]["storage"] == "packed"
 
 
+def test_a_packed_checkpoint_is_evaluated_and_pushed_once(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(script.SAQTrainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/model"))
+    monkeypatch.setattr(script.SAQTrainer, "push_to_hub", lambda self, **_: pushed.append(self.args.hub_model_id))
+    rows = script.main([*SMALL, f"--output_dir={tmp_path}", "--weight_bits=4", "--methods=saq", "--push_to_hub"])
+    assert pushed == [f"{tmp_path.name}-saq-w4a4"]
+    packed = tmp_path / "saq-w4a4"
+    arguments = [f"--model_name_or_path={packed}", "--do_train=false", f"--output_dir={tmp_path / 'again'}"]
+    assert script.main([*SMALL, *arguments])[0].top1 == rows[-1].top1
+
+
 def test_image_folders_and_a_pipeline(folders, tmp_path):
     from transformers import pipeline
 
