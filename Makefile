@@ -21,7 +21,7 @@ demo: $(STAMP)  ## quantize a real image classifier to 4 and 2 bits, in a few mi
 
 FLOWERS_DATA ?= ../shared/data/flowers102
 FLOWERS_MODEL ?= ../shared/data/mobilenet_v2-imagenet
-flowers: $(STAMP)  ## MobileNetV2 on Oxford Flowers-102 at 64 pixels, about ten minutes on two cores
+flowers: $(STAMP)  ## MobileNetV2 on Oxford Flowers-102 at 64 pixels, a few minutes on two cores
 	OMP_NUM_THREADS=2 $(BIN)/python examples/run_image_classification.py \
 	    --model_name_or_path $(FLOWERS_MODEL) --config_overrides '{"classifier_dropout_prob": 0.2}' \
 	    --dataset_name $(FLOWERS_DATA) --eval_split test --max_eval_samples 600 --image_size 64 \
