@@ -1,0 +1,47 @@
+"""A picture of a training run, drawn from the log history that `Trainer` keeps. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+DOTS_PER_INCH = 100
+
+
+def curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What there is to draw: panel -> line -> pairs of step and value. Panels without two points in a line are left
+    out."""
+    panels = {
+        "loss": {"training": "loss", "evaluation": "eval_loss"},
+        "accuracy": {"accuracy": "eval_accuracy", "top-1": "eval_top1", "top-5": "eval_top5"},
+        "sharpness": {"sharpness": "sharpness"},
+    }
+    found = {}
+    for panel, lines in panels.items():
+        points = {
+            label: [(entry["step"], entry[key]) for entry in log_history if key in entry and "step" in entry]
+            for label, key in lines.items()
+        }
+        if any(len(line) > 1 for line in points.values()):
+            found[panel] = {label: line for label, line in points.items() if line}
+    return found
+
+
+def draw_training_curve(log_history: Sequence[Mapping[str, Any]], file: Path) -> bool:
+    """Write a PNG. Returns whether there was something to draw and matplotlib to draw it with."""
+    panels = curves(log_history)
+    if not panels or find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure  # not pyplot, which would touch the user's own figures
+
+    figure = Figure(figsize=(4 * len(panels), 3), dpi=DOTS_PER_INCH, layout="constrained")
+    for axes, (panel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+        axes.set(title=panel, xlabel="step")
+        if len(lines) > 1:
+            axes.legend()
+    figure.savefig(file, format="png")
+    return True
