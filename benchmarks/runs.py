@@ -1,0 +1,89 @@
+"""Finished runs of a benchmark: one JSON file each, written when a run ends, found again when the script restarts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import hf_saq
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs in one directory.
+
+    Attributes:
+        directory: Holds `<name>.json` for each run.
+        command: What to type to get them, stored with each.
+        versions: Of what runs here, as it was when this process read it.
+    """
+
+    directory: Path
+    command: str
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def once(self, name: str, arguments: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The stored record of the run `name`, or the one of `run()`, which is stored at once.
+
+        Args:
+            arguments: Everything the outcome depends on, JSON-plain. A stored run must have had the same.
+            run: Computes the outcome, JSON-plain.
+
+        Returns:
+            `{"name", "arguments", "outcome", "seconds", "versions", "command"}`.
+
+        Raises:
+            ValueError: If a run of this name is stored that had other arguments.
+        """
+        path = self.directory / f"{name}.json"
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["arguments"] != arguments:
+                told = {k: (record["arguments"].get(k), arguments.get(k)) for k in {*record["arguments"], *arguments}}
+                differing = {k: pair for k, pair in sorted(told.items()) if pair[0] != pair[1]}
+                raise ValueError(
+                    f"{path}: this run is stored with other arguments, {differing} (stored, now); expected the same. "
+                    "Remove the file, or write to another directory of results."
+                )
+            return record
+        started = time.perf_counter()
+        outcome = run()
+        record = {
+            "name": name,
+            "arguments": arguments,
+            "outcome": outcome,
+            "seconds": round(time.perf_counter() - started, 1),
+            "versions": self.versions,
+            "command": self.command,
+        }
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)  # an interrupted write leaves no half a record
+        print(name, {k: v for k, v in outcome.items() if isinstance(v, (int, float, str))}, flush=True)
+        return record
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries; of this repository the commit, `-dirty` where files differ from it."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_saq": hf_saq.__version__,
+    }
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass  # not a checkout
+    return found
