@@ -37,15 +37,18 @@ from image_model import (
     load_model,
     load_processor,
     refit_batch_norm,
+    timm_repository,
 )
 from transformers import AutoModelForImageClassification, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer
 from hf_saq.checkpoints import last_complete_checkpoint
+from hf_saq.model_card import ResultRow
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("qat", "saq")
+NAMES = {"float": "float", "qat": "QAT", "saq": "SAQ"}  # in model cards
 FLOAT_BITS = 32
 
 
@@ -135,6 +138,11 @@ class Row:
     bytes: int
     seconds: float | None
     reloaded_top1: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def for_card(self) -> ResultRow:
+        """As a line in the model card of another model of the same run."""
+        return ResultRow(NAMES[self.method], self.bits, self.metrics, self.bytes)
 
 
 Arguments = tuple[ModelArguments, DataTrainingArguments, TrainingArguments, SAQConfig, QuantizationArguments]
@@ -231,6 +239,8 @@ def run(
                 quantization_config=config,
                 **common,
             )
+            about = card_arguments(model_args, data_args, len(images["eval"]))
+            trainer.card_arguments = {**about, "comparison": [row.for_card() for row in rows]}
             rows.append(train_quantized(trainer, method, bits, training_args, common))
     if training_args.process_index == 0:
         table = format_table(rows)
@@ -255,7 +265,8 @@ def train_float(model, training_args: TrainingArguments, quantization_args: Quan
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
-    return Row("float", "W32A32", metrics["eval_top1"], weight_bytes(Path(args.output_dir)), seconds)
+    size = weight_bytes(Path(args.output_dir))
+    return Row("float", "W32A32", metrics["eval_top1"], size, seconds, metrics=metrics)
 
 
 def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: TrainingArguments, common) -> Row:
@@ -271,7 +282,18 @@ def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: 
     check_args = stage_arguments(training_args, f"{directory.name}-reloaded", push_to_hub=False)
     checker = Trainer(reloaded, check_args, **{k: v for k, v in common.items() if k != "train_dataset"})
     reloaded_top1 = checker.evaluate()["eval_top1"]
-    return Row(method, bits, metrics["eval_top1"], weight_bytes(directory), seconds, reloaded_top1)
+    return Row(method, bits, metrics["eval_top1"], weight_bytes(directory), seconds, reloaded_top1, metrics)
+
+
+def card_arguments(model_args: ModelArguments, data_args: DataTrainingArguments, held_out: int) -> dict[str, Any]:
+    """What a model card cannot find out by itself. Names of directories are recognised and left out there."""
+    about: dict[str, Any] = {}
+    if model_args.model_name_or_path is not None and not model_args.from_scratch:
+        about["finetuned_from"] = timm_repository(model_args.model_name_or_path)
+    if data_args.dataset_name is not None:
+        about["dataset_tags"] = [data_args.dataset_name]
+    name = "scikit-learn's digits" if data_args.is_digits else Path(data_args.dataset_name or "image folders").name
+    return {**about, "dataset": f"{name} ({held_out:,} held-out images)"}
 
 
 def timed_training(trainer: Trainer) -> float:

@@ -113,7 +113,7 @@ def model_card(facts: CardFacts) -> ModelCard:
     """The card: metadata of the Hub and the text."""
     metrics = measured(facts.metrics)
     data = ModelCardData(
-        model_name=facts.name,
+        model_name=facts.name if metrics else None,  # of the results; the Hub knows the repository's
         library_name="transformers",
         pipeline_tag=TASK,
         base_model=facts.base_model,

@@ -108,7 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self._chunks()
         if token and token != TOKEN:
-            self._send(401, {"error": "Invalid username or password."}, message="Invalid credentials in Authorization header")
+            self._send(
+                401, {"error": "Invalid username or password."}, message="Invalid credentials in Authorization header"
+            )
         elif path == "/api/validate-yaml":
             self._send(200, {"errors": [], "warnings": []})
         elif path == "/api/repos/create":
@@ -147,7 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command == "POST" and not may_write:
             self._send(401, {"error": "Unauthorized"})
         elif what == "preupload":
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
             self._send(200, {"files": files})
         elif what == "commit":
             sha = repository.commit(revision, [json.loads(line) for line in body.splitlines()])

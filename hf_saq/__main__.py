@@ -1,0 +1,8 @@
+"""`python -m hf_saq` is `hf-saq`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
