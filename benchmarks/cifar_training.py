@@ -7,12 +7,13 @@ import itertools
 import torch
 import torch.nn.functional as F
 from cifar_data import Images, evaluation_batches, training_batches
-from torch import nn
+from torch import Tensor, nn
 
 from hf_saq.parameter_groups import parameter_groups
 
 MOMENTUM = 0.9
 SCALE_LR_RATIO = 0.1
+CALIBRATION_BATCHES, CALIBRATION_BATCH = 2, 128
 LOSS_WINDOW = 16
 """Steps at the end of training over which the loss is averaged."""
 
@@ -43,6 +44,12 @@ def train(
         losses.append(loss.item())
     last = losses[-LOSS_WINDOW:]
     return sum(last) / len(last)
+
+
+def calibration_batches(images: Images) -> list[Tensor]:
+    """The first `images`, normalized and as they are, in batches for `hf_saq.calibrate`."""
+    shown = images[slice(0, CALIBRATION_BATCHES * CALIBRATION_BATCH)]
+    return [pixels for pixels, _ in evaluation_batches(shown, CALIBRATION_BATCH)]
 
 
 @torch.no_grad()

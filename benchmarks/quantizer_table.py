@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar_data import DEFAULT_DATA, Cifar, Images, evaluation_batches, load_cifar
+from cifar_data import DEFAULT_DATA, Cifar, Images, load_cifar
 from cifar_resnet import CifarResNet, load_weights
-from cifar_training import accuracy, train
+from cifar_training import accuracy, calibration_batches, train
 from quantizer_page import FLOAT, page
 from runs import Runs
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,8 @@ from hf_saq import SAQQuantizationConfig, calibrate, quantize
 from hf_saq.quantizers import QUANTIZERS, Quantizer
 
 SPLIT_SEED = 0
-CALIBRATION_BATCHES, CALIBRATION_BATCH = 2, 128
+CLEARLY = 0.02
+"""By how much a learning rate must be worse than the best so far to end the search."""
 
 
 @dataclass
@@ -55,18 +56,20 @@ class TableArguments:
     bits: list[int] = field(default_factory=lambda: [4, 3, 2], metadata={"help": "Of weights and activations."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of the order and augmentation."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [0.003, 0.01, 0.03, 0.1], metadata={"help": "From which each quantizer gets its own."}
+        default_factory=lambda: [0.003, 0.01, 0.03, 0.1],
+        metadata={"help": "From which each quantizer gets its own; tried from the smallest up."},
     )
-    steps: int = field(default=128, metadata={"help": "Optimizer steps of a fine-tune."})
-    search_steps: int = field(default=40, metadata={"help": "Optimizer steps of a trial of a learning rate."})
+    steps: int = field(default=64, metadata={"help": "Optimizer steps of a fine-tune."})
+    search_steps: int = field(default=24, metadata={"help": "Optimizer steps of a trial of a learning rate."})
     batch_size: int = field(default=32, metadata={"help": "Images of a step."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Of weights; norms and scales have none."})
     float_steps: int = field(default=128, metadata={"help": "Optimizer steps of the adaptation."})
     float_batch_size: int = field(default=64, metadata={"help": "Images of such a step."})
     float_learning_rate: float = field(default=0.01, metadata={"help": "Of the adaptation, at its start."})
     validation_images: int = field(default=1000, metadata={"help": "Held out from training to choose learning rates."})
+    test_images: int = field(default=5000, metadata={"help": "The first test images: what a fine-tune is scored on."})
     calibrated_images: int = field(
-        default=2000, metadata={"help": "The first test images: what a model is scored on before its fine-tune."}
+        default=1000, metadata={"help": "The first test images: what a model is scored on before it."}
     )
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "steps": args.steps,
                     "batch_size": args.batch_size,
                     "weight_decay": args.weight_decay,
+                    "test_images": min(args.test_images, len(test)),
                     "calibrated_images": min(args.calibrated_images, len(test)),
                     "float_model": fingerprint,
                 }
@@ -182,9 +186,12 @@ def fingerprint_of(state: dict[str, torch.Tensor]) -> str:
 def chosen_learning_rate(
     args: TableArguments, runs: Runs, material: Material, quantizer: str, fingerprint: str
 ) -> float:
-    """The candidate with the best validation accuracy after a shorter fine-tune at the lowest number of bits."""
-    scores = {}
-    for lr in args.learning_rates:
+    """The candidate with the best validation accuracy after a shorter fine-tune at the lowest number of bits.
+
+    They are tried from the smallest up until one is clearly worse than the best so far: the rest diverges further.
+    """
+    best, best_score = 0.0, -1.0
+    for lr in sorted(args.learning_rates):
         arguments = {
             "kind": "trial",
             "quantizer": quantizer,
@@ -197,8 +204,12 @@ def chosen_learning_rate(
             "float_model": fingerprint,
         }
         record = runs.once(f"lr-{quantizer}-{lr:g}", arguments, partial(trial, material, arguments))
-        scores[lr] = record["outcome"]["validation"]
-    return max(scores, key=lambda lr: scores[lr])
+        score = record["outcome"]["validation"]
+        if score > best_score:
+            best, best_score = lr, score
+        elif score < best_score - CLEARLY:
+            break
+    return best
 
 
 def trial(material: Material, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +225,7 @@ def table_run(material: Material, arguments: dict[str, Any]) -> dict[str, Any]:
     loss = fine_tune(model, material, arguments)
     return {
         "test_calibrated": calibrated,
-        "test": accuracy(model, material.test),
+        "test": accuracy(model, material.test[slice(0, arguments["test_images"])]),
         "training_loss": loss,
         "learned_values": {name: [first[name], value] for name, value in learned_values(model).items()},
     }
@@ -227,8 +238,7 @@ def start(material: Material, arguments: dict[str, Any]) -> nn.Module:
     if arguments["quantizer"] != FLOAT:
         bits = arguments["bits"]
         config = SAQQuantizationConfig(weight_bits=bits, activation_bits=bits, quantizer=arguments["quantizer"])
-        shown = material.training[slice(0, CALIBRATION_BATCHES * CALIBRATION_BATCH)]
-        calibrate(quantize(model, config), [pixels for pixels, _ in evaluation_batches(shown, CALIBRATION_BATCH)])
+        calibrate(quantize(model, config), calibration_batches(material.training))
     return model
 
 
