@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests and the demo are small: one thread in each of two processes beats two threads in one.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo flowers test test-slow architectures quality style clean
+.PHONY: install demo flowers test test-slow architectures quantizers quality style clean
 
 install: $(STAMP)
 
@@ -39,6 +39,9 @@ test-slow: $(STAMP)
 
 architectures: $(STAMP)  ## write docs/architectures.md from a run over every architecture, about ten minutes
 	$(TEST_ENV) $(BIN)/python tests/write_architectures.py docs/architectures.md
+
+quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmarks/results/quantizers are done first
+	$(TEST_ENV) $(BIN)/python benchmarks/quantizer_table.py
 
 quality: $(STAMP)
 	$(BIN)/ruff check .
