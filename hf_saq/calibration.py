@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conversion import leave_in_float
-from .layers import QuantizedLayer
+from .conversion import leave_in_float, note_signs
+from .layers import HoldsQuantizers
 from .quantizers import Observer, Quantizer
 
 NEVER_RUN = "the model never calls this layer: its weight is read directly, or has no part in the output"
@@ -102,6 +102,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         )
     for quantizer, observer in seen.items():
         quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
+    note_signs(model)
     return model
 
 
@@ -132,12 +133,12 @@ def _run_observed(model: nn.Module, batches: Iterable[Any], observers: Mapping[Q
 
 
 def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
-    """Give up the quantization of `QuantizedLayer`s with no quantizer among those that `ran`."""
+    """Give up the quantization of layers and attention products with no quantizer among those that `ran`."""
     idle = []
     working = 0
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLayer):
-            own = [q for q in (layer.weight_quantizer, layer.activation_quantizer) if q is not None]
+        if isinstance(layer, HoldsQuantizers):
+            own = layer.own_quantizers()
             working += bool(ran.intersection(own))
             if own and ran.isdisjoint(own):
                 idle.append(name)

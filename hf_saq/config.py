@@ -86,6 +86,13 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
     first_last_bits: int | None = field(
         default=8, metadata={"help": "Bits of the first layer and of the heads; None treats them like the rest."}
     )
+    quantize_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "Also quantize the operands of attention products (query, key, probabilities, value) to "
+            "activation_bits. For models whose attention goes through transformers' attention interface."
+        },
+    )
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "Modules to leave in float: dotted names, their prefixes, or globs."}
     )
@@ -102,6 +109,15 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         layer_fields = {name: getattr(self, name) for name in OVERRIDABLE}
         _check_layer_fields("SAQQuantizationConfig.", layer_fields)
         _check_bits("SAQQuantizationConfig.first_last_bits", self.first_last_bits)
+        if not isinstance(self.quantize_attention, bool):
+            raise ValueError(
+                f"SAQQuantizationConfig.quantize_attention={self.quantize_attention!r}; expected True or False."
+            )
+        if self.quantize_attention and self.activation_bits is None:
+            raise ValueError(
+                "SAQQuantizationConfig.quantize_attention=True with activation_bits=None: both operands of an "
+                "attention product are activations. Set activation_bits, or quantize_attention=False."
+            )
         _check_choice("SAQQuantizationConfig.storage", self.storage, ("float", "packed"))
         _check_choice("SAQQuantizationConfig.quant_method", self.quant_method, (QUANT_METHOD,))
         if type(self.format_version) is not int or self.format_version < 1:

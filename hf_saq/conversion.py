@@ -11,8 +11,16 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from . import attention_interface
 from .config import OVERRIDABLE, SAQQuantizationConfig
-from .layers import QUANTIZED_LAYERS, PackedLayer, QuantizedLayer, quantized_form
+from .layers import (
+    QUANTIZED_LAYERS,
+    HoldsQuantizers,
+    PackedLayer,
+    QuantAttentionProducts,
+    QuantizedLayer,
+    quantized_form,
+)
 from .quantizers import Quantizer, check_activation_mode, quantizer_class
 
 _SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
@@ -20,12 +28,17 @@ _SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
 
 @dataclass
 class LayerPlan:
-    """What is to happen to one layer. `settings` is empty and `reason` says why where it stays in float."""
+    """What is to happen to one layer. `settings` is empty and `reason` says why where it stays in float.
+
+    The products of an attention count as a layer, which has no weight; `layer_type` is then that of the attention.
+    `sign` is that of the activations: `auto` until they are calibrated.
+    """
 
     name: str
     layer_type: str
     settings: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    sign: str = "-"
 
 
 @dataclass
@@ -43,10 +56,13 @@ class ConversionReport:
         return [layer for layer in self.layers if not layer.settings]
 
     def __str__(self) -> str:
-        rows = [("module", "type", "W", "A", "quantizer", "note")]
+        rows = [("module", "type", "W", "A", "sign of A", "quantizer", "note")]
         for layer in self.layers:
             bits = [str(layer.settings.get(k) or "float") for k in ("weight_bits", "activation_bits")]
-            rows.append((layer.name, layer.layer_type, *bits, layer.settings.get("quantizer", "-"), layer.reason))
+            if layer.settings and "weight_bits" not in layer.settings:
+                bits[0] = "-"
+            quantizer = layer.settings.get("quantizer", "-")
+            rows.append((layer.name, layer.layer_type, *bits, layer.sign, quantizer, layer.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, f"{len(self.converted)} layers quantized, {len(self.skipped)} left in float"])
@@ -57,7 +73,8 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
 
     The new layers share the parameters of the old. Weight scales get their first values here; activation quantizers
     wait for `calibrate`. Works on any module: models of transformers, timm, torchvision or your own. With both
-    `weight_bits` and `activation_bits` at `None` nothing changes.
+    `weight_bits` and `activation_bits` at `None` nothing changes. With `quantize_attention` the attention products
+    are quantized as well, wherever a model of transformers has them; its `attn_implementation` becomes `"saq"`.
 
     Args:
         model: The float model.
@@ -67,8 +84,9 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
         `model` itself. The report is kept as `model.quantization_report`.
 
     Raises:
-        ValueError: If the model is quantized already, has no layer that can be quantized, or if a name in
-            `modules_to_not_convert` or a pattern in `overrides` matches no module.
+        ValueError: If the model is quantized already, has no layer that can be quantized, has no attention that can be
+            and `quantize_attention` asks for it, or if a name in `modules_to_not_convert` or a pattern in `overrides`
+            matches no module.
     """
     if not isinstance(config, SAQQuantizationConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a SAQQuantizationConfig.")
@@ -96,8 +114,42 @@ def convert(model: nn.Module, config: SAQQuantizationConfig) -> ConversionReport
         module: build(module, name, settings[name]) for name, module in model.named_modules() if name in settings
     }
     replace_modules(model, replacements)
+    if config.quantize_attention:
+        for name, module in list(model.named_modules()):
+            if products_name(name) in settings:
+                module.add_module(
+                    attention_interface.CHILD,
+                    build_products(module, products_name(name), settings[products_name(name)]),
+                )
+        attention_interface.route(model)
     model.quantization_report = report  # type: ignore[assignment]
+    if report.converted and hasattr(model, "add_model_tags"):
+        model.add_model_tags(config.tags)  # type: ignore[operator]  # `model.push_to_hub` writes them into the card
+    note_signs(model)
     return report
+
+
+def note_signs(model: nn.Module) -> None:
+    """Write into the report of `model` which signs its activations have by now."""
+    report = getattr(model, "quantization_report", None)
+    for planned in report.converted if isinstance(report, ConversionReport) else []:
+        module = model.get_submodule(planned.name)
+        if isinstance(module, QuantAttentionProducts):
+            *others, probability = (
+                _sign(getattr(module, f"{operand}_quantizer")) for operand in ("query", "key", "value", "probability")
+            )
+            planned.sign = f"{'/'.join(dict.fromkeys(others))}, probabilities {probability}"
+        else:
+            planned.sign = _sign(module.activation_quantizer)  # type: ignore[arg-type]
+
+
+def _sign(quantizer: Quantizer | None) -> str:
+    if quantizer is None:
+        return "-"
+    if quantizer.has_offset:
+        return "affine"
+    signed = quantizer.signed if quantizer.initialized else quantizer.requested_signed
+    return {None: "auto", True: "signed", False: "unsigned"}[signed]
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
@@ -110,11 +162,13 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
     """Decide for every layer whether and how it is quantized, in the order of `named_modules`."""
-    if any(isinstance(m, (QuantizedLayer, PackedLayer)) for m in model.modules()):
+    if any(isinstance(m, (HoldsQuantizers, PackedLayer)) for m in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has quantized layers already; start from the float model, or train on as it is."
         )
     names = [name for name, _ in model.named_modules() if name]
+    attentions = _attentions(model) if config.quantize_attention else {}
+    names += [products_name(name) for name in attentions]
     excluded = config.modules_to_not_convert or []
     _check_patterns("modules_to_not_convert", excluded, names)
     _check_patterns("overrides", config.overrides, names)
@@ -124,6 +178,8 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
     layers: list[LayerPlan] = []
     for name, module in model.named_modules():
         layer = LayerPlan(name, type(module).__name__)
+        if name in attentions:
+            layers.append(_plan_products(name, module, config))
         reason = unsupported(module)
         if reason is None:
             continue
@@ -142,6 +198,48 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
                 layer.settings = settings
                 layer.reason = "first layer or head" if name in edges else ""
     return layers
+
+
+def products_name(name: str) -> str:
+    """The name that the products of the attention module called `name` have, or would have."""
+    return f"{name}.{attention_interface.CHILD}" if name else attention_interface.CHILD
+
+
+def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules that go through the attention interface, by name; raises if none of them can be quantized."""
+    found = {name: m for name, m in model.named_modules() if attention_interface.uses_interface(m)}
+    reasons = {name: attention_interface.unsupported(m) for name, m in found.items()}
+    if not found or all(reasons.values()):
+        others = [f"{n} ({type(m).__name__})" for n, m in model.named_modules() if _sounds_like_attention(m)]
+        seen = [f"{name}: {reason}" for name, reason in reasons.items()]
+        by_hand = f"{len(others)} attention modules that do not, for example {', '.join(others[:3])}"
+        raise ValueError(
+            f"{type(model).__name__}: quantize_attention=True, but no attention of this model can be quantized. "
+            "Expected modules that go through transformers' attention interface; found "
+            f"{'; '.join(seen[:3]) or (by_hand if others else 'no attention module')}. Set quantize_attention=False."
+        )
+    return found
+
+
+def _sounds_like_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+def _plan_products(name: str, attention: nn.Module, config: SAQQuantizationConfig) -> LayerPlan:
+    """Decide whether and how the products of one attention module are quantized; patterns may name that or them."""
+    own_name = products_name(name)
+    planned = LayerPlan(own_name, type(attention).__name__)
+    planned.reason = attention_interface.unsupported(attention)
+    if any(_matches(pattern, n) for pattern in config.modules_to_not_convert or [] for n in (name, own_name)):
+        planned.reason = "listed in modules_to_not_convert"
+    if not planned.reason:
+        settings = layer_settings(config, name, own_name, edge=False)
+        del settings["weight_bits"], settings["weight_granularity"]
+        if settings["activation_bits"] is None:
+            planned.reason = "bits are None"
+        else:
+            planned.settings = settings
+    return planned
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -179,15 +277,16 @@ def _tied_to_something_else(model: nn.Module) -> dict[nn.Module, str]:
     return tied
 
 
-def layer_settings(config: SAQQuantizationConfig, name: str, edge: bool) -> dict[str, Any]:
-    """The fields that hold for one layer: the configuration, then the first/last rule, then matching overrides."""
+def layer_settings(config: SAQQuantizationConfig, *names: str, edge: bool) -> dict[str, Any]:
+    """The fields that hold for one layer: the configuration, then the first/last rule, then overrides that match one
+    of its names."""
     settings = {key: getattr(config, key) for key in OVERRIDABLE}
     if edge:
         for key in ("weight_bits", "activation_bits"):
             if settings[key] is not None:
                 settings[key] = config.first_last_bits
     for pattern, values in config.overrides.items():
-        if _matches(pattern, name):
+        if any(_matches(pattern, name) for name in names):
             settings.update(values)
     return settings
 
@@ -244,15 +343,37 @@ def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLay
         ).to(weight.device)
         weight_quantizer.path = f"{name}.weight_quantizer"
     if settings["activation_bits"] is not None:
-        check_activation_mode(f"{name}: ", settings["quantizer"], settings["activation_mode"])
-        activation_quantizer = make(
-            settings["activation_bits"],
-            role="activation",
-            signed=_SIGNED[settings["activation_mode"]],
-            scale_init=settings["scale_init"],
-        ).to(weight.device)
-        activation_quantizer.path = f"{name}.activation_quantizer"
+        activation_quantizer = _activation_quantizer(f"{name}.activation_quantizer", settings, weight.device)
     return form.from_float(layer, weight_quantizer, activation_quantizer)
+
+
+def build_products(attention: nn.Module, name: str, settings: dict[str, Any]) -> QuantAttentionProducts:
+    """The products of one attention module, their quantizers not yet initialized; `name` is theirs."""
+    device = next((tensor.device for tensor in attention.parameters()), torch.device("cpu"))
+    quantizers: dict[str, Quantizer | None] = {}
+    for operand in ("query", "key", "value"):
+        path = f"{name}.{operand}_quantizer"
+        quantizers[f"{operand}_quantizer"] = _activation_quantizer(path, settings, device)
+    # A softmax has no negative values, and the zero of a grid without offset is its most common one.
+    probability = _activation_quantizer(
+        f"{name}.probability_quantizer", {**settings, "activation_mode": "unsigned"}, device
+    )
+    products = QuantAttentionProducts(**quantizers, probability_quantizer=probability)
+    products.path = name
+    return products.train(attention.training)
+
+
+def _activation_quantizer(path: str, settings: dict[str, Any], device: torch.device) -> Quantizer:
+    where = f"{path.rpartition('.')[0]}: "
+    check_activation_mode(where, settings["quantizer"], settings["activation_mode"])
+    quantizer = quantizer_class(settings["quantizer"])(
+        settings["activation_bits"],
+        role="activation",
+        signed=_SIGNED[settings["activation_mode"]],
+        scale_init=settings["scale_init"],
+    ).to(device)
+    quantizer.path = path
+    return quantizer
 
 
 def leave_in_float(model: nn.Module, names: Collection[str], reason: str) -> None:
@@ -262,12 +383,12 @@ def leave_in_float(model: nn.Module, names: Collection[str], reason: str) -> Non
     """
     for name in names:
         layer = model.get_submodule(name)
-        assert isinstance(layer, QuantizedLayer)
-        layer.weight_quantizer = layer.activation_quantizer = None
+        assert isinstance(layer, HoldsQuantizers)
+        layer.leave_in_float()
     report = getattr(model, "quantization_report", None)
     for planned in report.layers if isinstance(report, ConversionReport) else []:
         if planned.name in names:
-            planned.settings, planned.reason = {}, reason
+            planned.settings, planned.reason, planned.sign = {}, reason, "-"
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(config, SAQQuantizationConfig):
         excluded = config.modules_to_not_convert or []

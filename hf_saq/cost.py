@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .calibration import run_in_float
-from .layers import PackedLayer, QuantizedLayer
+from .layers import PackedLayer, QuantAttentionProducts, QuantizedLayer
 from .packing import packed_size
 from .quantizers import Quantizer
 
@@ -20,7 +20,11 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One quantized layer: its name, multiply-accumulates, and bits of its two operands."""
+    """One quantized layer: its name, multiply-accumulates, and bits of its two operands.
+
+    The products of an attention are such a layer if they are quantized; no operand of theirs is a weight, so
+    `weight_bits` are those of the activation in its place.
+    """
 
     name: str
     macs: int
@@ -39,8 +43,8 @@ class Cost:
 
     Attributes:
         layers: Quantized layers, in the order of `named_modules`.
-        other_macs: Multiply-accumulates in everything else: attention products, layers left in float. They count
-            `32 x 32` bit operations each.
+        other_macs: Multiply-accumulates in everything else: attention products unless `quantize_attention` is set,
+            layers left in float. They count `32 x 32` bit operations each.
         parameters: Number of parameters of the float model; the values of quantizers are not among them.
         quantized_parameters: How many of them have fewer than 32 bits.
         weight_bytes: All parameters as a packed checkpoint stores them, with the values of quantizers.
@@ -103,9 +107,8 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
         model: Any model; it is left as it was.
         inputs: One batch as `calibrate` takes them. Pass a single image for figures per image.
     """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, (QuantizedLayer, PackedLayer))
-    }
+    kinds = (QuantizedLayer, PackedLayer, QuantAttentionProducts)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     macs = dict.fromkeys(layers, 0)
     counter = FlopCounterMode(display=False)
     handles = []
@@ -132,7 +135,11 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
     return Cost(tuple(counted), counter.get_total_flops() // 2 - sum(macs.values()), *_storage(model))
 
 
-def _bits(layer: QuantizedLayer | PackedLayer) -> tuple[int, int]:
+def _bits(layer: QuantizedLayer | PackedLayer | QuantAttentionProducts) -> tuple[int, int]:
+    if isinstance(layer, QuantAttentionProducts):
+        bits = {quantizer.bits for quantizer in layer.own_quantizers()} or {FLOAT_BITS}
+        assert len(bits) == 1, "all operands of an attention have the same bits"
+        return 2 * (*bits,)  # type: ignore[return-value]
     quantizer: Any = layer if isinstance(layer, PackedLayer) else layer.weight_quantizer
     weight_bits = FLOAT_BITS if quantizer is None else quantizer.bits
     activation_bits = FLOAT_BITS if layer.activation_quantizer is None else layer.activation_quantizer.bits

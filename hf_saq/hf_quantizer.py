@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from . import attention_interface
 from .config import QUANT_METHOD, SAQQuantizationConfig
-from .conversion import convert, initialize_weight_quantizers
+from .conversion import convert, initialize_weight_quantizers, note_signs
 from .layers import PackedLayer
 from .packed_model import convert_to_packed
 from .quantizers import Quantizer
@@ -25,6 +27,12 @@ class SAQHfQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: SAQQuantizationConfig
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Quantized attention products come with an implementation of their own, which `config.json` does not name."""
+        if self.quantization_config.quantize_attention:
+            attention_interface.choose(config)
+        return config
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
         if self.quantization_config.storage == "packed" and not self.pre_quantized:
             raise ValueError(
@@ -38,7 +46,7 @@ class SAQHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             # A float checkpoint has no quantizers; they get their values below, so the report should not list them.
             ignored = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-            model._keys_to_ignore_on_load_missing = ignored | {r"\.(weight|activation)_quantizer\."}  # type: ignore[assignment]
+            model._keys_to_ignore_on_load_missing = ignored | {r"\.\w+_quantizer\."}  # type: ignore[assignment]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
@@ -59,6 +67,7 @@ class SAQHfQuantizer(HfQuantizer):
             )
         for quantizer in quantizers:
             quantizer.refresh()
+        note_signs(model)
         for module in model.modules():
             if isinstance(module, PackedLayer):
                 module.codes()  # raises where codes, bits and shape do not belong together
@@ -93,6 +102,8 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def register() -> None:
-    """Make transformers know `quant_method="saq"`. Safe to call again, for example when the module is reloaded."""
+    """Make transformers know `quant_method="saq"` and the attention of that name. Safe to call again, for example when
+    the module is reloaded."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SAQQuantizationConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SAQHfQuantizer
+    attention_interface.register()

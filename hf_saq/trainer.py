@@ -22,7 +22,7 @@ from .config import SAQConfig, SAQQuantizationConfig
 from .conversion import leave_in_float, quantize
 from .cost import cost
 from .default_rho import default_rho
-from .layers import QuantizedLayer
+from .layers import HoldsQuantizers, QuantizedLayer
 from .packed_model import is_packed, pack
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbation import SharpnessAwareMinimizer
@@ -364,7 +364,7 @@ def _load_exactly(model: PreTrainedModel, directory: str) -> None:
     loaded = type(model).from_pretrained(directory, dtype=model.dtype)
     stored = getattr(loaded.config, "quantization_config", None)
     idle = set(getattr(stored, "modules_to_not_convert", None) or ())  # among them those that calibration found idle
-    quantized = {name for name, m in model.named_modules() if isinstance(m, QuantizedLayer) and name in idle}
+    quantized = {name for name, m in model.named_modules() if isinstance(m, HoldsQuantizers) and name in idle}
     leave_in_float(model, sorted(quantized), NEVER_RUN)
     model.load_state_dict(loaded.state_dict(), strict=True)
 

@@ -21,6 +21,7 @@ from transformers import TimmWrapperForImageClassification as TimmModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as MAPPING
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, pack, quantize
+from hf_saq.attention_interface import uses_interface
 from hf_saq.layers import PackedLayer, QuantizedLayer
 
 BATCH = 4
@@ -354,6 +355,7 @@ class Result:
     quantized: int = 0
     skipped: tuple[str, ...] = ()  # reasons, one for each layer left in float
     without_effect: int = 0  # quantized layers that run, and that the logits do not depend on
+    attentions: int = 0  # attention modules whose products were quantized as well, in a second run of the check
     reason: str = ""
 
     @property
@@ -366,6 +368,11 @@ def check(architecture: Architecture) -> Result:
     result = Result(architecture.name)
     try:
         _check(architecture, architecture.build(), result)
+        model = architecture.build()
+        if any(uses_interface(module) for module in model.modules()):
+            with_attention = Result(architecture.name)
+            _check(architecture, model, with_attention, quantize_attention=True)
+            result.attentions = with_attention.quantized - result.quantized
     except Exception as error:  # the sweep is to go on, and to tell
         result.reason = _what_the_float_model_lacks(architecture) or _text(error)
     return result
@@ -387,11 +394,11 @@ def _what_the_float_model_lacks(architecture: Architecture) -> str:
     return ""
 
 
-def _check(architecture: Architecture, model: PreTrainedModel, result: Result) -> None:
+def _check(architecture: Architecture, model: PreTrainedModel, result: Result, **fields: Any) -> None:
     batch = inputs(architecture, model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="calibrate: .* stay in float")  # the table says which
-        calibrate(quantize(model, SAQQuantizationConfig()), [batch])
+        calibrate(quantize(model, SAQQuantizationConfig(**fields)), [batch])
     report = model.quantization_report
     result.quantized = len(report.converted)
     result.skipped = tuple(layer.reason for layer in report.skipped)

@@ -32,6 +32,7 @@ BAD_QUANTIZATION = [
         "'unsigned'], or a quantizer that can do it: ['lsq_plus'].",
     ),
     ("scale_init", "max", "SAQQuantizationConfig.scale_init='max'; expected one of ['mse', 'mean']."),
+    ("quantize_attention", 1, "SAQQuantizationConfig.quantize_attention=1; expected True or False."),
     ("storage", "int4", "SAQQuantizationConfig.storage='int4'; expected one of ['float', 'packed']."),
     ("quant_method", "awq", "SAQQuantizationConfig.quant_method='awq'; expected one of ['saq']."),
     ("format_version", 0, "SAQQuantizationConfig.format_version=0; expected an integer >= 1."),
@@ -122,12 +123,13 @@ def test_edges_of_the_ranges_are_accepted():
 def far_from_the_defaults() -> SAQQuantizationConfig:
     return SAQQuantizationConfig(
         weight_bits=3,
-        activation_bits=None,
+        activation_bits=6,
         quantizer="lsq_plus",
         weight_granularity="channel",
         activation_mode="affine",
         scale_init="mean",
         first_last_bits=None,
+        quantize_attention=True,
         modules_to_not_convert=["classifier"],
         overrides={"*.q_proj": {"weight_bits": 2}, "*.fc1": {"activation_bits": 5, "quantizer": "lsq_plus"}},
         storage="packed",

@@ -26,6 +26,7 @@ ORDER = (
     "sharding",
     "perturbation",
     "layers",
+    "attention_interface",
     "config",
     "conversion",
     "calibration",
@@ -39,7 +40,7 @@ ORDER = (
     "analysis",
     "__init__",
 )
-KNOW_TRANSFORMERS = {"config", "hf_quantizer", "trainer", "hub"}
+KNOW_TRANSFORMERS = {"attention_interface", "config", "hf_quantizer", "trainer", "hub"}
 # The method itself: torch (numpy for its random state), quantizers, and one another.
 METHOD = {"scope", "rng", "norm_statistics", "schedules", "sharding", "perturbation"}
 METHOD_MAY_IMPORT = METHOD | {"quantizers"}
@@ -87,7 +88,7 @@ def test_the_graph_is_seen():
     """Guards the parser itself: were it to find nothing, everything below would pass."""
     assert len(GRAPH) > 20
     assert "quantizers" in internal("layers.linear") | internal("layers.base")
-    assert internal("layers") == {"layers.base", "layers.conv", "layers.linear", "layers.packed"}
+    assert internal("layers") == {"layers.attention", "layers.base", "layers.conv", "layers.linear", "layers.packed"}
     assert "torch" in GRAPH["perturbation"] and "norm_statistics" in internal("perturbation")
     assert "transformers" in {unit(target) for target in GRAPH["trainer"]}
 

@@ -23,7 +23,8 @@ Each row is a small random model of that architecture that was quantized to 4 bi
 calibrated, trained for two SAQ steps in which every quantized layer received a perturbation, stored in float and
 in packed form, and loaded into fresh models with equal integer codes and equal logits. The sizes are not those of the
 published models, so the numbers of layers are not either. An architecture may pass with layers in float: the notes say
-how many and why, as `model.quantization_report` does for a model of yours.
+how many and why, as `model.quantization_report` does for a model of yours. "Attentions" counts those whose products
+`quantize_attention=True` quantized too, in a second run of the same check; where there is none it raises an error.
 
 """
 LONGEST_REASON = 220
@@ -36,7 +37,9 @@ def page(results: list[Result]) -> str:
         rows = [result for result in results if result.name.startswith(f"{library}/")]
         passed = sum(result.passed for result in rows)
         parts.append(f"## {library}: {passed} of {len(rows)} pass ({passed / len(rows):.1%})\n\n")
-        parts.append("| architecture | quantized | in float | result | notes |\n|---|---|---|---|---|\n")
+        parts.append(
+            "| architecture | quantized | in float | attentions | result | notes |\n|---|---|---|---|---|---|\n"
+        )
         parts += [_row(result) for result in rows]
         parts.append("\n")
     return "".join(parts).rstrip() + "\n"
@@ -51,7 +54,8 @@ def _row(result: Result) -> str:
         reason = reason[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
     verdict = "passed" if result.passed else f"not supported: {reason}"
     name = result.name.split("/")[1]
-    return f"| {name} | {result.quantized} | {len(result.skipped)} | {verdict} | {'; '.join(notes)} |\n"
+    counts = f"{result.quantized} | {len(result.skipped)} | {result.attentions or '-'}"
+    return f"| {name} | {counts} | {verdict} | {'; '.join(notes)} |\n"
 
 
 def main(target: Path) -> None:

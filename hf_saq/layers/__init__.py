@@ -3,7 +3,8 @@
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .base import QuantizedLayer
+from .attention import QuantAttentionProducts
+from .base import HoldsQuantizers, QuantizedLayer
 from .conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from .linear import QuantLinear, QuantTransposedLinear
 from .packed import PackedLayer
@@ -53,7 +54,9 @@ def quantized_form(layer: nn.Module) -> type[QuantizedLayer] | None:
 __all__ = [
     "LIBRARY_LAYERS",
     "QUANTIZED_LAYERS",
+    "HoldsQuantizers",
     "PackedLayer",
+    "QuantAttentionProducts",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv2dSame",

@@ -11,7 +11,20 @@ from torch import Tensor, nn
 from ..quantizers import Quantizer
 
 
-class QuantizedLayer(nn.Module, ABC):
+class HoldsQuantizers(nn.Module):
+    """A module with quantizers among its children, any of which may be `None`."""
+
+    def own_quantizers(self) -> list[Quantizer]:
+        return [child for child in self.children() if isinstance(child, Quantizer)]
+
+    def leave_in_float(self) -> None:
+        """Give up all of them, for good."""
+        for name, child in list(self.named_children()):
+            if isinstance(child, Quantizer):
+                setattr(self, name, None)
+
+
+class QuantizedLayer(HoldsQuantizers, ABC):
     """Mixin of the layers that train with fake-quantized weights and inputs.
 
     Attributes:
