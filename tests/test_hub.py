@@ -122,8 +122,8 @@ def test_never_anything_but_packed_weights_at_the_top(hub, published):
         assert is_packed_file(commit["files"]["model.safetensors"])
         card = yaml.safe_load(commit["files"]["README.md"].decode().split("---\n")[1])
         assert card["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.625
-    weights = {commit["files"]["model.safetensors"] for commit in commits}
-    assert len(weights) == 3  # each push is of the weights of its step, not of a later one
+    biases = [read_tensors(commit["files"]["model.safetensors"])["classifier.bias"] for commit in commits]
+    assert len({tuple(bias.tolist()) for bias in biases}) == 3  # each push is of its step's weights, not of later ones
 
 
 def test_load_back(hub, published):
@@ -218,7 +218,7 @@ def test_private_and_revision(hub, tmp_path):
     assert commit.oid == hub.repositories["me/hidden"].branches["v1"]["sha"]
     assert 'revision="v1"' in hub.files("me/hidden", "v1")["README.md"].decode()
     assert is_packed(load("me/hidden", revision="v1"))
-    with pytest.raises(OSError, match=r"no file named|does not appear to have a file named|not found|config.json"):
+    with pytest.raises(ValueError, match="Unrecognized model in me/hidden"):  # its main branch is empty
         load("me/hidden")
     with pytest.raises(OSError, match="me/hidden"):
         load("me/hidden", revision="v1", token=False, cache_dir=tmp_path / "empty")

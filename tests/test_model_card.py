@@ -102,7 +102,7 @@ def test_the_table_has_the_rows_that_were_measured():
 
 
 def test_bits_are_counted_per_layer():
-    """A ViT of two layers: each has four projections of its attention and two of its MLP, one of them left out here."""
+    """A ViT of two layers: each has four projections of its attention and two of its MLP, one of which is left out."""
     assert table(str(model_card(full_facts())), "Quantization") == [
         ["weight bits", "activation bits", "layers", "left in float because"],
         ["8", "8", "2", ""],
