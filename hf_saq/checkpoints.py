@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from .schedule_checkpoint import FILE_PREFIX
+
 STATE_FILE = "trainer_state.json"
 """`Trainer` writes it last: a checkpoint that has it is complete."""
 
@@ -21,10 +23,11 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
         json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError):
         return f"{STATE_FILE} is missing or cut off, so the save was not finished"
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    if not weights and not any(checkpoint.glob("*/*.distcp")) and not any(checkpoint.glob("pytorch_model*.bin")):
+    tensors = sorted(checkpoint.glob("*.safetensors"))
+    holds_weights = any(not file.name.startswith(FILE_PREFIX) for file in tensors)
+    if not holds_weights and not any(checkpoint.glob("*/*.distcp")) and not any(checkpoint.glob("pytorch_model*.bin")):
         return "it holds no weights"
-    for file in weights:
+    for file in tensors:
         try:
             with safe_open(file, framework="pt"):
                 pass  # opening compares the size of the file with its header

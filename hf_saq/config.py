@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .quantizers import MAX_BITS, MIN_BITS, check_activation_mode, quantizer_class
+from .schedules import KNOBS, PerturbationSchedule, resolve_preset
 
 QUANT_METHOD = "saq"
 FORMAT_VERSION = 1
@@ -183,7 +184,8 @@ class SAQConfig:
     """How to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
 
     A dataclass for `HfArgumentParser`, next to `TrainingArguments`. Everything is checked when it is built; a mistake
-    raises `ValueError`.
+    raises `ValueError`. `interval`, `ascent_fraction`, `reuse` and `trigger` that are not given take the values of
+    `schedule`; `hf_saq.schedules` says what each costs and which go together.
     """
 
     rho: float | None = field(
@@ -205,8 +207,34 @@ class SAQConfig:
         default_factory=lambda: ["weight", "bias", "norm"],
         metadata={"help": f"What to perturb: some of {', '.join(PERTURBABLE)}."},
     )
-    interval: int = field(default=1, metadata={"help": "Perturb every k-th optimizer step, plain steps between."})
+    schedule: Literal["full", "balanced", "free"] | None = field(
+        default=None,
+        metadata={
+            "help": "Preset for the knobs below that are not given: full perturbs every step, at twice the cost of "
+            "plain training; balanced costs 1.2 times, free about the same. None leaves them as in full."
+        },
+    )
+    interval: int | None = field(
+        default=None,
+        metadata={"help": "Perturb every k-th optimizer step (default 1), plain steps between unless reuse is set."},
+    )
     start: float = field(default=0.0, metadata={"help": "Perturb only after this fraction of training, 0 to 1."})
+    ascent_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of each micro-batch that the perturbation is made from, in (0, 1] (default 1)."},
+    )
+    reuse: Literal["stale", "previous", "look"] | None = field(
+        default=None,
+        metadata={
+            "help": "stale: between every k-th step one pass with the last perturbation; previous: one pass in every "
+            "step, perturbed by the gradient of the step before; look: LookSAM between every k-th step."
+        },
+    )
+    trigger: bool | None = field(
+        default=None,
+        metadata={"help": "Perturb when the gradient is long against its running mean (AE-SAM; default False)."},
+    )
+    look_alpha: float = field(default=0.7, metadata={"help": "What reuse=look adds, relative to the gradient."})
     scale_lr_ratio: float = field(
         default=0.1,
         metadata={"help": "Learning rate of scales, clips and offsets, relative to that of the weights."},
@@ -231,13 +259,22 @@ class SAQConfig:
             self.perturb = [self.perturb] if isinstance(self.perturb, str) else list(self.perturb)
         if not isinstance(self.perturb, list) or not self.perturb or any(k not in PERTURBABLE for k in self.perturb):
             raise ValueError(f"SAQConfig.perturb={self.perturb!r}; expected one or more of {list(PERTURBABLE)}.")
-        if type(self.interval) is not int or self.interval < 1:
-            raise ValueError(f"SAQConfig.interval={self.interval!r}; expected an integer >= 1.")
-        if not _is_number(self.start, maximum=1):
-            raise ValueError(f"SAQConfig.start={self.start!r}; expected a fraction of training from 0 to 1.")
+        try:
+            for name, value in resolve_preset(self.schedule, {name: getattr(self, name) for name in KNOBS}).items():
+                setattr(self, name, value)
+            self.perturbation_schedule()
+        except ValueError as error:
+            raise ValueError(f"SAQConfig.{error}") from None
         if not _is_number(self.scale_lr_ratio):
             raise ValueError(f"SAQConfig.scale_lr_ratio={self.scale_lr_ratio!r}; expected a finite number >= 0.")
         _check_choice("SAQConfig.sync", self.sync, ("local", "global"))
+
+    def perturbation_schedule(self) -> PerturbationSchedule:
+        """When to perturb and what to reuse."""
+        assert self.interval is not None and self.ascent_fraction is not None and self.trigger is not None
+        return PerturbationSchedule(
+            self.interval, self.start, self.ascent_fraction, self.reuse, self.trigger, self.look_alpha
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-plain fields, in order."""

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from . import sharding
+from .displacement import Displacement
+from .gradients import recorded_gradients, without_gradients
 from .norm_statistics import frozen_norm_statistics
 from .quantizers import Quantizer
 from .rng import RNGState
-from .scope import QuantizedWeight, in_place_parameters, quantized_weights
+from .scope import QuantizedWeight, in_place_parameters, kinds_of_parameters, quantized_weights
 
 Case = Literal[1, 2, 3]
 
@@ -37,8 +39,8 @@ class _CatchGradient(torch.autograd.Function):
         return w_q.view_as(w_q)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ARG004
-        return grad, grad
+    def backward(ctx, grad: Tensor):
+        return grad if ctx.needs_input_grad[0] else None, grad
 
 
 class SharpnessAwareMinimizer:
@@ -55,11 +57,13 @@ class SharpnessAwareMinimizer:
     ```
 
     `ascent` sets gradients of earlier micro-batches aside and skips gradients that are not needed. Without gradient
-    accumulation and on one process it may be left out: a plain `backward()` then serves as the first pass.
+    accumulation and on one process it may be left out: a plain `backward()` then serves as the first pass. Steps of
+    one pass are made of [`displaced`], [`recorded`] and [`climb`]; [`ScheduledStep`] does so.
 
     A layer is reached through a hook on its weight quantizer's output, where a zero leaf `eps` is added: after the
     first backward `eps.grad` is `g_q`, and scaled in place that same memory is the `eps` of the second pass: one
-    buffer of the size of the quantized weights. It exists on each process and is not part of any state dict.
+    buffer of the size of the quantized weights. It exists on each process and is not part of any state dict. (In cases
+    1 and 2 that buffer is the gradient of the latent weights, and case 2 saves a copy of them while they are moved.)
 
     Under FSDP2 (`fully_shard`, before or after this is built) that buffer is whole on each process, not sharded. What
     is perturbed in place is sharded, so all processes share one `eps` for it, made of the average gradient. `no_sync`
@@ -112,13 +116,12 @@ class SharpnessAwareMinimizer:
                 'first, or add "other" to perturb weights that are not quantized.'
             )
         self._leaf: dict[Quantizer, Tensor] = {}  # collects g_q in its .grad during a first pass
-        self._eps: dict[Quantizer, Tensor] = {}  # added to w_q in a second pass
-        self._shift: dict[nn.Parameter, Tensor] = {}  # added to parameters in a second pass
-        self._grads: dict[nn.Parameter, Tensor] | None = None  # what `ascent` collected from parameters
+        self._grads: dict[nn.Parameter, Tensor] | None = None  # what a first pass collected from parameters
         self._rng: list[RNGState] = []  # one per first pass, oldest first
-        self._climbed = False  # whether the gradients of the first pass have been turned into eps
+        self._eps: Displacement | None = None  # what the first passes were turned into
         self._found_grads = False  # whether gradients lay there when a first pass outside of `ascent` began
-        self._phase: Literal["idle", "ascent", "perturbed"] = "idle"
+        self._phase: Literal["idle", "ascent", "recorded", "displaced"] = "idle"
+        self._added: Displacement | None = None  # while `displaced`
         self.armed = True
         self.ascent_norm = 0.0
         self.skipped = 0
@@ -135,6 +138,10 @@ class SharpnessAwareMinimizer:
         self._unscaled = {p for name, p in others if name.endswith("bias")}
         self._by_quantizer = {entry.quantizer: entry for entry in self._weights}
         self._by_weight = {entry.weight: entry for entry in self._weights}
+        # Gradients that a first pass can save: of scales, embeddings, and latent weights in case 3. Those of biases
+        # and norms cost next to nothing, and with them the graph begins as early as in a plain pass: reentrant
+        # checkpointing drops the gradients of a block none of whose inputs requires one.
+        self._costly = [p for p, kind in kinds_of_parameters(self.model).items() if kind not in ("bias", "norm")]
 
     def __deepcopy__(self, memo: dict) -> SharpnessAwareMinimizer:
         return self  # copying a model copies its hooks; they must not drag a second minimizer along
@@ -147,23 +154,21 @@ class SharpnessAwareMinimizer:
 
     def reset(self) -> None:
         """Forget a perturbation that is under way, for example after a step was abandoned."""
-        self._leaf, self._eps, self._shift = {}, {}, {}
-        self._grads = None
-        self._rng = []
-        self._climbed = self._found_grads = False
+        self._leaf, self._grads, self._rng, self._eps = {}, None, [], None
+        self._found_grads = False
 
     # The seam ----------------------------------------------------------------------------------------------------
 
-    def _hook(self, quantizer: nn.Module, args: tuple, w_q: Tensor) -> Tensor | None:  # noqa: ARG002
+    def _hook(self, quantizer: nn.Module, args: tuple, w_q: Tensor) -> Tensor:  # noqa: ARG002
         assert isinstance(quantizer, Quantizer)
-        if self._phase == "perturbed":
-            eps = self._eps.get(quantizer)
-            return None if eps is None else w_q + eps.to(w_q.dtype)  # FSDP2 may hand out weights in half precision
+        eps = None if self._added is None else self._added.outputs.get(quantizer)
+        if eps is not None:
+            w_q = w_q + eps.to(w_q.dtype)  # FSDP2 may hand out weights in half precision
         leaf = self._leaf.get(quantizer)
-        if leaf is None or not self._is_first_pass():
-            return None
-        # Inside `ascent` the weight's own gradient is not wanted, so autograd need not compute it.
-        return _CatchGradient.apply(w_q.detach() if self._phase == "ascent" else w_q, leaf)
+        if leaf is not None and self._is_first_pass():
+            # Inside `ascent` the weight's own gradient is not wanted, so autograd need not compute it.
+            w_q = _CatchGradient.apply(w_q.detach() if self._phase == "ascent" else w_q, leaf)
+        return w_q
 
     def _place_leaves(self) -> None:
         """A zero leaf behind every quantizer: made before the forward, so that compiled code finds it ready."""
@@ -173,7 +178,9 @@ class SharpnessAwareMinimizer:
             self._leaf.setdefault(entry.quantizer, zero.expand(entry.weight.shape).requires_grad_())
 
     def _is_first_pass(self) -> bool:
-        return self._phase == "ascent" or (self.armed and self.model.training)
+        if self._phase == "idle":
+            return self.armed and self.model.training
+        return self._phase in ("ascent", "recorded")
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
         """Note where the random generators stand when a first pass outside of `ascent` begins."""
@@ -193,34 +200,36 @@ class SharpnessAwareMinimizer:
     # First pass --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def ascent(self) -> Iterator[None]:
+    def ascent(self, clean: dict[nn.Parameter, Tensor] | None = None) -> Iterator[None]:
         """The first pass: gradients go to the perturbation and leave `p.grad` as it was.
 
         Under DDP enter `accelerator.no_sync(model)` as well: this backward is not to be communicated.
         May be entered several times before `perturbed`: the gradients add up to one perturbation, and `perturbed`
         is then entered as often, in the same order.
+
+        Args:
+            clean: If given, the gradients of all that is perturbed, of latent weights too, are added up here as well.
         """
         sharding.reshard(self.model)
         sharding.check_gradients_are_reduced(self.model)
-        parameters = list(self.model.parameters())
-        if self._grads is None:
-            self.reset()
-            if [*map(id, parameters)] != [*map(id, self._parameters)]:
-                self._find_parameters()
-            self._grads = {}
-            self._place_leaves()
-        earlier = {p: p.grad for p in parameters}
+        grads = self._begin_first_pass()
+        earlier = {p: p.grad for p in self._parameters}
         for p in earlier:
             p.grad = None
-        self._rng.append(RNGState())
-        self._phase = "ascent"
+        wanted = {*self._first_pass_parameters(), *(self._by_weight if clean is not None else ())}
+        self._phase = "ascent" if clean is None else "recorded"
         completed = False
         try:
-            yield
+            with without_gradients(self._costly, but=wanted):
+                yield
             for p in self._first_pass_parameters():
                 if p.grad is not None:
-                    collected = self._grads.get(p)
-                    self._grads[p] = p.grad if collected is None else collected.add_(p.grad)
+                    grads[p] = p.grad if p not in grads else grads[p].add_(p.grad)
+            if clean is not None:
+                for p in [*self._by_weight, *self._others]:
+                    if p.grad is not None:
+                        own = p.grad.clone() if grads.get(p) is p.grad else p.grad  # `grads` become eps, in place
+                        clean[p] = own if p not in clean else clean[p].add_(own)
             completed = True
         finally:
             self._phase = "idle"
@@ -228,6 +237,38 @@ class SharpnessAwareMinimizer:
                 p.grad = grad
             if not completed:
                 self.reset()
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """A first pass that is an ordinary one too: gradients add up in `p.grad`, communicated as ever, and those of
+        this process alone go to the perturbation. May be entered inside of [`displaced`].
+
+        Raises:
+            ValueError: Under FSDP2.
+        """
+        sharding.check_whole(self.model, "A step that uses and records the same gradients")
+        grads = self._begin_first_pass()
+        outer, self._phase = self._phase, "recorded"
+        completed = False
+        try:
+            with recorded_gradients(self._first_pass_parameters(), grads):
+                yield
+            completed = True
+        finally:
+            self._phase = outer
+            if not completed:
+                self.reset()
+
+    def _begin_first_pass(self) -> dict[nn.Parameter, Tensor]:
+        """Returns where the gradients of parameters are to go."""
+        if self._grads is None:
+            self.reset()
+            if [*map(id, self.model.parameters())] != [*map(id, self._parameters)]:
+                self._find_parameters()
+            self._place_leaves()
+            self._grads = {}
+        self._rng.append(RNGState())
+        return self._grads
 
     def _first_pass_parameters(self) -> list[nn.Parameter]:
         """Parameters whose own first-pass gradient enters `eps`."""
@@ -237,43 +278,47 @@ class SharpnessAwareMinimizer:
     # From gradients to eps -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _climb(self) -> None:
-        """Turn the gradients of the first pass into `eps`, in their own memory."""
+    def climb(self) -> Displacement:
+        """Turn the gradients of the first passes into `eps`, in their own memory."""
         if self._grads is None:
             self._take_ordinary_gradients()
-        grads: dict[QuantizedWeight | nn.Parameter, Tensor] = {p: g for p, g in (self._grads or {}).items()}
+        found = self._grads or {}
+        grads: dict[QuantizedWeight | nn.Parameter, Tensor] = {
+            p: found[p]
+            for p in self._first_pass_parameters()
+            if p in found  # in one order on all processes
+        }
         for quantizer, leaf in self._leaf.items():
             if leaf.grad is not None:
                 grads[self._by_quantizer[quantizer]] = leaf.grad
+        self._grads, self._leaf = None, {}
         if self.sync == "global":
             sharding.average_over_processes([g for g in grads.values() if not sharding.is_sharded(g)])
         if self.case == 1:  # added at the quantizers' outputs, which are whole
             grads = {key: sharding.full(g) if key in self._by_weight else g for key, g in grads.items()}
-        self._grads, self._leaf, self._climbed = None, {}, True
-        sizes = {key: self._size(key) for key in grads} if self.adaptive else {}
-        for key, t in sizes.items():
-            if t is not None:
-                grads[key].mul_(t)  # T g
+        if self.adaptive:
+            self._scale_by_size(grads)  # T g
         plain = [g for g in grads.values() if not sharding.is_sharded(g)]
         sharded = [g for g in grads.values() if sharding.is_sharded(g)]
         self.ascent_norm, shared_norm = sharding.global_norms(plain, sharded)
         if not (0 < self.ascent_norm < float("inf") and 0 < shared_norm < float("inf")):
             self.skipped += 1
-            return
+            return Displacement()
         for tensors, norm in ((plain, self.ascent_norm), (sharded, shared_norm)):
             if tensors:
                 torch._foreach_mul_(tensors, self.rho / norm)
-        for key, t in sizes.items():
-            if t is not None:
-                grads[key].mul_(t)  # T^2 g
-        for key, eps in grads.items():
+        if self.adaptive:
+            self._scale_by_size(grads)  # T^2 g
+        eps = Displacement()
+        for key, value in grads.items():
             if isinstance(key, QuantizedWeight):
-                self._eps[key.quantizer] = eps
+                eps.outputs[key.quantizer] = value
             elif self.case == 1 and key in self._by_weight:
                 # Made from the latent gradient, but added behind every quantizer that reads this weight.
-                self._eps.update({e.quantizer: eps for e in self._weights if e.weight is key})
+                eps.outputs.update({e.quantizer: value for e in self._weights if e.weight is key})
             else:
-                self._shift[key] = eps
+                eps.in_place[key] = value
+        return eps
 
     def _take_ordinary_gradients(self) -> None:
         sharding.reshard(self.model)
@@ -289,49 +334,59 @@ class SharpnessAwareMinimizer:
         for p in self.model.parameters():
             p.grad = None
 
-    def _size(self, key: QuantizedWeight | nn.Parameter) -> Tensor | None:
-        """ASAM's `T = |p| + eta`, of the quantized weight where `eps` is added to that; `None` stands for 1."""
-        if key in self._unscaled:
-            return None
-        if not isinstance(key, QuantizedWeight) and (self.case == 2 or key not in self._by_weight):
-            return key.abs().add_(self.eta)
-        entry = key if isinstance(key, QuantizedWeight) else self._by_weight[key]
-        return sharding.quantized(entry).abs_().add_(self.eta)
+    def _scale_by_size(self, grads: dict[QuantizedWeight | nn.Parameter, Tensor]) -> None:
+        """Multiply by ASAM's `T = |p| + eta`, of the quantized weight where `eps` is added to that; one at a time,
+        since together they would be as large as all weights."""
+        for key, grad in grads.items():
+            if key in self._unscaled:
+                continue
+            if not isinstance(key, QuantizedWeight) and (self.case == 2 or key not in self._by_weight):
+                size = key.abs()
+            else:
+                entry = key if isinstance(key, QuantizedWeight) else self._by_weight[key]
+                size = sharding.quantized(entry).abs_()
+            grad.mul_(size.add_(self.eta))
 
     # Second pass -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self) -> Iterator[Displacement]:
         """The second pass: `eps` is in place, normalization statistics are frozen, random numbers are those of the
-        first pass. On the way out, also by an exception, everything is back, bit for bit, from saved copies."""
+        first pass. On the way out, also by an exception, everything is back, bit for bit, from saved copies.
+
+        Yields:
+            The `eps`, which may be kept for [`displaced`].
+        """
         if not self._rng:
             raise RuntimeError(
                 "perturbed() without a first pass: run forward and backward in training mode before it, either in "
                 "`with minimizer.ascent():` or with `minimizer.armed = True`."
             )
-        sharding.reshard(self.model)
-        if not self._climbed:
-            self._climb()
-        saved = {p: p.detach().clone() for p in self._shift}
+        if self._eps is None:
+            sharding.reshard(self.model)
+            self._eps = self.climb()
         after = RNGState()
         self._rng.pop(0).restore()
-        torch.clear_autocast_cache()  # it may hold low-precision copies of the unperturbed parameters
-        self._phase = "perturbed"
         completed = False
         try:
-            with torch.no_grad():
-                for p, shift in self._shift.items():
-                    p.add_(shift)
-            with frozen_norm_statistics(self.model):
-                yield
+            with self.displaced(self._eps), frozen_norm_statistics(self.model):
+                yield self._eps
             completed = True
         finally:
-            self._phase = "idle"
-            sharding.reshard(self.model)
-            with torch.no_grad():
-                for p, value in saved.items():
-                    p.copy_(value)
             if not completed:
                 after.restore()
             if not completed or not self._rng:
                 self.reset()
+
+    @contextmanager
+    def displaced(self, eps: Displacement) -> Iterator[None]:
+        """Run a block at the perturbed point, and nothing else: normalization statistics are updated there."""
+        sharding.reshard(self.model)
+        torch.clear_autocast_cache()  # it may hold low-precision copies of the unperturbed parameters
+        with eps.shifted():
+            self._phase, self._added = "displaced", eps
+            try:
+                yield
+            finally:
+                self._phase, self._added = "idle", None
+                sharding.reshard(self.model)

@@ -29,6 +29,19 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that this process holds, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def with_local(like: Tensor, part: Tensor) -> Tensor:
+    """The tensor that is placed as `like` and of which this process holds `part`; on the device of `like`."""
+    part = part.to(like.device)
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
 def quantized(entry: QuantizedWeight) -> Tensor:
     """`Q(w)`, whole, in memory of its own."""
     if not is_sharded(entry.weight):
@@ -58,26 +71,42 @@ def average_over_processes(tensors: list[Tensor]) -> None:
     torch._foreach_div_(tensors, dist.get_world_size())
 
 
+def average_number(value: float, like: Sequence[Tensor]) -> float:
+    """The mean of `value` over all processes, the same to the last bit on each; communicated where `like` lives."""
+    device = like[0].device if like else torch.device("cpu")
+    number = torch.tensor(value, dtype=torch.float64, device=device)
+    average_over_processes([number])
+    return number.item()
+
+
 def global_norms(plain: Sequence[Tensor], sharded: Sequence[Tensor]) -> tuple[float, float]:
     """Two L2 norms over both lists: the one for this process's `plain` tensors, and the one for all processes' shards.
 
     The second must be the same everywhere, also where each process has plain tensors of its own: it is the root mean
     square of the first over processes. Where all have the same, or nothing is sharded, the two are equal.
     """
-    own = _norm(plain)
+    own = norm(plain)
     if not sharded:
         return own, own
-    shards = _norm(sharded)
-    mean_square = torch.tensor(own, dtype=torch.float64, device=sharded[0].device).square()
-    average_over_processes([mean_square])
-    return math.hypot(own, shards), math.hypot(math.sqrt(mean_square.item()), shards)
+    shards = norm(sharded)
+    mean_square = average_number(own**2, sharded)
+    return math.hypot(own, shards), math.hypot(math.sqrt(mean_square), shards)
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
+def norm(tensors: Sequence[Tensor]) -> float:
+    """One L2 norm over all elements; all of `tensors` are sharded or none is."""
     if not tensors:
         return 0.0
-    # The sum of squares of half precision overflows in its own type.
-    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    norms: list[Tensor] = []
+    for (_, dtype), group in alike.items():
+        wide = torch.promote_types(dtype, torch.float32)  # the sum of squares of half precision overflows in its own
+        if is_sharded(group[0]):  # DTensor has no `_foreach_norm` with a dtype
+            norms += [torch.linalg.vector_norm(t, dtype=wide) for t in group]
+        else:
+            norms += torch._foreach_norm(group, 2, dtype=wide)
     return float(full(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))))
 
 
@@ -108,6 +137,15 @@ def check_gradients_are_reduced(model: nn.Module) -> None:
                     "reduced. Run every micro-batch of a perturbed step through `minimizer.ascent()` and "
                     "`minimizer.perturbed()`, or the plain ones outside of no_sync."
                 )
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raise if `model` is sharded: `what` reads the gradients of single processes as they are computed."""
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            f"{what} under FSDP2, where gradients of parameters exist only averaged over processes and in shards. Use "
+            'DDP, or a schedule of interval, start, ascent_fraction and reuse="stale".'
+        )
 
 
 def check_parallelism(model: nn.Module, case: int, sync: str) -> None:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from .packed_model import is_packed, pack
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbation import SharpnessAwareMinimizer
 from .rng import RNGState
-from .schedules import PerturbationSchedule
+from .schedule_checkpoint import load_schedule, save_schedule
+from .scheduled_step import ScheduledStep
+from .sub_batch import batch_size
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +40,13 @@ class SAQTrainer(Trainer):
     """Trains a quantized image classifier with Sharpness-Aware Quantization (arXiv:2111.12273).
 
     Everything else is [`transformers.Trainer`]: the same arguments, callbacks, evaluation, checkpoints and Hub push.
-    Each perturbed step runs forward and backward twice; the loss that is logged is the one of the first pass, at the
-    quantized weights. Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log),
-    `ascent_norm` (mean gradient norm of the first pass) and `skipped_perturbations` (count so far). The first line of
-    a run that calibrates also has `bit_operations` (for one image) and `weight_bytes`, see [`cost`].
+    A step in full runs forward and backward twice, and the loss that is logged is the one of the first pass, at the
+    quantized weights; with `ascent_fraction` of the samples that it saw. A step of one perturbed pass (`reuse` of
+    "stale" or "previous") has the perturbed loss only, and logs that. Logs also carry `sharpness` (mean of perturbed
+    minus clean loss since the last log, where both are of the same images), `ascent_norm` (mean norm of the gradients
+    that perturbations were made from), `skipped_perturbations` (count so far) and, with `trigger`, `perturbed_share`
+    (of the steps since the last log). The first line of a run that calibrates also has `bit_operations` (for one
+    image) and `weight_bytes`, see [`cost`].
 
     Args:
         model: A quantized model, or a float one together with `quantization_config`. Activation ranges that are still
@@ -100,8 +105,8 @@ class SAQTrainer(Trainer):
             self._check_fsdp()
             self._skeleton = _on_meta(self.model)
         self._mend_loss_scaling()
-        self.schedule = PerturbationSchedule(self.saq_config.interval, self.saq_config.start)
         self.minimizer: SharpnessAwareMinimizer | None = None
+        self.scheduled_step: ScheduledStep | None = None
         if self.saq_config.case is not None:
             if self.saq_config.rho is None:
                 self.saq_config = copy.copy(self.saq_config)
@@ -118,47 +123,52 @@ class SAQTrainer(Trainer):
                 perturb=self.saq_config.perturb,
                 sync=self.saq_config.sync,
             )
-            self.minimizer.armed = False
+            schedule = self.saq_config.perturbation_schedule()
+            self.scheduled_step = ScheduledStep(self.minimizer, schedule, self._loss_scale)
         self._step_batches: list[Any] = []
-        self._clean_losses: list[Tensor] = []
+        self._micro_batch = 0  # how many of them are done
         self._sharpness: list[Tensor] = []
         self._ascent_norms: list[float] = []
+        self._perturbed_steps: list[bool] = []  # which of the steps that the trigger decided on
         self._cost_logs: dict[str, float] = {}  # of a model calibrated here, for the first line of its log
 
-    # The two-pass step -----------------------------------------------------------------------------------------------
+    # The sharpness-aware step ----------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One micro-batch: gradients at the perturbed quantized weights. Returns the clean loss."""
-        minimizer = self.minimizer
-        if minimizer is None or not self.schedule.is_due(self.state.global_step, self.state.max_steps):
-            return super().training_step(model, inputs, num_items_in_batch)
-        if self.saq_config.sync == "local":
-            batches = [inputs]
-        else:  # one perturbation for the whole optimizer step: its first micro-batch climbs for all of them
-            batches, self._step_batches = self._step_batches, []
-        for batch in batches:
-            with self.accelerator.no_sync(model=model), minimizer.ascent():
-                self._clean_losses.append(super().training_step(model, copy.copy(batch), num_items_in_batch))
-        with minimizer.perturbed():
-            perturbed_loss = super().training_step(model, inputs, num_items_in_batch)
-        clean_loss = self._clean_losses.pop(0)
-        # Losses come divided by the number of micro-batches, and so do gradients of a single one; logs are per image.
-        micro_batches = self.current_gradient_accumulation_steps
-        self._sharpness.append((perturbed_loss - clean_loss) * micro_batches)
-        if batches:
-            norm = minimizer.ascent_norm / self._loss_scale()
-            self._ascent_norms.append(norm * micro_batches / len(batches))
-        return clean_loss
+        """One micro-batch: gradients at the perturbed quantized weights, as far as the schedule asks for them.
+
+        Returns:
+            The clean loss; of a step of one perturbed pass, the perturbed one.
+        """
+        plain_step = super().training_step
+        if self.scheduled_step is None:
+            return plain_step(model, inputs, num_items_in_batch)
+
+        def backward(batch: dict[str, Any], reduce: bool = True) -> Tensor:
+            items: Any = num_items_in_batch
+            if items is not None and self.saq_config.ascent_fraction != 1:  # counted in the whole batch
+                items = items * batch_size(batch) / batch_size(inputs)
+            with nullcontext() if reduce else self.accelerator.no_sync(model=model):
+                return plain_step(model, copy.copy(batch), items)
+
+        batches, k = self._step_batches or [inputs], self._micro_batch
+        self._micro_batch = (k + 1) % len(batches)
+        outcome = self.scheduled_step.micro_batch(k, batches, backward, self.state.global_step, self.state.max_steps)
+        # Losses come divided by the number of micro-batches; logs are per image.
+        self._sharpness += [difference * len(batches) for difference in outcome.sharpness]
+        if outcome.ascent_norm is not None:
+            self._ascent_norms.append(outcome.ascent_norm)
+        if self.saq_config.trigger and self._micro_batch == 0:
+            self._perturbed_steps.append(outcome.ascent_norm is not None)
+        return outcome.loss
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """All micro-batches of the coming optimizer step, kept for `sync="global"`."""
+        """All micro-batches of the coming optimizer step, kept: a schedule may need them together."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.minimizer is not None:
-            self.minimizer.reset()  # a callback may have stopped the previous step half-way
-        self._clean_losses = []
-        self._step_batches = list(batches) if self.saq_config.sync == "global" else []
+        # A callback may have stopped the previous step half-way.
+        self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
         return batches, num_items
 
     def _loss_scale(self) -> float:
@@ -186,6 +196,13 @@ class SAQTrainer(Trainer):
             )
         if self.args.save_on_each_node:
             raise ValueError("SAQTrainer: under FSDP only the first process holds the model; unset save_on_each_node.")
+        if self.saq_config.case is not None and (
+            self.saq_config.trigger or self.saq_config.reuse in ("previous", "look")
+        ):
+            raise ValueError(
+                f"SAQTrainer: SAQConfig({self.saq_config.perturbation_schedule().kind}) under FSDP2, where gradients "
+                'exist only averaged over processes and in shards. Use interval, ascent_fraction or reuse="stale".'
+            )
         if self.saq_config.case in (1, 2) and self.saq_config.sync == "local":
             raise ValueError(
                 f'SAQTrainer: SAQConfig(case={self.saq_config.case}, sync="local") under FSDP2, where gradients of '
@@ -261,18 +278,25 @@ class SAQTrainer(Trainer):
         super().log(logs, start_time)
 
     def _perturbation_logs(self) -> dict[str, float]:
-        if self.minimizer is None or not self._sharpness:
-            return {}  # no step was perturbed since the last log; schedules are alike on every process
-        sharpness = torch.stack(self._sharpness).mean()
-        norm = torch.tensor(sum(self._ascent_norms) / len(self._ascent_norms), device=sharpness.device)
-        skipped = torch.tensor(float(self.minimizer.skipped), device=sharpness.device)
-        gathered = self.accelerator.gather(torch.stack([sharpness.float(), norm, skipped])[None]).mean(dim=0)
-        self._sharpness, self._ascent_norms = [], []
-        return {
-            "sharpness": round(gathered[0].item(), 6),
-            "ascent_norm": round(gathered[1].item(), 6),
-            "skipped_perturbations": round(gathered[2].item(), 2),
-        }
+        """Means over processes; which quantities there are is alike on every process, as schedules are."""
+        if self.minimizer is None:
+            return {}
+        found: dict[str, float | Tensor] = {}
+        if self._sharpness:
+            found["sharpness"] = torch.stack(self._sharpness).mean()
+        if self._ascent_norms:
+            found["ascent_norm"] = sum(self._ascent_norms) / len(self._ascent_norms)
+            found["skipped_perturbations"] = float(self.minimizer.skipped)
+        if self._perturbed_steps:
+            found["perturbed_share"] = sum(self._perturbed_steps) / len(self._perturbed_steps)
+        self._sharpness, self._ascent_norms, self._perturbed_steps = [], [], []
+        if not found:
+            return {}
+        values = torch.stack(
+            [torch.as_tensor(v, device=self.accelerator.device, dtype=torch.float32) for v in found.values()]
+        )
+        means = self.accelerator.gather(values[None]).mean(dim=0).tolist()
+        return {name: round(mean, 6) for name, mean in zip(found, means, strict=True)}
 
     # Optimizer -------------------------------------------------------------------------------------------------------
 
@@ -323,6 +347,17 @@ class SAQTrainer(Trainer):
             directory = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (Path(self._get_output_dir(trial=trial)) / directory / STATE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As in `Trainer`, and next to it what the schedule must remember."""
+        super()._save_rng_state(output_dir)
+        if self.scheduled_step is not None:
+            save_schedule(self.scheduled_step, output_dir, self.args.process_index, self.args.world_size)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.scheduled_step is not None:
+            load_schedule(self.scheduled_step, checkpoint, self.args.process_index, self.args.world_size)
 
     @contextmanager
     def _saving(self, model: nn.Module) -> Iterator[None]:

@@ -439,10 +439,10 @@ def _two_steps(model: PreTrainedModel, batch: dict[str, Tensor]) -> int:
         optimizer.zero_grad()
         with minimizer.ascent():
             _backward(model, batch)
-        with minimizer.perturbed():
-            left_out = [name for name, q in quantizers.items() if q is not None and q not in minimizer._eps]
+        with minimizer.perturbed() as added:
+            left_out = [name for name, q in quantizers.items() if q is not None and q not in added.outputs]
             assert not left_out, f"no eps for {len(left_out)} layers, for example {left_out[:3]}"
-            assert all(eps.isfinite().all() for eps in minimizer._eps.values()), "an eps is not finite"
+            assert all(eps.isfinite().all() for eps in added.outputs.values()), "an eps is not finite"
             _backward(model, batch)
         optimizer.step()
     assert minimizer.skipped == 0, "the gradient of the first pass is zero or not finite"

@@ -19,12 +19,19 @@ ORDER = (
     "norm_statistics",
     "default_rho",
     "schedules",
+    "trigger",
+    "sub_batch",
     "packing",
     "quantizers",
     "scope",
     "parameter_groups",
     "sharding",
+    "displacement",
+    "gradients",
     "perturbation",
+    "look_sam",
+    "scheduled_step",
+    "schedule_checkpoint",
     "layers",
     "attention_interface",
     "config",
@@ -35,14 +42,20 @@ ORDER = (
     "hf_quantizer",
     "checkpoints",
     "trainer",
-    "hub",
     "export",
     "analysis",
     "__init__",
 )
 KNOW_TRANSFORMERS = {"attention_interface", "config", "hf_quantizer", "trainer", "hub"}
 # The method itself: torch (numpy for its random state), quantizers, and one another.
-METHOD = {"scope", "rng", "norm_statistics", "schedules", "sharding", "perturbation"}
+METHOD = {"scope", "rng", "norm_statistics", "schedules", "sharding", "perturbation"} | {
+    "displacement",
+    "gradients",
+    "look_sam",
+    "scheduled_step",
+    "sub_batch",
+    "trigger",
+}
 METHOD_MAY_IMPORT = METHOD | {"quantizers"}
 METHOD_LIBRARIES = {"torch", "numpy"}
 

@@ -193,13 +193,13 @@ def test_eps_has_norm_rho_and_is_gone_afterwards(case):
     with minimizer.ascent():
         loss_of(net, data).backward()
     updated = state_of(net)  # the first pass moved the running statistics, as plain training does
-    with minimizer.perturbed():
-        squares = [e.square().sum() for e in minimizer._eps.values()]
+    with minimizer.perturbed() as eps:
+        squares = [e.square().sum() for e in eps.outputs.values()]
         squares += [(p.detach() - before[n]).square().sum() for n, p in net.named_parameters()]
         loss_of(net, data).backward()
     assert torch.stack(squares).sum().sqrt().item() == pytest.approx(0.7, rel=1e-5)
     assert_same_state(net, updated)
-    assert not minimizer._eps and not minimizer._shift and not minimizer._leaf
+    assert minimizer._eps is None and minimizer._added is None and not minimizer._leaf
 
 
 def test_earlier_gradients_are_set_aside():
@@ -234,7 +234,7 @@ def test_several_first_passes_make_one_perturbation():
     own = [p.grad for p in net.parameters()]
     for p, value in zip(own, sorted_like(net, reference, expected), strict=True):
         torch.testing.assert_close(p, value, atol=1e-6, rtol=1e-4)
-    assert not minimizer._eps
+    assert minimizer._eps is None
 
 
 def sorted_like(net, reference, values):
@@ -369,9 +369,9 @@ def test_tied_weights_get_one_eps_for_each_quantizer():
         minimizer = SharpnessAwareMinimizer(net, rho=0.3, case=case)
         with minimizer.ascent():
             loss_of(net, data).backward()
-        with minimizer.perturbed():
-            assert len(minimizer._eps) == (0 if case == 2 else 3)
-            assert sum(p is net[0].weight for p in minimizer._shift) == (1 if case == 2 else 0)
+        with minimizer.perturbed() as eps:
+            assert len(eps.outputs) == (0 if case == 2 else 3)
+            assert sum(p is net[0].weight for p in eps.in_place) == (1 if case == 2 else 0)
             loss_of(net, data).backward()
         minimizer.detach()
         assert_same_state(net, before)
@@ -401,9 +401,9 @@ def test_scope_selects_one_kind(kind):
     data = torch.randn(8, 12), torch.randint(0, 4, (8,))
     with minimizer.ascent():
         loss_of(net, data).backward()
-    with minimizer.perturbed():
+    with minimizer.perturbed() as added:
         moved = {n for n, v in net.state_dict().items() if not torch.equal(v, before[n])}
-        eps = [q.path for q in minimizer._eps]
+        eps = [q.path for q in added.outputs]
     expected = {
         "weight": set(),
         "bias": {"0.bias", "2.bias"},
@@ -471,6 +471,6 @@ def test_eps_takes_one_buffer():
     leaf = next(iter(minimizer._leaf.values()))
     assert leaf.untyped_storage().nbytes() == leaf.element_size()
     pointer = leaf.grad.data_ptr()
-    with minimizer.perturbed():
-        assert pointer in {eps.data_ptr() for eps in minimizer._eps.values()}
+    with minimizer.perturbed() as added:
+        assert pointer in {eps.data_ptr() for eps in added.outputs.values()}
         assert all(p.grad is None for p in net.parameters())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from reference import to_reference, train_reference
+from schedule_reference import train_with_schedule
 from tiny_models import NUM_LABELS, TRANSFORMERS_MODELS, images
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
@@ -69,13 +70,17 @@ def arguments(output_dir, **changes) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **changes})
 
 
-def make_trainer(family, case, accumulation, sync, output_dir, processes=1, cls=InOrder, **changes) -> SAQTrainer:
+def make_trainer(
+    family, case, accumulation, sync, output_dir, processes=1, cls=InOrder, knobs=None, **changes
+) -> SAQTrainer:
+    """`knobs`: further fields of `SAQConfig`."""
     changes.setdefault("gradient_accumulation_steps", accumulation)
+    steps = changes.get("max_steps", STEPS)
     return cls(
         quantized_model(family),
         arguments(output_dir, **changes),
-        saq_config=SAQConfig(rho=RHO, case=case, sync=sync, scale_lr_ratio=SCALE_LR_RATIO),
-        train_dataset=Images(BATCH * STEPS * accumulation * processes),
+        saq_config=SAQConfig(rho=RHO, case=case, sync=sync, scale_lr_ratio=SCALE_LR_RATIO, **(knobs or {})),
+        train_dataset=Images(BATCH * steps * accumulation * processes),
     )
 
 
@@ -83,13 +88,13 @@ def loss_of(model: nn.Module, batch: tuple) -> torch.Tensor:
     return model(pixel_values=batch[0], labels=batch[1]).loss
 
 
-def reference_result(family, case, accumulation, sync, processes=1, max_grad_norm=0.0, sharded=False) -> nn.Module:
-    """What the run must end with. Accelerate deals batch `k` to process `k % processes`."""
+def reference_set_up(family, accumulation, processes=1, count=STEPS) -> tuple[nn.Module, list, torch.optim.Optimizer]:
+    """Model, batches by step, process and micro-batch (accelerate deals batch `k` to process `k % processes`), SGD."""
     model = to_reference(quantized_model(family))
-    data = Images(BATCH * STEPS * accumulation * processes)
+    data = Images(BATCH * count * accumulation * processes)
     batches = list(zip(data.pixel_values.split(BATCH), data.labels.split(BATCH), strict=True))
     steps = []
-    for step in range(STEPS):
+    for step in range(count):
         rounds = [batches[(step * accumulation + micro) * processes :][:processes] for micro in range(accumulation)]
         steps.append([[one[rank] for one in rounds] for rank in range(processes)])
     scales = [p for name, p in model.named_parameters() if name.endswith("_scale")]
@@ -97,6 +102,18 @@ def reference_result(family, case, accumulation, sync, processes=1, max_grad_nor
     optimizer = torch.optim.SGD(
         [{"params": others}, {"params": scales, "lr": LEARNING_RATE * SCALE_LR_RATIO}], lr=LEARNING_RATE
     )
+    return model, steps, optimizer
+
+
+def reference_result(family, case, accumulation, sync, processes=1, max_grad_norm=0.0, sharded=False) -> nn.Module:
+    """What the run must end with."""
+    model, steps, optimizer = reference_set_up(family, accumulation, processes)
     how = dict(case=case, rho=RHO, sync=sync, sharded=sharded)
     train_reference(model, loss_of, steps, optimizer, max_grad_norm=max_grad_norm, **how)
     return model
+
+
+def scheduled_reference(family, case, accumulation, sync, knobs, processes=1, count=STEPS) -> tuple[nn.Module, list]:
+    """What a run under a schedule must end with, and what each step was."""
+    model, steps, optimizer = reference_set_up(family, accumulation, processes, count)
+    return model, train_with_schedule(model, loss_of, steps, optimizer, RHO, case, sync, **knobs)
