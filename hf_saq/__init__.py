@@ -9,7 +9,7 @@ from .config import SAQConfig, SAQQuantizationConfig
 from .conversion import quantize
 from .cost import Cost, cost
 from .hf_quantizer import register
-from .packed_model import pack
+from .packed_model import dequantize, pack, unpack
 from .perturbation import SharpnessAwareMinimizer
 from .trainer import SAQTrainer
 from .version import __version__
@@ -25,6 +25,8 @@ __all__ = [
     "__version__",
     "calibrate",
     "cost",
+    "dequantize",
     "pack",
     "quantize",
+    "unpack",
 ]

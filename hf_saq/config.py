@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .quantizers import MAX_BITS, MIN_BITS, check_activation_mode, quantizer_class
@@ -173,6 +174,17 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         """JSON-plain fields. `overrides` become pairs: `config.json` sorts its keys, and here the last match wins."""
         values = super().to_dict()
         return {**values, "overrides": [[pattern, changes] for pattern, changes in values["overrides"].items()]}
+
+    @property
+    def tags(self) -> list[str]:
+        """What a model quantized like this is found by on the Hub, `w4a4` for example; 32 stands for float."""
+        bits = f"w{self.weight_bits or 32}a{self.activation_bits or 32}"
+        return ["quantized", QUANT_METHOD, bits, self.quantizer]
+
+    def attach_to(self, model: Any) -> None:
+        """Tell a transformers model how it is quantized now: `save_pretrained` asks the quantizer it finds there."""
+        model.config.quantization_config = self
+        model.hf_quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
 
     def replace(self, **changes: Any) -> SAQQuantizationConfig:
         """A checked copy with some fields changed."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
+from .float_form import FloatForm, take_over_hooks
+from .recompute import in_autocast_type, operand_recomputed
 
 
 class HoldsQuantizers(nn.Module):
@@ -31,6 +33,7 @@ class QuantizedLayer(HoldsQuantizers, ABC):
         weight (`nn.Parameter`): The latent float weight, the same Parameter object the float layer had.
         weight_quantizer: `None` keeps the weight in float.
         activation_quantizer: `None` keeps the input in float.
+        float_form: What the layer was before it was quantized.
     """
 
     channel_axis = 0
@@ -40,6 +43,7 @@ class QuantizedLayer(HoldsQuantizers, ABC):
     bias: Any
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
+    float_form: FloatForm
 
     @classmethod
     def from_float(
@@ -51,8 +55,8 @@ class QuantizedLayer(HoldsQuantizers, ABC):
         new.weight, new.bias = layer.weight, layer.bias
         new.weight_quantizer = weight_quantizer
         new.activation_quantizer = activation_quantizer
-        # Hooks that were put on the float layer run on, and their handles still remove them.
-        new.__dict__.update({name: value for name, value in vars(layer).items() if "_hook" in name})
+        new.float_form = FloatForm.of(layer)
+        take_over_hooks(new, layer)
         new.train(layer.training)
         return new
 

@@ -8,13 +8,18 @@ from torch import Tensor, nn
 from ..packing import pack_codes, packed_size, unpack_codes
 from ..quantizers import Quantizer
 from .base import QuantizedLayer
+from .float_form import FloatForm, take_over_hooks
+
+GRID_TOLERANCE = 64
+"""How far a weight may move when a layer is unpacked, in rounding errors of the layer's largest weight."""
 
 
 class PackedLayer(nn.Module):
     """A layer whose weight is `ceil(numel * bits / 8)` bytes of codes plus a scale; it cannot be trained.
 
     Args:
-        functional: A quantized layer on the meta device: its hyperparameters and `compute`, without memory.
+        functional: A quantized layer on the meta device: its hyperparameters, `compute` and weight quantizer, without
+            memory.
         bias: `(out,)` or `None`.
         bits: Width of a weight code, 2 to 8.
         scale_shape: `(1,)`, or `(out, 1, ...)` for one scale per output channel.
@@ -31,6 +36,7 @@ class PackedLayer(nn.Module):
     packed_weight: Tensor
     weight_scale: Tensor
     weight_offset: Tensor | None
+    float_form: FloatForm
     _functional: QuantizedLayer
 
     def __init__(
@@ -64,6 +70,7 @@ class PackedLayer(nn.Module):
         quantizer = layer.weight_quantizer
         with torch.device("meta"):
             functional = type(layer)(**layer.constructor_arguments(layer))
+            functional.weight_quantizer = quantizer.blank_copy()
         packed = cls(
             functional,
             layer.bias,
@@ -77,6 +84,8 @@ class PackedLayer(nn.Module):
             if name != "bias":
                 setattr(packed, name, value)  # models read `stride`, `in_features` and the like of their layers
         packed.path = quantizer.path.removesuffix(".weight_quantizer")
+        packed.float_form = layer.float_form
+        take_over_hooks(packed, layer)
         return packed.train(layer.training)
 
     @classmethod
@@ -94,8 +103,39 @@ class PackedLayer(nn.Module):
             packed.weight_offset.copy_(offset)
         return packed
 
-    def codes(self) -> Tensor:
-        """The integer codes of the weight, int16, in the weight's shape."""
+    @torch.no_grad()
+    def to_quantized(self) -> QuantizedLayer:
+        """The trainable form: a latent weight that quantizes to the same codes on the same grid.
+
+        Raises:
+            ValueError: If the quantizer cannot be brought to that grid.
+        """
+        kind = type(self._functional)
+        assert self._functional.weight_quantizer is not None
+        with torch.device("meta"):
+            layer = kind(**kind.constructor_arguments(self._functional))
+        with self.weight.device:
+            quantizer = self._functional.weight_quantizer.blank_copy()
+        codes = self.codes()
+        scale, offset = self.weight_scale, self.weight_offset
+        latent = quantizer.take_over(codes, scale, torch.zeros_like(scale) if offset is None else offset)
+        layer.weight, layer.bias = nn.Parameter(latent.to(self.weight.dtype)), self.bias
+        layer.weight_quantizer, layer.activation_quantizer = quantizer, self.activation_quantizer
+        layer.float_form = self.float_form
+        wrong = int((quantizer.quantize(layer.weight) != codes).sum())
+        expected = self.quantized_weight()
+        moved = (layer.quantized_weight() - expected).abs().max()
+        if wrong or not moved <= GRID_TOLERANCE * torch.finfo(expected.dtype).eps * expected.abs().max():
+            raise ValueError(
+                f"{self.path}: {type(quantizer).__name__} cannot be brought back to this grid of {self.bits} bits: "
+                f"{wrong} of {codes.numel()} codes would change, weights by up to {moved:.1e}. Load the checkpoint in "
+                "float storage that was packed."
+            )
+        take_over_hooks(layer, self)
+        return layer.train(self.training)
+
+    def check_size(self) -> None:
+        """Raise `ValueError` if there are not as many bytes of codes as bits and shape ask for."""
         size = packed_size(torch.Size(self.weight_shape).numel(), self.bits)
         if self.packed_weight.shape != (size,):
             raise ValueError(
@@ -103,6 +143,10 @@ class PackedLayer(nn.Module):
                 f"{self.bits} bits for each element of a weight of shape {self.weight_shape}. The checkpoint's "
                 "tensors and its quantization_config do not belong together."
             )
+
+    def codes(self) -> Tensor:
+        """The integer codes of the weight, int16, in the weight's shape."""
+        self.check_size()
         return unpack_codes(self.packed_weight, self.bits, self.weight_shape, signed=True)
 
     def quantized_weight(self) -> Tensor:
@@ -122,5 +166,14 @@ class PackedLayer(nn.Module):
         return self._functional.compute(x, self.quantized_weight(), self.bias)
 
     def extra_repr(self) -> str:
+    def _apply(self, fn, recurse=True):
+        """As for any module, but `.to(torch.bfloat16)` and the like leave the grid in float32, as loading does."""
+        before = {name: getattr(self, name) for name in ("weight_scale", "weight_offset")}
+        super()._apply(fn, recurse)
+        for name, grid in before.items():
+            if grid is not None and getattr(self, name).dtype != grid.dtype:
+                setattr(self, name, grid.to(getattr(self, name).device))
+        return self
+
         kind = type(self._functional).__name__.removeprefix("Quant")
         return f"{kind}, weight_shape={self.weight_shape}, bits={self.bits}"

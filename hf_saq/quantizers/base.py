@@ -183,9 +183,14 @@ class Quantizer(nn.Module, ABC):
         signed = self.requested_signed
         if signed is None:
             signed = (x.min().item() if minimum is None else minimum) < 0
+        self.take_state(signed)
+        self.fit(x)
+
+    @torch.no_grad()
+    def take_state(self, signed: bool) -> None:
+        """From here on initialized, with codes of this sign."""
         self.range_state.fill_(_SIGNED if signed else _UNSIGNED)
         self.refresh()
-        self.fit(x)
 
     def refresh(self) -> None:
         """Read the sign and "initialized" back from the stored state, after something wrote to the buffers."""
@@ -215,6 +220,24 @@ class Quantizer(nn.Module, ABC):
         # In the type of x, as `fake_quantize` computes: in a wider type a bfloat16 weight could round differently.
         scale, offset = (t.to(x.dtype) for t in self.grid(x))
         return ((x - offset) / scale).round().clamp(self.qmin, self.qmax).to(torch.int16)
+
+    def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:  # noqa: ARG002
+        """A weight that quantizes to `codes` on the grid `code * scale + offset`, which becomes this quantizer's own.
+
+        What unpacking needs; the inverse of `quantize` and `grid`, as far as there is one.
+
+        Args:
+            codes: Integer codes of a weight, of any shape.
+            scale: Step size of shape `scale_shape`.
+            offset: Value of code 0, of shape `scale_shape`.
+        """
+        raise ValueError(f"{self.path or type(self).__name__}: a {type(self).__name__} cannot be unpacked.")
+
+    def blank_copy(self) -> Quantizer:
+        """A quantizer with the settings of this one and none of its values, on torch's default device."""
+        new = type(self)(self.bits, self.role, self.requested_signed, self.scale_shape, self.scale_init)
+        new.path = self.path
+        return new
 
     @torch.no_grad()
     def dequantize(self, codes: Tensor, x: Tensor | None = None) -> Tensor:

@@ -78,6 +78,15 @@ class DoReFaQuantizer(ClipQuantizer):
         if self.role == "activation":
             return super().quantize(x)
         return self._place(x).round().to(torch.int16)
+    @torch.no_grad()
+    def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:  # noqa: ARG002 (half the scale)
+        """The weight whose largest magnitude is that of the grid; the width of the tanh as `fitted_weight_clip`."""
+        self.clip_value.copy_(scale * (self.qmax + 0.5))
+        self.tanh_width.copy_((LINEAR_PART * self.clip_value).clamp_min(1))
+        self.take_state(signed=True)
+        u = (codes + 0.5) / (self.qmax + 0.5)
+        return self.tanh_width * torch.atanh(u * torch.tanh(self.clip_value / self.tanh_width))
+
 
     def fitted_weight_clip(self, x: Tensor) -> Tensor:
         shared = shared_dimensions(x, self.scale_shape)

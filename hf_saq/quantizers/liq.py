@@ -44,6 +44,17 @@ class LIQQuantizer(ClipQuantizer):
         scale = positive(std * self.clip_value / (self.qmax + 0.5))  # 2/n = 1 / (qmax + 1/2)
         return scale, mean + scale / 2
 
+    @torch.no_grad()
+    def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """The grid values, all moved by the rounding error of their mean: the grid follows the mean of the weight."""
+        values = codes * scale + offset
+        mean, _ = mean_and_std(values, self.scale_shape)
+        values += offset - scale / 2 - mean
+        _, std = mean_and_std(values, self.scale_shape)
+        self.clip_value.copy_(scale * (self.qmax + 0.5) / std.clamp_min(SCALE_FLOOR))
+        self.take_state(signed=True)
+        return values
+
     def fitted_weight_clip(self, x: Tensor) -> Tensor:
         mean, std = mean_and_std(x, self.scale_shape)
         w_hat = (x - mean) / std.clamp_min(SCALE_FLOOR)

@@ -71,6 +71,12 @@ class LSQQuantizer(Quantizer):
     def __init__(
         self,
         bits: int,
+    @torch.no_grad()
+    def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        self.scale.copy_(scale)
+        self.take_state(signed=True)
+        return codes * scale + offset
+
         role: Role,
         signed: bool | None = True,
         scale_shape: tuple[int, ...] = (1,),
