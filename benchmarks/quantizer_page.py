@@ -111,8 +111,8 @@ def protocol(runs: list[dict[str, Any]], trials: list[dict[str, Any]], adaptatio
         trial = trials[0]["arguments"]
         lines += [
             "",
-            f"Each quantizer's learning rate is that of {len({t['arguments']['lr'] for t in trials})} with the best "
-            f"accuracy on {arguments['validation_images']:,} training images that no model here is trained on, after "
+            "Each quantizer's learning rate is the smallest within one standard error of the best in accuracy on "
+            f"{arguments['validation_images']:,} training images that no model here is trained on, after "
             f"{trial['steps']} steps at the lowest number of bits; its other bits use the same rate. Test images "
             "choose nothing. The published weights have seen the held-out images before (uncompressed), so these "
             "figures are no estimate of anything, but they compare learning rates.",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -34,8 +35,6 @@ from hf_saq import SAQQuantizationConfig, calibrate, quantize
 from hf_saq.quantizers import QUANTIZERS, Quantizer
 
 SPLIT_SEED = 0
-CLEARLY = 0.02
-"""By how much a learning rate must be worse than the best so far to end the search."""
 
 
 @dataclass
@@ -186,11 +185,12 @@ def fingerprint_of(state: dict[str, torch.Tensor]) -> str:
 def chosen_learning_rate(
     args: TableArguments, runs: Runs, material: Material, quantizer: str, fingerprint: str
 ) -> float:
-    """The candidate with the best validation accuracy after a shorter fine-tune at the lowest number of bits.
+    """The smallest candidate within one standard error of the best in validation accuracy.
 
-    They are tried from the smallest up until one is clearly worse than the best so far: the rest diverges further.
+    Each is scored after a shorter fine-tune at the lowest number of bits. They are tried from the smallest up, until
+    one is worse than the best so far by two standard errors: the rest diverges further.
     """
-    best, best_score = 0.0, -1.0
+    scores: dict[float, float] = {}
     for lr in sorted(args.learning_rates):
         arguments = {
             "kind": "trial",
@@ -204,12 +204,17 @@ def chosen_learning_rate(
             "float_model": fingerprint,
         }
         record = runs.once(f"lr-{quantizer}-{lr:g}", arguments, partial(trial, material, arguments))
-        score = record["outcome"]["validation"]
-        if score > best_score:
-            best, best_score = lr, score
-        elif score < best_score - CLEARLY:
+        scores[lr] = record["outcome"]["validation"]
+        if scores[lr] < max(scores.values()) - 2 * standard_error(scores, args.validation_images):
             break
-    return best
+    good_enough = max(scores.values()) - standard_error(scores, args.validation_images)
+    return min(lr for lr, score in scores.items() if score >= good_enough)
+
+
+def standard_error(scores: dict[float, float], images: int) -> float:
+    """Of the best of these shares of correct `images`."""
+    best = max(scores.values())
+    return math.sqrt(best * (1 - best) / images)
 
 
 def trial(material: Material, arguments: dict[str, Any]) -> dict[str, Any]:

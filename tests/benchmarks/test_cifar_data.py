@@ -103,6 +103,7 @@ def test_augment_gives_shifted_and_mirrored_images():
     assert (found >= 0).all()
     seen = [choices[i] for i in found.tolist()]
     assert {top for _, top, _ in seen} == {left for _, _, left in seen} == set(range(9))
+    assert 5 < sum(top == left for _, top, left in seen) < 50  # 22 expected if the two are independent
     assert 60 < sum(mirrored for mirrored, _, _ in seen) < 140  # 100 expected, standard deviation 7
 
 
