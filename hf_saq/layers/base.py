@@ -70,7 +70,10 @@ class QuantizedLayer(HoldsQuantizers, ABC):
         """What the float layer computes, of these operands in place of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(self.quantized_input(x), self.quantized_weight(), self.bias)
+        x_q, w_q = self.quantized_input(x), self.quantized_weight()
+        operand = in_autocast_type(x_q)
+        with operand_recomputed(x_q, operand):
+            return self.compute(operand, w_q, self.bias)
 
     def quantized_weight(self) -> Tensor:
         """`Q(w)`, same shape as `weight`."""

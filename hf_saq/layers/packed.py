@@ -151,9 +151,10 @@ class PackedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """`Q(w)` decoded from the codes, in the layer's dtype."""
-        dtype = self.weight.dtype
-        weight = self.codes().to(dtype) * self.weight_scale.to(dtype)
-        return weight if self.weight_offset is None else weight + self.weight_offset.to(dtype)
+        weight = self.codes() * self.weight_scale
+        if self.weight_offset is not None:
+            weight = weight.add_(self.weight_offset)
+        return weight.to(self.weight.dtype)  # not before: fake quantization computes in float32 too
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -165,7 +166,6 @@ class PackedLayer(nn.Module):
             x = self.activation_quantizer(x)
         return self._functional.compute(x, self.quantized_weight(), self.bias)
 
-    def extra_repr(self) -> str:
     def _apply(self, fn, recurse=True):
         """As for any module, but `.to(torch.bfloat16)` and the like leave the grid in float32, as loading does."""
         before = {name: getattr(self, name) for name in ("weight_scale", "weight_offset")}
@@ -175,5 +175,6 @@ class PackedLayer(nn.Module):
                 setattr(self, name, grid.to(getattr(self, name).device))
         return self
 
+    def extra_repr(self) -> str:
         kind = type(self._functional).__name__.removeprefix("Quant")
         return f"{kind}, weight_shape={self.weight_shape}, bits={self.bits}"

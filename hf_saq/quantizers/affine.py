@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .base import sum_to
+from .base import SCALE_FLOOR, sum_to
+from .kernels import Grid, quantize_backward, quantize_forward
 
 
-class _Affine(torch.autograd.Function):
-    """Saves nothing but its inputs, which are alive anyway."""
+class FakeQuantize(torch.autograd.Function):
+    """Saves nothing but its inputs: `x` is alive anyway, a mask and a rounding error of its size would not be."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int, factor: float, through_rounding: bool
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, factor: float) -> Tensor:
         ctx.save_for_backward(x, scale, offset)
-        ctx.qmin, ctx.qmax, ctx.factor, ctx.through_rounding = qmin, qmax, factor, through_rounding
-        s, o = scale.to(x.dtype), offset.to(x.dtype)
-        return (x - o).div_(s).round_().clamp_(qmin, qmax).mul_(s).add_(o)
+        ctx.grid, ctx.factor = grid, factor
+        step = scale.detach().clamp_min(SCALE_FLOOR)
+        if not torch.compiler.is_compiling():
+            # Weak, so that whoever manages saved tensors (checkpointing, offloading) decides how long `x` lives.
+            ctx.made_of = MadeOf(weakref.ref(x), step, None if offset is None else offset.detach(), grid)
+        return quantize_forward(x, step, offset, grid)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, scale, offset = ctx.saved_tensors
-        s, o = scale.to(x.dtype), offset.to(x.dtype)
-        v = (x - o).div_(s)
-        q = v.clamp(ctx.qmin, ctx.qmax)
-        inside = q == v
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        _, of_scale, of_offset, *_ = ctx.needs_input_grad
+        grad_x, terms = quantize_backward(grad, x, scale.clamp_min(SCALE_FLOOR), offset, ctx.grid, of_scale)
         grad_scale = grad_offset = None
-        if ctx.needs_input_grad[1]:
-            ds = q.round_().sub_(v.mul_(inside)) if ctx.through_rounding else q.masked_fill_(inside, 0)
-            grad_scale = sum_to(ds.mul_(grad), scale.shape).mul_(ctx.factor).to(scale.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_offset = sum_to(grad.masked_fill(inside, 0), offset.shape).mul_(ctx.factor).to(offset.dtype)
-        return grad_x, grad_scale, grad_offset, None, None, None, None
+        if terms is not None:
+            grad_scale = (sum_to(terms, scale.shape) * ctx.factor).to(scale.dtype)
+        if of_offset:  # outside alone
+            grad_offset = (sum_to(grad - grad_x, offset.shape) * ctx.factor).to(offset.dtype)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_offset, None, None
+
+
+class MadeOf(NamedTuple):
+    """What the output of [`FakeQuantize`] was made of, and can be made of again."""
+
+    x: weakref.ref[Tensor]
+    scale: Tensor
+    offset: Tensor | None
+    grid: Grid
+
+    @torch.no_grad()
+    def remake(self, x: Tensor) -> Tensor:
+        """The output, of an equal `x`."""
+        return quantize_forward(x, self.scale, self.offset, self.grid)
+
+
+def made_of(x_q: Tensor) -> MadeOf | None:
+    """Of what fake quantization made `x_q`; `None` if it is the result of something else, or needs no gradient."""
+    return getattr(x_q.grad_fn, "made_of", None)
 
 
 def affine_fake_quantize(
     x: Tensor,
     scale: Tensor,
-    offset: Tensor,
+    offset: Tensor | None,
     qmin: int,
     qmax: int,
     grad_scale: float = 1.0,
@@ -56,12 +76,12 @@ def affine_fake_quantize(
 
     Args:
         x: Any shape.
-        scale: Step size `s` > 0, `(1,)` or broadcastable against `x`.
-        offset: Grid value of code 0, the shape of `scale`.
+        scale: Step size `s`, `(1,)` or broadcastable against `x`; used as `max(s, SCALE_FLOOR)`.
+        offset: Grid value of code 0, the shape of `scale`; `None` for a grid through zero.
         grad_scale: Factor on the gradients of `scale` and `offset`.
         through_rounding: Whether the rounding error counts in `d x_q / d s`; if not it is 0 inside, as in PACT.
 
     Returns:
         Same shape and dtype as `x`.
     """
-    return _Affine.apply(x, scale, offset, qmin, qmax, grad_scale, through_rounding)
+    return FakeQuantize.apply(x, scale, offset, Grid(qmin, qmax, through_rounding), grad_scale)

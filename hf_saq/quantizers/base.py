@@ -217,8 +217,8 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def quantize(self, x: Tensor) -> Tensor:
         """Integer codes of `x` in `[qmin, qmax]`, dtype int16: those behind `fake_quantize(x)`."""
-        # In the type of x, as `fake_quantize` computes: in a wider type a bfloat16 weight could round differently.
-        scale, offset = (t.to(x.dtype) for t in self.grid(x))
+        scale, offset = self.grid(x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # as `fake_quantize` computes
         return ((x - offset) / scale).round().clamp(self.qmin, self.qmax).to(torch.int16)
 
     def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:  # noqa: ARG002

@@ -70,14 +70,14 @@ class DoReFaQuantizer(ClipQuantizer):
         if self.role == "activation":
             return super().fake_quantize(x)
         scale, offset = self.learned_grid(x)
-        codes = round_straight_through(self._place(x)).to(x.dtype)
-        return codes * scale.to(x.dtype) + offset.to(x.dtype)
+        return (round_straight_through(self._place(x)) * scale + offset).to(x.dtype)
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> Tensor:
         if self.role == "activation":
             return super().quantize(x)
         return self._place(x).round().to(torch.int16)
+
     @torch.no_grad()
     def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:  # noqa: ARG002 (half the scale)
         """The weight whose largest magnitude is that of the grid; the width of the tanh as `fitted_weight_clip`."""
@@ -86,7 +86,6 @@ class DoReFaQuantizer(ClipQuantizer):
         self.take_state(signed=True)
         u = (codes + 0.5) / (self.qmax + 0.5)
         return self.tanh_width * torch.atanh(u * torch.tanh(self.clip_value / self.tanh_width))
-
 
     def fitted_weight_clip(self, x: Tensor) -> Tensor:
         shared = shared_dimensions(x, self.scale_shape)

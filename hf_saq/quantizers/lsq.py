@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive, round_straight_through, sum_to
+from .affine import affine_fake_quantize
+from .base import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive, round_straight_through
 from .scale_search import mse_scale
 
 
@@ -16,32 +17,6 @@ def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: fl
     s = positive(scale)
     s = s * grad_scale + (s - s * grad_scale).detach()  # the value of s, `grad_scale` times its gradient
     return round_straight_through((x / s).clamp(qmin, qmax)) * s
-
-
-class _LSQ(torch.autograd.Function):
-    """Forward and backward of LSQ with nothing saved but its inputs, which are alive anyway."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float) -> Tensor:
-        s = scale.clamp_min(SCALE_FLOOR).to(x.dtype)
-        ctx.save_for_backward(x, scale)
-        ctx.qmin, ctx.qmax, ctx.grad_scale = qmin, qmax, grad_scale
-        return (x / s).round_().clamp_(qmin, qmax).mul_(s)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, scale = ctx.saved_tensors
-        s = scale.clamp_min(SCALE_FLOOR).to(x.dtype)
-        v = x / s
-        q = v.clamp(ctx.qmin, ctx.qmax)
-        inside = q == v
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            # d x_q / d s: round(x/s) - x/s inside the grid (Eq. 3), the clip bound outside of it.
-            ds = q.round_().sub_(v.mul_(inside)).mul_(grad)
-            grad_scale = sum_to(ds, scale.shape).mul_(ctx.grad_scale).to(scale.dtype)
-        return grad_x, grad_scale, None, None, None
 
 
 def lsq_fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0) -> Tensor:
@@ -55,7 +30,7 @@ def lsq_fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale
     Returns:
         Same shape and dtype as `x`.
     """
-    return _LSQ.apply(x, scale, qmin, qmax, grad_scale)
+    return affine_fake_quantize(x, scale, None, qmin, qmax, grad_scale)
 
 
 class LSQQuantizer(Quantizer):
@@ -71,12 +46,6 @@ class LSQQuantizer(Quantizer):
     def __init__(
         self,
         bits: int,
-    @torch.no_grad()
-    def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        self.scale.copy_(scale)
-        self.take_state(signed=True)
-        return codes * scale + offset
-
         role: Role,
         signed: bool | None = True,
         scale_shape: tuple[int, ...] = (1,),
@@ -101,6 +70,12 @@ class LSQQuantizer(Quantizer):
         else:  # Section 2.1 of the paper
             scale = 2 * x.abs().sum_to_size(self.scale_shape) * self.scale.numel() / x.numel() / math.sqrt(self.qmax)
         self.scale.copy_(scale.clamp_min(SCALE_FLOOR))
+
+    @torch.no_grad()
+    def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        self.scale.copy_(scale)
+        self.take_state(signed=True)
+        return codes * scale + offset
 
     def grid(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         scale = self.scale.detach().clamp_min(SCALE_FLOOR)
