@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .calibration import NEVER_RUN, calibrate, needs_calibration
@@ -26,6 +26,7 @@ from .layers import HoldsQuantizers, QuantizedLayer
 from .packed_model import is_packed, pack
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbation import SharpnessAwareMinimizer
+from .publishing import PublishingTrainer
 from .rng import RNGState
 from .schedule_checkpoint import load_schedule, save_schedule
 from .scheduled_step import ScheduledStep
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 CALIBRATION_BATCHES = 4
 
 
-class SAQTrainer(Trainer):
+class SAQTrainer(PublishingTrainer):
     """Trains a quantized image classifier with Sharpness-Aware Quantization (arXiv:2111.12273).
 
     Everything else is [`transformers.Trainer`]: the same arguments, callbacks, evaluation, checkpoints and Hub push.
@@ -331,7 +332,9 @@ class SAQTrainer(Trainer):
         if quantized and not is_checkpoint and self.args.should_save:
             model = pack(model)
         with self._saving(model):
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:  # as `Trainer`, with the model in training put back
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _gathered_model(self) -> nn.Module:
         """An unsharded copy of the model in CPU memory, with values on the main process only."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 DOTS_PER_INCH = 100
+PANEL_INCHES = 4
 
 
 def curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -36,12 +37,15 @@ def draw_training_curve(log_history: Sequence[Mapping[str, Any]], file: Path) ->
         return False
     from matplotlib.figure import Figure  # not pyplot, which would touch the user's own figures
 
-    figure = Figure(figsize=(4 * len(panels), 3), dpi=DOTS_PER_INCH, layout="constrained")
+    width = PANEL_INCHES * len(panels)
+    figure = Figure(figsize=(width, 3), dpi=DOTS_PER_INCH)
+    # By hand: matplotlib's own ways to lay panels out take as long again as the drawing.
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.2 / width, bottom=0.17, top=0.9, wspace=0.25)
     for axes, (panel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for label, points in lines.items():
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
         axes.set(title=panel, xlabel="step")
-        if len(lines) > 1:
+        if list(lines) != [panel]:
             axes.legend()
     figure.savefig(file, format="png")
     return True

@@ -216,7 +216,7 @@ def test_private_and_revision(hub, tmp_path):
     commit = trainer.push_to_hub(private=True, revision="v1", commit_message="First")
     assert hub.repositories["me/hidden"].private and hub.files("me/hidden") == {}
     assert commit.oid == hub.repositories["me/hidden"].branches["v1"]["sha"]
-    assert 'revision="v1"' in hub.files("me/hidden", "v1")["README.md"].decode()
+    assert '"me/hidden", revision="v1"' in hub.files("me/hidden", "v1")["README.md"].decode()
     assert is_packed(load("me/hidden", revision="v1"))
     with pytest.raises(ValueError, match="Unrecognized model in me/hidden"):  # its main branch is empty
         load("me/hidden")

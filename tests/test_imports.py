@@ -43,12 +43,24 @@ ORDER = (
     "hf_quantizer",
     "staging",
     "checkpoints",
+    "model_card",
+    "training_curve",
+    "hub",
+    "inspection",
+    "saved_models",
+    "publishing",
     "trainer",
     "export",
     "analysis",
+    "cli",
+    "__main__",
     "__init__",
 )
-KNOW_TRANSFORMERS = {"attention_interface", "config", "hf_quantizer", "trainer", "hub"}
+KNOW_TRANSFORMERS = {"attention_interface", "config", "hf_quantizer", "model_card", "hub", "inspection"} | {
+    "publishing",
+    "trainer",
+    "cli",
+}
 # The method itself: torch (numpy for its random state), quantizers, and one another.
 METHOD = {"scope", "rng", "norm_statistics", "schedules", "sharding", "perturbation"} | {
     "displacement",
