@@ -242,9 +242,8 @@ class SAQConfig:
             "step, perturbed by the gradient of the step before; look: LookSAM between every k-th step."
         },
     )
-    trigger: bool | None = field(
-        default=None,
-        metadata={"help": "Perturb when the gradient is long against its running mean (AE-SAM; default False)."},
+    trigger: bool = field(
+        default=False, metadata={"help": "Perturb when the gradient is long against its running mean (AE-SAM)."}
     )
     look_alpha: float = field(default=0.7, metadata={"help": "What reuse=look adds, relative to the gradient."})
     scale_lr_ratio: float = field(
@@ -271,8 +270,10 @@ class SAQConfig:
             self.perturb = [self.perturb] if isinstance(self.perturb, str) else list(self.perturb)
         if not isinstance(self.perturb, list) or not self.perturb or any(k not in PERTURBABLE for k in self.perturb):
             raise ValueError(f"SAQConfig.perturb={self.perturb!r}; expected one or more of {list(PERTURBABLE)}.")
+        given = {name: getattr(self, name) for name in KNOBS}
+        given["trigger"] = None if self.trigger is False else self.trigger  # a flag, which has no third value
         try:
-            for name, value in resolve_preset(self.schedule, {name: getattr(self, name) for name in KNOBS}).items():
+            for name, value in resolve_preset(self.schedule, given).items():
                 setattr(self, name, value)
             self.perturbation_schedule()
         except ValueError as error:
@@ -283,7 +284,7 @@ class SAQConfig:
 
     def perturbation_schedule(self) -> PerturbationSchedule:
         """When to perturb and what to reuse."""
-        assert self.interval is not None and self.ascent_fraction is not None and self.trigger is not None
+        assert self.interval is not None and self.ascent_fraction is not None  # since `__post_init__`
         return PerturbationSchedule(
             self.interval, self.start, self.ascent_fraction, self.reuse, self.trigger, self.look_alpha
         )

@@ -83,12 +83,27 @@ BAD_SAQ = [
     ),
     *(
         ("interval", value, f"SAQConfig.interval={value!r}; expected an integer >= 1.")
-        for value in (0, -1, 1.5, True, None)
+        for value in (0, -1, 1.5, True, "2")
     ),
     *(
         ("start", value, f"SAQConfig.start={value!r}; expected a fraction of training from 0 to 1.")
         for value in (-0.1, 1.1, NAN, "0", None)
     ),
+    *(
+        ("ascent_fraction", value, f"SAQConfig.ascent_fraction={value!r}; expected a share of a batch, > 0 and <= 1.")
+        for value in (0, 0.0, -0.5, 1.5, NAN, True, "1")
+    ),
+    *(
+        ("reuse", value, f"SAQConfig.reuse={value!r}; expected one of [None, 'stale', 'previous', 'look'].")
+        for value in ("last", "", True, 1)
+    ),
+    ("reuse", "stale", "SAQConfig.reuse='stale' with interval=1 would renew at every step what it keeps"),
+    *(("trigger", value, f"SAQConfig.trigger={value!r}; expected True or False.") for value in (1, "yes", 0.5)),
+    *(
+        ("look_alpha", value, f"SAQConfig.look_alpha={value!r}; expected a finite number >= 0.")
+        for value in (-1, NAN, INF, None, "1")
+    ),
+    ("schedule", "cheap", "SAQConfig.schedule='cheap'; expected one of [None, 'full', 'balanced', 'free']."),
     *(
         ("scale_lr_ratio", value, f"SAQConfig.scale_lr_ratio={value!r}; expected a finite number >= 0.")
         for value in (-1, NAN, INF, "1", None)
@@ -200,15 +215,37 @@ def test_replace_is_checked_and_independent():
 
 def test_the_argument_parser_builds_it_next_to_training_arguments(tmp_path):
     parser = HfArgumentParser((TrainingArguments, SAQConfig))  # type: ignore[arg-type]
-    words = f"--output_dir {tmp_path} --rho 0.05 --case 1 --adaptive --perturb weight scale --interval 2 --sync global"
+    words = (
+        f"--output_dir {tmp_path} --rho 0.05 --case 1 --adaptive --perturb weight scale --interval 2 --sync global "
+    )
+    words += "--reuse stale --ascent_fraction 0.5"
     args, saq = parser.parse_args_into_dataclasses(words.split())
     assert saq == SAQConfig(
-        rho=0.05, case=1, adaptive=True, perturb=["weight", "scale"], interval=2, sync="global"
+        rho=0.05,
+        case=1,
+        adaptive=True,
+        perturb=["weight", "scale"],
+        interval=2,
+        sync="global",
+        reuse="stale",
+        ascent_fraction=0.5,
     ) and isinstance(args, TrainingArguments)
     defaults = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])[1]
     assert defaults == SAQConfig()
     from_json = parser.parse_dict({"output_dir": str(tmp_path), **json.loads(json.dumps(saq.to_dict()))})[1]
     assert from_json == saq
+    assert parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--trigger"])[1].trigger is True
+    free = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--schedule", "free"])[1]
+    assert (free.reuse, free.interval, free.trigger) == ("previous", 1, False)
+    assert parser.parse_dict({"output_dir": str(tmp_path), **free.to_dict()})[1] == free
+
+
+def test_a_preset_and_a_knob_that_contradict_each_other():
+    with pytest.raises(ValueError, match="SAQConfig.schedule='free' means trigger=False, but trigger=True is given"):
+        SAQConfig(schedule="free", trigger=True)
+    assert SAQConfig(schedule="balanced", interval=5).interval == 5
+    defaults = SAQConfig()
+    assert (defaults.interval, defaults.ascent_fraction, defaults.reuse, defaults.trigger) == (1, 1.0, None, False)
 
 
 def test_the_argument_parser_shows_bad_values(tmp_path):

@@ -1,11 +1,14 @@
 """The three cases against a plain-PyTorch reference, and the exactness of what is put back."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from reference import largest_difference, package_name, reference_gradients, to_reference, train_reference
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
 
@@ -415,8 +418,9 @@ def test_scope_selects_one_kind(kind):
     assert eps == (["0.weight_quantizer"] if kind == "weight" else [])
 
 
+@pytest.mark.parametrize("perturb", [["weight", "bias", "norm"], ["weight"], ["norm"]], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-def test_gradient_checkpointing_changes_nothing(reentrant):
+def test_gradient_checkpointing_changes_nothing(reentrant, perturb):
     from torch.utils.checkpoint import checkpoint
 
     class Checkpointed(nn.Module):
@@ -433,8 +437,9 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     for active in (False, True):
         net = quantized(linear_net)
         model = Checkpointed(net, active).train()
-        minimizer = SharpnessAwareMinimizer(model, rho=0.4)
+        minimizer = SharpnessAwareMinimizer(model, rho=0.4, perturb=perturb)
         two_passes(model, minimizer, batch(net))
+        assert minimizer.ascent_norm > 0
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
@@ -474,3 +479,78 @@ def test_eps_takes_one_buffer():
     with minimizer.perturbed() as added:
         assert pointer in {eps.data_ptr() for eps in added.outputs.values()}
         assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_first_pass_computes_no_gradient_that_is_not_needed(case):
+    net = quantized(conv_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3, case=case, perturb=["weight", "norm"])
+    net[7].weight.requires_grad_(False)  # frozen by the user: it stays so
+    names, received = {p: n for n, p in net.named_parameters()}, set()
+    for p in names:
+        if p.requires_grad:
+            p.register_hook(lambda grad, p=p: received.add(names[p]))
+    with minimizer.ascent():
+        loss_of(net, batch(net)).backward()
+    latent = set() if case == 3 else {"0.weight", "3.weight"}
+    cheap = {"1.weight", "1.bias", "3.bias", "4.weight", "4.bias", "7.bias"}
+    assert received == latent | cheap
+    assert [n for p, n in names.items() if not p.requires_grad] == ["7.weight"]
+    received.clear()
+    with minimizer.perturbed():
+        loss_of(net, batch(net)).backward()
+    assert received == set(names.values()) - {"7.weight"}
+
+
+def test_an_exception_switches_gradients_on_again():
+    net = quantized(conv_net)
+    with pytest.raises(KeyboardInterrupt):
+        with SharpnessAwareMinimizer(net, rho=0.3).ascent():
+            assert not net[0].weight.requires_grad and not net[0].activation_quantizer.scale.requires_grad
+            raise KeyboardInterrupt
+    assert all(p.requires_grad for p in net.parameters())
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that came to life inside of it and are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.alive:
+                storage = t.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_eps_is_the_only_buffer_of_the_size_of_the_weights(adaptive):
+    """Peak of a step in case 3 against that of plain training, on a model whose memory is its weights."""
+    sizes, layers = 256, 8
+    net = nn.Sequential(*[nn.Linear(sizes, sizes, bias=False) for _ in range(layers)])
+    quantize(net, SAQQuantizationConfig(weight_bits=4, activation_bits=None))
+    weights = layers * sizes * sizes * 4
+    x = torch.randn(2, sizes)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.3, adaptive=adaptive)
+    minimizer.armed = False
+    peaks = []
+    for step in (lambda: net(x).square().mean().backward(), lambda: two_passes_on_squares(net, minimizer, x)):
+        net.zero_grad()
+        with PeakMemory() as memory:
+            step()
+        peaks.append(memory.peak / weights)
+        assert memory.peak > weights  # at least the gradients are seen
+    assert peaks[1] < peaks[0] + 1.1
+
+
+def two_passes_on_squares(net, minimizer, x) -> None:
+    for context in (minimizer.ascent, minimizer.perturbed):
+        with context():
+            net(x).square().mean().backward()

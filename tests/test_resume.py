@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from hf_saq import SAQConfig
 from hf_saq.checkpoints import last_complete_checkpoint, what_is_missing
+from hf_saq.schedule_checkpoint import load_schedule
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
@@ -56,6 +57,51 @@ def test_resume_is_exact(family, sync, tmp_path):
     assert_equal_states(state_of(resumed), state_of(whole))
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
     assert losses[0] == losses[1]
+
+
+SCHEDULES = {
+    "stale": ("vit", dict(reuse="stale", interval=3)),
+    "previous": ("swin", dict(reuse="previous")),
+    "look": ("vit", dict(reuse="look", interval=3, sync="global")),
+    "trigger": ("resnet", dict(trigger=True)),
+}
+"""Interrupted after step 4, when each of them needs what earlier steps left."""
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_resume_under_a_schedule_is_exact(name, tmp_path):
+    family, knobs = SCHEDULES[name]
+    whole = make_trainer(family, tmp_path / "whole", saq_config=SAQConfig(rho=0.1, **knobs))
+    whole.train()
+    resumed = interrupted(family, tmp_path / "parts", 4, saq_config=SAQConfig(rho=0.1, **knobs))
+    assert resumed.state.global_step == STEPS
+    assert_equal_states(state_of(resumed), state_of(whole))
+    tensors, values = whole.scheduled_step.state()
+    assert_equal_states(resumed.scheduled_step.state()[0], tensors)
+    assert resumed.scheduled_step.state()[1] == values
+    assert tensors or values["mean"] is not None  # there was something to remember
+
+
+def test_the_state_of_a_schedule_must_be_there_and_fit(tmp_path):
+    how = dict(saq_config=SAQConfig(rho=0.1, reuse="previous"), max_steps=2)
+    trainer = make_trainer("vit", tmp_path, **how)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    file = checkpoint / "perturbation_state_0.safetensors"
+    with pytest.raises(ValueError, match="was written with processes 1, but this run has 2"):
+        load_schedule(trainer.scheduled_step, checkpoint, process=0, processes=2)
+    other = make_trainer("vit", tmp_path, saq_config=SAQConfig(rho=0.1, reuse="look", interval=2))
+    with pytest.raises(ValueError, match="was written with schedule \"reuse='previous'\", but this run has"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="a stored perturbation is for this tensor, but ResNet.* has no quantizer"):
+        fresh = make_trainer("resnet", tmp_path, **how)
+        load_schedule(fresh.scheduled_step, checkpoint, process=0, processes=1)
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "perturbation_state_0.safetensors cannot be read" in what_is_missing(checkpoint)
+    file.unlink()
+    with pytest.raises(ValueError, match="perturbation_state_0.safetensors is missing: a run with reuse='previous'"):
+        make_trainer("vit", tmp_path, **how).train(resume_from_checkpoint=True)
+    make_trainer("vit", tmp_path, max_steps=2).train(resume_from_checkpoint=True)  # nothing to remember, nothing asked
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "resnet"])

@@ -5,8 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
 from reference import largest_difference
-from training import BATCH, make_trainer, scheduled_reference
+from torch import nn
+from training import BATCH, Images, InOrder, arguments, make_trainer, quantized_model, scheduled_reference
+
+from hf_saq import SAQConfig, SharpnessAwareMinimizer
+from hf_saq.scheduled_step import ScheduledStep
+from hf_saq.schedules import PerturbationSchedule
 
 TOLERANCE = 1e-11
 """Of float64 parameters after the steps below; they move by more than 1e-5."""
@@ -70,3 +76,113 @@ def test_training_equals_the_reference(family, case, accumulation, sync, knobs, 
     assert samples == [accumulation * n for n in expected_samples(kinds, fraction)]
     assert backwards == [accumulation * (2 if kind in ("two passes", "fired") else 1) for kind in kinds]
     assert largest_difference(trainer.model, every_step(family, case, accumulation, sync)) > 1e3 * TOLERANCE
+
+
+@cache
+def plain(family):
+    """A run without perturbation."""
+    return run_in_float32(family, SAQConfig(case=None), "")
+
+
+def run_in_float32(family, saq_config, output_dir):
+    args = arguments(output_dir or "unused", max_steps=STEPS, optim="adamw_torch", gradient_accumulation_steps=2)
+    model, data = quantized_model(family, torch.float32), Images(2 * STEPS * BATCH, torch.float32)
+    trainer = InOrder(model, args, saq_config=saq_config, train_dataset=data)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("family", "knobs"),
+    [
+        ("vit", dict(ascent_fraction=0.5)),  # running statistics would come from other images
+        ("resnet", dict(reuse="stale", interval=2)),
+        ("resnet", dict(reuse="previous")),
+        ("resnet", dict(reuse="look", interval=2)),
+        ("resnet", dict(trigger=True)),
+    ],
+    ids=str,
+)
+def test_rho_zero_is_plain_training_bit_for_bit(family, knobs, tmp_path):
+    """Weights, and running statistics: they are updated once in each step, also where its only pass is perturbed."""
+    found = run_in_float32(family, SAQConfig(rho=0.0, **knobs), tmp_path).model.state_dict()
+    for name, value in plain(family).model.state_dict().items():
+        assert torch.equal(found[name], value), name
+
+
+def test_logs_of_a_step_of_one_perturbed_pass(tmp_path):
+    """Its loss is the perturbed one, and there is nothing to compare it with."""
+    logs = {}
+    for name, knobs in (
+        ("none", dict(start=1.0)),
+        ("previous", dict(reuse="previous")),
+        ("trigger", dict(trigger=True)),
+    ):
+        trainer = make_trainer("vit", 3, 1, "local", tmp_path, knobs=knobs, max_steps=3)
+        trainer.train()
+        logs[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs["previous"][0]["loss"] == logs["none"][0]["loss"]  # the first step has nothing to perturb with
+    assert logs["previous"][1]["loss"] != pytest.approx(logs["none"][1]["loss"], rel=0.01)
+    assert all("sharpness" not in entry for entry in logs["previous"] + logs["none"])
+    assert all(entry["ascent_norm"] > 0 for entry in logs["previous"])
+    for entry in logs["trigger"]:
+        assert entry["perturbed_share"] in (0, 1) and ("sharpness" in entry) == (entry["perturbed_share"] == 1)
+
+
+def test_no_sharpness_of_different_images(tmp_path):
+    trainer = make_trainer("vit", 3, 1, "local", tmp_path, knobs=dict(ascent_fraction=0.5), max_steps=1)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert "sharpness" not in entry and entry["ascent_norm"] > 0
+
+
+def test_counted_items_are_those_of_the_part(tmp_path):
+    """A loss that divides by the number of images of the step, as Trainer lets it: in the first pass by that of what
+    it sees, so that a batch of twice the same images logs the loss of one of them."""
+
+    def summed(outputs, labels, num_items_in_batch=None):
+        seen.append((len(labels), float(num_items_in_batch)))
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    seen: list[tuple[int, float]] = []
+    trainer = InOrder(
+        quantized_model("vit"),
+        arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2),
+        saq_config=SAQConfig(rho=0.1, ascent_fraction=0.5),
+        train_dataset=Images(2 * BATCH),
+        compute_loss_func=summed,
+    )
+    trainer.train()
+    assert seen == [(BATCH // 2, BATCH), (BATCH, 2 * BATCH)] * 2
+
+
+def test_a_loss_scale_is_divided_out():
+    """A GradScaler multiplies losses: the trigger and the log see gradients without it, and what is kept does not
+    change. Scales of powers of two, so that nothing is rounded."""
+    results = []
+    for knobs in (dict(trigger=True), dict(reuse="look", interval=2), dict(reuse="previous")):
+        for scales in ((1.0,) * STEPS, (2.0**10, 2.0**9, 2.0**12, 2.0**8)):
+            net, data = quantized_model("vit"), Images(BATCH * STEPS)
+            now = [1.0]
+            minimizer = SharpnessAwareMinimizer(net, rho=0.2)
+            step = ScheduledStep(minimizer, PerturbationSchedule(**knobs), loss_scale=lambda now=now: now[0])
+
+            def backward(batch, reduce=True, net=net, now=now):
+                loss = net(pixel_values=batch[0], labels=batch[1]).loss
+                (loss * now[0]).backward()
+                return loss.detach()
+
+            optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+            batches = zip(data.pixel_values.split(BATCH), data.labels.split(BATCH), strict=True)
+            norms = []
+            for k, (batch, now[0]) in enumerate(zip(batches, scales, strict=True)):
+                norms.append(step.micro_batch(0, [batch], backward, k, STEPS).ascent_norm or 0.0)
+                for p in net.parameters():
+                    p.grad = None if p.grad is None else p.grad / now[0]
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append((norms, step.trigger.mean or 0.0, [p.detach().clone() for p in net.parameters()]))
+        (norms, mean, parameters), (scaled_norms, scaled_mean, scaled_parameters) = results[-2:]
+        assert norms == pytest.approx(scaled_norms, rel=1e-12) and mean == pytest.approx(scaled_mean, rel=1e-12)
+        for a, b in zip(parameters, scaled_parameters, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
