@@ -297,3 +297,14 @@ def test_after_an_exception_everything_is_back():
         model(images(size=8))
     calibrate(model, [images(size=8)])
     model(images(size=8))
+
+
+def test_rare_large_activations_in_one_column_are_seen():
+    """A sample at even distances would look at the first column only: 91 = 13 * 7."""
+    x = torch.rand(16384 * 91 // 7, 7)
+    x[:400, 3] = 6.0
+    model = torch.nn.Sequential(torch.nn.Linear(7, 3), torch.nn.Linear(3, 2))
+    quantize(model, SAQQuantizationConfig(weight_bits=8, activation_bits=8, activation_mode="unsigned"))
+    calibrate(model, [x])
+    quantizer = model[0].activation_quantizer
+    assert quantizer.scale.item() * quantizer.qmax == pytest.approx(6.0, rel=0.02)

@@ -8,35 +8,72 @@ from torch import Tensor
 from .base import shared_dimensions
 
 CANDIDATES = 100
+QUANTILES = 2**16
+LEAST_SQUARES_STEPS = 3
 RANGE_CANDIDATES = 50
 
 
 def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shift: float = 0.0) -> Tensor:
     """Minimise the mean of `(x - s * (clip(round(x/s - shift), qmin, qmax) + shift))^2`.
 
-    Candidates are `s = max|x| * k/100 / (qmax + shift)`, `k = 1..100`.
+    Candidates are `s = max|x| * k/100 / (qmax + shift)`, `k = 1..100`, and the step of the grid that `x` lies on
+    already, as the weights of a checkpoint do that came from a quantizer: those are then kept exactly. The best is
+    refined by least squares: with the codes `q` fixed, the error is smallest at `s = sum(x q) / sum(q^2)`.
 
     Args:
-        x: Values to fit, at least one.
+        x: Values to fit, at least one. Of very many that share one step size, 65,536 quantiles stand for all.
         scale_shape: `(1,)` or a shape that broadcasts against `x`, such as `(out, 1)`: one search per channel.
         shift: Offset of the grid in steps: 0 for a grid through zero, 1/2 for one that is symmetric without it.
 
     Returns:
         Step sizes of shape `scale_shape`; zero where all values of a channel are zero.
     """
+    if torch.Size(scale_shape).numel() == 1:
+        x = _quantiles(x)
     shared = shared_dimensions(x, scale_shape)
+    tiny = torch.finfo(x.dtype).tiny
+
+    def total(t: Tensor) -> Tensor:
+        return t.sum(dim=shared, keepdim=True) if shared else t
+
+    def codes(s: Tensor) -> Tensor:
+        return (x / s).sub_(shift).round_().clamp_(qmin, qmax).add_(shift)
+
     largest = x.abs().amax(dim=shared, keepdim=True) if shared else x.abs()
-    best = torch.full_like(largest, torch.inf)
-    scale = torch.zeros_like(largest)
-    for k in range(1, CANDIDATES + 1):
-        candidate = (largest * (k / CANDIDATES) / (qmax + shift)).clamp_min(torch.finfo(x.dtype).tiny)
-        codes = (x / candidate).sub_(shift).round_().clamp_(qmin, qmax)
-        error = codes.add_(shift).mul_(candidate).sub_(x).square_()
-        error = error.mean(dim=shared, keepdim=True) if shared else error
+    scale = (largest / (qmax + shift)).clamp_min(tiny)
+    best = total(codes(scale).mul_(scale).sub_(x).square_())
+
+    def keep_if_better(candidate: Tensor) -> None:
+        nonlocal scale, best
+        error = total(codes(candidate).mul_(candidate).sub_(x).square_())
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, candidate, scale)
+
+    for k in range(1, CANDIDATES):
+        keep_if_better((largest * (k / CANDIDATES) / (qmax + shift)).clamp_min(tiny))
+    keep_if_better(_step_of_own_grid(x).clamp_min(tiny).expand_as(scale))
+    for _ in range(LEAST_SQUARES_STEPS):
+        q = codes(scale)
+        keep_if_better((total(x * q) / total(q.square()).clamp_min(tiny)).clamp_min(tiny))
     return torch.where(largest > 0, scale, 0).reshape(scale_shape)
+
+
+def _quantiles(x: Tensor) -> Tensor:
+    """The values of `x`, or `QUANTILES` of them that share its distribution: every n-th of the sorted ones."""
+    if x.numel() <= QUANTILES:
+        return x.reshape(-1)
+    middle = (torch.arange(QUANTILES, device=x.device, dtype=torch.float64) + 0.5) * (x.numel() / QUANTILES)
+    return x.reshape(-1).sort().values[middle.long()]
+
+
+def _step_of_own_grid(x: Tensor) -> Tensor:
+    """The smallest distance of two different magnitudes in `x`, zero among them: if `x` lies on a grid, its step."""
+    magnitudes = torch.cat([x.new_zeros(1), x.abs().reshape(-1)]).unique()  # sorted
+    distances = magnitudes.diff()
+    # Neighbours that differ by rounding alone are one value.
+    distances = distances[distances > magnitudes[-1] * torch.finfo(x.dtype).eps * 8]
+    return distances.min() if distances.numel() else x.new_zeros(())
 
 
 def mse_range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -51,7 +88,7 @@ def mse_range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     Returns:
         `(low, high)`, each `(1,)`; equal if all values are.
     """
-    x = x.reshape(-1)
+    x = _quantiles(x)
     mean = x.mean()
     to_low, to_high = x.min() - mean, x.max() - mean
     tiny = torch.finfo(x.dtype).tiny
