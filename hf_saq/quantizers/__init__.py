@@ -3,6 +3,7 @@
 from .affine import affine_fake_quantize
 from .base import MAX_BITS, MIN_BITS, Observer, Quantizer, round_straight_through
 from .dorefa import DoReFaQuantizer
+from .kernels import set_backend
 from .liq import LIQQuantizer
 from .lsq import LSQQuantizer, lsq_fake_quantize
 from .lsq_plus import LSQPlusQuantizer
@@ -25,4 +26,5 @@ __all__ = [
     "lsq_fake_quantize",
     "quantizer_class",
     "round_straight_through",
+    "set_backend",
 ]

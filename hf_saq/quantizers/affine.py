@@ -84,4 +84,6 @@ def affine_fake_quantize(
     Returns:
         Same shape and dtype as `x`.
     """
+    if x.ndim == 0:  # a scale has a dimension, and broadcasting would give it to the result
+        return affine_fake_quantize(x[None], scale, offset, qmin, qmax, grad_scale, through_rounding)[0]
     return FakeQuantize.apply(x, scale, offset, Grid(qmin, qmax, through_rounding), grad_scale)
