@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests and the demo are small: one thread in each of two processes beats two threads in one.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo flowers test test-slow architectures quantizers quality style clean
+.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers quality style clean
 
 install: $(STAMP)
 
@@ -36,6 +36,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=3600 -m slow tests
+
+fuzz: $(STAMP)  ## 10,000 damaged packed checkpoints, some minutes
+	$(TEST_ENV) $(BIN)/python -m pytest -p no:xdist --timeout=7200 -s -m slow tests/test_damaged_files.py
+
+packed-size: $(STAMP)  ## file, memory and loading time of a packed ViT-B/16, written to benchmarks/results
+	$(TEST_ENV) $(BIN)/python benchmarks/packed_size.py
 
 architectures: $(STAMP)  ## write docs/architectures.md from a run over every architecture, about ten minutes
 	$(TEST_ENV) $(BIN)/python tests/write_architectures.py docs/architectures.md

@@ -30,6 +30,7 @@ from .publishing import PublishingTrainer
 from .rng import RNGState
 from .schedule_checkpoint import load_schedule, save_schedule
 from .scheduled_step import ScheduledStep
+from .staging import staged
 from .sub_batch import batch_size
 
 logger = logging.getLogger(__name__)
@@ -335,6 +336,14 @@ class SAQTrainer(PublishingTrainer):
             super().save_model(output_dir, _internal_call=True)
         if self.args.push_to_hub and not _internal_call:  # as `Trainer`, with the model in training put back
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in `Trainer`, but what was saved there before stays whole until all that replaces it is written."""
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with staged(output_dir or str(self.args.output_dir)) as directory:
+            super()._save(str(directory), state_dict)
 
     def _gathered_model(self) -> nn.Module:
         """An unsharded copy of the model in CPU memory, with values on the main process only."""
