@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny_models import convnext, deit_with_teacher, images, vit
 from transformers import AutoModelForImageClassification, DeiTForImageClassificationWithTeacher, ViTImageProcessor
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.cli import main
+from hf_saq.cli import _parser, main
 from hf_saq.inspection import inspect_checkpoint
 from hf_saq.layers import PackedLayer, QuantizedLayer
 from hf_saq.packed_model import is_packed
@@ -206,6 +207,13 @@ def test_packing_what_is_packed(saved, tmp_path, capsys):
     status, _, err = run(capsys, "pack", saved / "packed", tmp_path / "again")
     assert status == 1 and "is packed already" in err
     assert not (tmp_path / "again").exists()
+
+
+def test_the_commands_of_the_readme_exist():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    commands = re.findall(r"^hf-saq (.*?) *(?:#.*)?$", readme, flags=re.MULTILINE)
+    parsed = [_parser().parse_args(command.split()) for command in commands]
+    assert len({args.run for args in parsed}) == len(commands) == 4
 
 
 @pytest.mark.parametrize("argv", [[], ["shrink"], ["pack", "only-one"], ["inspect", "x", "--yaml"]])

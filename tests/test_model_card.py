@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 import yaml
@@ -27,8 +28,13 @@ def facts(**changes) -> CardFacts:
     return CardFacts(**{**known, **changes})
 
 
+@cache
+def quantized_model():
+    return quantize(vit(), SAQQuantizationConfig(weight_bits=3, activation_bits=5, modules_to_not_convert=["*.fc1"]))
+
+
 def full_facts(**changes) -> CardFacts:
-    model = quantize(vit(), SAQQuantizationConfig(weight_bits=3, activation_bits=5, modules_to_not_convert=["*.fc1"]))
+    model = quantized_model()
     known = dict(
         config=model.config.quantization_config.replace(storage="packed"),
         layers=model.quantization_report.layers,

@@ -66,10 +66,18 @@ def test_the_default_run_end_to_end(tmp_path, capsys):
 def test_a_packed_checkpoint_is_evaluated_and_pushed_once(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(script.SAQTrainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/model"))
-    monkeypatch.setattr(script.SAQTrainer, "push_to_hub", lambda self, **_: pushed.append(self.args.hub_model_id))
+
+    def push(self, **_):
+        pushed.append(self.args.hub_model_id)
+        self.create_model_card()
+
+    monkeypatch.setattr(script.SAQTrainer, "push_to_hub", push)
     rows = script.main([*SMALL, f"--output_dir={tmp_path}", "--weight_bits=4", "--methods=saq", "--push_to_hub"])
     assert pushed == [f"{tmp_path.name}-saq-w4a4"]
     packed = tmp_path / "saq-w4a4"
+    card = (packed / "README.md").read_text()
+    assert f"| float | W32A32 | {rows[0].top1:.4f} |" in card and f"| **SAQ** | W4A4 | {rows[1].top1:.4f} |" in card
+    assert "on scikit-learn's digits (64 held-out images)" in card and "QAT" not in card
     arguments = [f"--model_name_or_path={packed}", "--do_train=false", f"--output_dir={tmp_path / 'again'}"]
     assert script.main([*SMALL, *arguments])[0].top1 == rows[-1].top1
 
