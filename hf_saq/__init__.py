@@ -4,6 +4,7 @@ Importing the package registers `quant_method="saq"` with transformers, so that 
 quantized checkpoints.
 """
 
+from .bias_correction import correct_biases
 from .calibration import calibrate
 from .config import SAQConfig, SAQQuantizationConfig
 from .conversion import quantize
@@ -24,6 +25,7 @@ __all__ = [
     "SharpnessAwareMinimizer",
     "__version__",
     "calibrate",
+    "correct_biases",
     "cost",
     "dequantize",
     "pack",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -610,3 +611,16 @@ def test_quantizers_know_their_path():
         assert layer.weight_quantizer.path == f"{name}.weight_quantizer"
         assert layer.activation_quantizer.path == f"{name}.activation_quantizer"
     assert model.config.num_labels == NUM_LABELS
+
+
+def test_a_scale_too_coarse_for_many_channels_is_told():
+    """Eight channels a thousand times smaller than the other eight: nothing is left of them at 4 bits per tensor."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 16, 3), nn.Conv2d(16, 2, 1))
+    with torch.no_grad():
+        model[1].weight[8:] *= 1e-3
+    per_channel = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"in 1 layers: 1 \(8 of 16\).*weight_granularity='channel'"):
+        quantize(model, SAQQuantizationConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(per_channel, SAQQuantizationConfig(weight_granularity="channel"))

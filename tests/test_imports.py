@@ -37,6 +37,7 @@ ORDER = (
     "config",
     "conversion",
     "calibration",
+    "bias_correction",
     "cost",
     "packed_model",
     "seal",

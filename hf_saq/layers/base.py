@@ -38,6 +38,8 @@ class QuantizedLayer(HoldsQuantizers, ABC):
 
     channel_axis = 0
     """Dimension of `weight` that counts the output channels."""
+    output_channel_axis = -1
+    """The same of an output."""
 
     weight: Any  # nn.Parameter; the float type that a subclass mixes in declares it
     bias: Any

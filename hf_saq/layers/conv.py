@@ -35,9 +35,13 @@ class _QuantConv(QuantizedLayer):
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """`nn.Conv1d` on quantized operands. Weight `(out_channels, in_channels / groups, width)`."""
 
+    output_channel_axis = -2
+
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """`nn.Conv2d` on quantized operands. Weight `(out_channels, in_channels / groups, height, width)`."""
+
+    output_channel_axis = -3
 
 
 class QuantConv2dSame(QuantConv2d):
