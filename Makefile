@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests and the demo are small: one thread in each of two processes beats two threads in one.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers quality style clean
+.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function quality style clean
 
 install: $(STAMP)
 
@@ -48,6 +48,9 @@ architectures: $(STAMP)  ## write docs/architectures.md from a run over every ar
 
 quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmarks/results/quantizers are done first
 	$(TEST_ENV) $(BIN)/python benchmarks/quantizer_table.py
+
+float-function: $(STAMP)  ## write docs/float_function.md: what conversion and training keep of MobileNetV2
+	$(TEST_ENV) $(BIN)/python benchmarks/float_function.py
 
 quality: $(STAMP)
 	$(BIN)/ruff check .
