@@ -148,7 +148,6 @@ class ScheduledStep:
                 outcome = Outcome(backward(batches[k]))
         if k == len(batches) - 1:
             self.eps = minimizer.climb()
-            minimizer.reset()
             outcome.ascent_norm = self._norm_per_sample(1)
         return outcome
 

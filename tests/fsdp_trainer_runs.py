@@ -17,6 +17,14 @@ from hf_saq import SAQTrainer
 RUNS = [(None, "local"), (3, "global"), (3, "local"), (2, "global")]
 
 
+NOT_SHARDED = {
+    "reuse='previous'": dict(reuse="previous"),
+    "reuse='look'": dict(reuse="look", interval=2),
+    "trigger": dict(trigger=True),
+}
+"""Schedules that read gradients of parameters as each process computes them."""
+
+
 def accept_cpu(init):
     """accelerate's `AcceleratorState.__init__`, which ignores FSDP on anything but an accelerator, made not to."""
 
@@ -80,10 +88,21 @@ def run(output: Path) -> tuple[dict, Accelerator]:
         checkpoint = AutoModelForImageClassification.from_pretrained(directory, dtype=torch.float64)
         results["checkpoint"] = checkpoint.state_dict()
 
+    stale = dict(knobs=dict(reuse="stale", interval=2))
+    trainer = trainer_of(3, "global", output / "runs", **stale)
+    trainer.train()
+    options = dict(optim="adamw_torch", save_strategy="steps", save_steps=1, **stale)
+    whole = trainer_of(3, "global", output / "stale", **options)
+    whole.train()
+    resumed = trainer_of(3, "global", output / "stale resumed", **options)
+    resumed.train(resume_from_checkpoint=str(output / "stale" / "checkpoint-1"))  # step 2 needs the eps of step 1
+    results["stale"] = {"trained": state_of(trainer), "whole": state_of(whole), "resumed": state_of(resumed)}
+
     common = dict(sync="local", output=output / "refused")
     results["refused"] = {
         "case": raised(case=2, **common),
         "version": raised(case=3, fsdp={"version": 1, "sync_module_states": False}, **common),
+        **{name: raised(case=3, knobs=knobs, **common) for name, knobs in NOT_SHARDED.items()},
         "loading": raised(case=3, fsdp={"cpu_ram_efficient_loading": True}, **common),
     }
     return results, trainer.accelerator

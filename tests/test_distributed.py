@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import largest_difference
-from training import FAMILIES, HOW, reference_result
+from training import FAMILIES, HOW, SCHEDULES, reference_result, scheduled_reference
 
 TOLERANCE = 1e-11
 
@@ -37,15 +37,36 @@ def results(tmp_path_factory) -> dict:
 def test_training_equals_the_reference(family, case, accumulation, sync, results):
     result = results[family, case, accumulation, sync]
     expected = reference_result(family, case, accumulation, sync, processes=2)
-    state = result["state"]
-
-    class Trained:  # `largest_difference` reads nothing but the state
-        @staticmethod
-        def state_dict():
-            return state
-
-    assert largest_difference(Trained, expected) < TOLERANCE
+    assert largest_difference(Trained(result["state"]), expected) < TOLERANCE
     assert result["replicas"][0] == result["replicas"][1]
+
+
+class Trained:
+    """`largest_difference` reads nothing but the state."""
+
+    def __init__(self, state: dict):
+        self.state_dict = lambda: state
+
+
+@pytest.mark.parametrize("k", range(len(SCHEDULES)), ids=[str(run) for run in SCHEDULES])
+def test_schedules_equal_the_reference(k, results):
+    family, case, accumulation, sync, knobs = SCHEDULES[k]
+    result = results["schedules"][k]
+    expected, _ = scheduled_reference(family, case, accumulation, sync, knobs, processes=2)
+    assert largest_difference(Trained(result["state"]), expected) < TOLERANCE
+    assert result["replicas"][0] == result["replicas"][1]
+    kept, mean = result["kept"].T
+    assert mean[0] == mean[1]  # what the trigger decides by
+    if sync == "local" and knobs.get("reuse") in ("stale", "previous"):
+        assert kept[0] != kept[1]  # each process has an eps of its own
+    else:
+        assert kept[0] == kept[1]
+
+
+def test_each_process_resumes_with_its_own_eps(results):
+    assert results["resumed"]["equal"].all()
+    kept = results["resumed"]["kept"].flatten()
+    assert kept[0] != kept[1] and kept.min() > 0
 
 
 def test_local_and_global_differ(results):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, PROCESSES, RHO, RUNS, STEPS, batch, loss_of, net
+from fsdp_trainer_runs import NOT_SHARDED
 from fsdp_trainer_runs import RUNS as TRAINER_RUNS
 from reference import package_name, to_reference, train_reference
-from training import reference_result
+from training import reference_result, scheduled_reference
 
 TOLERANCE = 1e-11
 
@@ -27,7 +28,7 @@ def results(tmp_path_factory) -> dict:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(output / "results.pt", weights_only=True)
@@ -114,6 +115,18 @@ def test_trainer_resumes_exactly(kind, trained):
     whole, resumed = trained[kind]["whole"], trained[kind]["resumed"]
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_stale_eps_equals_the_reference_and_resumes_exactly(trained):
+    whole, resumed = trained["stale"]["whole"], trained["stale"]["resumed"]
+    reference, _ = scheduled_reference("vit", 3, 2, "global", dict(reuse="stale", interval=2), processes=2)
+    assert difference(trained["stale"]["trained"], reference) < TOLERANCE
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", NOT_SHARDED)
+def test_schedules_that_read_gradients_of_one_process_are_refused(kind, trained):
+    assert f"SAQConfig({kind}) under FSDP2" in trained["refused"][kind]
 
 
 def test_checkpoints_hold_the_whole_model_in_float(trained):

@@ -19,6 +19,18 @@ FAMILIES = ("vit", "convnext", "resnet", "mobilenet_v2")
 HOW = [(None, "local"), *((case, sync) for case in (1, 2, 3) for sync in ("local", "global"))]
 """Pairs of `case` and `sync`."""
 
+SCHEDULES = [
+    ("vit", 3, 2, "local", dict(reuse="previous")),
+    ("resnet", 2, 1, "global", dict(reuse="previous")),
+    ("vit", 3, 2, "local", dict(reuse="stale", interval=2)),
+    ("vit", 1, 1, "global", dict(reuse="stale", interval=2, ascent_fraction=0.5)),
+    ("resnet", 3, 2, "local", dict(reuse="look", interval=2)),
+    ("vit", 3, 1, "global", dict(reuse="look", interval=2)),
+    ("vit", 3, 2, "local", dict(trigger=True)),
+    ("resnet", 1, 1, "global", dict(trigger=True)),
+]
+"""Family, `case`, gradient accumulation, `sync` and knobs, of what runs in two processes."""
+
 BATCH, STEPS, RHO, LEARNING_RATE, SCALE_LR_RATIO = 4, 3, 0.2, 1e-4, 0.01
 
 
@@ -71,16 +83,16 @@ def arguments(output_dir, **changes) -> TrainingArguments:
 
 
 def make_trainer(
-    family, case, accumulation, sync, output_dir, processes=1, cls=InOrder, knobs=None, **changes
+    family, case, accumulation, sync, output_dir, processes=1, cls=InOrder, knobs=None, dtype=torch.float64, **changes
 ) -> SAQTrainer:
     """`knobs`: further fields of `SAQConfig`."""
     changes.setdefault("gradient_accumulation_steps", accumulation)
     steps = changes.get("max_steps", STEPS)
     return cls(
-        quantized_model(family),
+        quantized_model(family, dtype),
         arguments(output_dir, **changes),
         saq_config=SAQConfig(rho=RHO, case=case, sync=sync, scale_lr_ratio=SCALE_LR_RATIO, **(knobs or {})),
-        train_dataset=Images(BATCH * steps * accumulation * processes),
+        train_dataset=Images(BATCH * steps * accumulation * processes, dtype),
     )
 
 
