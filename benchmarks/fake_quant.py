@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
 from hf_saq.quantizers import set_backend
+from hf_saq.quantizers.kernels import Backend
 
 BITS = 4
 CONFIG = SAQQuantizationConfig(weight_bits=BITS, activation_bits=BITS, first_last_bits=None)
@@ -36,11 +38,8 @@ CONFIG = SAQQuantizationConfig(weight_bits=BITS, activation_bits=BITS, first_las
 def vit_small() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=384, num_attention_heads=6, num_hidden_layers=12, intermediate_size=1536, num_labels=1000
-        )
-    )
+    size: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    return ViTForImageClassification(ViTConfig(**size, num_hidden_layers=12, num_labels=1000))  # type: ignore[call-arg]
 
 
 def resnet18() -> nn.Module:
@@ -68,9 +67,9 @@ def quantized(model: nn.Module, x: Tensor) -> nn.Module:
 class UnfusedLSQ(nn.Module):
     """LSQ in ordinary autograd operations, what a few lines of PyTorch would be."""
 
-    def __init__(self, layer: nn.Module, ours: nn.Module):
+    def __init__(self, layer: Any, ours: Any):
         super().__init__()
-        self.layer = copy.deepcopy(layer)
+        self.layer: Any = copy.deepcopy(layer)
         self.weight_scale = nn.Parameter(ours[0].weight_quantizer.scale.detach().clone())
         self.input_scale = nn.Parameter(ours[0].activation_quantizer.scale.detach().clone())
 
@@ -141,7 +140,7 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
 
-def with_backend(name: str, step: Callable[[], object]) -> Callable[[], None]:
+def with_backend(name: Backend, step: Callable[[], object]) -> Callable[[], None]:
     def run() -> None:
         before = set_backend(name)
         step()
