@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import math
 import shlex
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
+from hf_saq.layers import QuantizedLayer
 from hf_saq.quantizers import QUANTIZERS, Quantizer
 
 SPLIT_SEED = 0
@@ -118,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
                 name = f"{quantizer}-w{bits}a{bits}-seed{seed}"
                 runs.once(name, arguments, partial(table_run, material, arguments))
+    arguments = {"kind": "grids", "quantizers": args.quantizers, "bits": args.bits, "float_model": fingerprint}
+    runs.once("first-weight-grids", arguments, partial(first_weight_grids, material, arguments))
     Path(args.document).parent.mkdir(parents=True, exist_ok=True)
     Path(args.document).write_text(page(Path(args.results)), encoding="utf-8")
 
@@ -234,6 +239,28 @@ def table_run(material: Material, arguments: dict[str, Any]) -> dict[str, Any]:
         "training_loss": loss,
         "learned_values": {name: [first[name], value] for name, value in learned_values(model).items()},
     }
+
+
+def first_weight_grids(material: Material, arguments: dict[str, Any]) -> dict[str, Any]:
+    """How well each quantizer's first grids fit the weights: medians over the layers that have these bits.
+
+    `error` is `||Q(w) - w||^2 / ||w||^2`; `outermost` is the share of weights on the first and last of the levels in
+    use. By quantizer and bits, under names such as `lsq-2`.
+    """
+    found = {}
+    for quantizer, bits in itertools.product(arguments["quantizers"], arguments["bits"]):
+        model = CifarResNet(20)
+        model.load_state_dict(copy.deepcopy(material.float_state))
+        quantize(model, SAQQuantizationConfig(weight_bits=bits, activation_bits=None, quantizer=quantizer))
+        errors, shares = [], []
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
+                if layer.weight_quantizer.bits == bits:
+                    w, w_q = layer.weight.detach(), layer.quantized_weight().detach()
+                    errors.append(((w_q - w).square().sum() / w.square().sum()).item())
+                    shares.append(((w_q == w_q.min()) | (w_q == w_q.max())).float().mean().item())
+        found[f"{quantizer}-{bits}"] = {"error": median(errors), "outermost": median(shares)}
+    return found
 
 
 def start(material: Material, arguments: dict[str, Any]) -> nn.Module:

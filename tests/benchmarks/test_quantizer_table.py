@@ -47,7 +47,7 @@ def test_a_run_and_what_a_restart_skips(arguments, tmp_path, monkeypatch):
     assert set(records) == {
         "float-adaptation",
         *("lr-float-0.01", "lr-float-0.02", "lr-lsq-0.01", "lr-lsq-0.02"),
-        *("float-w32a32-seed0", "lsq-w2a2-seed0"),
+        *("float-w32a32-seed0", "lsq-w2a2-seed0", "first-weight-grids"),
     }
     run = records["lsq-w2a2-seed0"]
     assert {"torch", "transformers", "hf_saq", "python"} <= set(run["versions"])
@@ -132,6 +132,22 @@ def test_quantizers_start_from_the_same_weights(name):
     assert state["conv1.weight"].any()  # a run changes nothing of what the next starts from
 
 
+def test_first_weight_grids_by_hand():
+    """All weights of a layer -2, -1, 0 or 1 times one number: LSQ's four levels, without error."""
+    state = CifarResNet(20).state_dict()
+    for name, value in state.items():
+        if value.ndim == 4:
+            levels = torch.tensor([-2.0, -1.0, 0.0, 1.0]).repeat(value.numel() // 4 + 1)
+            state[name] = 0.1 * levels[: value.numel()].view_as(value)
+    found = script.first_weight_grids(
+        script.Material(None, None, None, state), {"quantizers": ["lsq", "liq"], "bits": [2]}
+    )
+    assert set(found) == {"lsq-2", "liq-2"}
+    assert found["lsq-2"]["error"] == pytest.approx(0, abs=1e-6)
+    assert found["lsq-2"]["outermost"] == pytest.approx(0.5, abs=0.01)
+    assert found["liq-2"]["error"] == pytest.approx(0, abs=1e-3)  # the mean, -1/2, is the middle of its levels
+
+
 def test_learned_values_have_the_names_of_the_parameters():
     model = torch.nn.Sequential(LSQQuantizer(4, "weight"))
     model[0].path = "layer.weight_quantizer"
@@ -196,6 +212,8 @@ def test_the_page_by_hand(tmp_path):
     own = {"quantizer": "float", "bits": 32, "seed": 0, "calibrated_images": 1000, "test_images": 5000}
     records.append(record("run", "float", float_run, **own, **training))
     records.append(record("trial", "t", {"validation": 0.9}, quantizer="lsq", bits=2, seed=0, **training))
+    fit = {"lsq-4": {"error": 0.02, "outermost": 0.125}, "lsq-2": {"error": 0.18, "outermost": 0.25}}
+    records.append(record("grids", "g", fit, quantizers=["lsq"], bits=[4, 2]))
     for entry in records:
         (tmp_path / f"{entry['name']}.json").write_text(json.dumps(entry))
     text = page(tmp_path)
@@ -207,6 +225,10 @@ def test_the_page_by_hand(tmp_path):
     assert "standard error of such a figure is at most 0.7 points" in text  # sqrt(0.6 * 0.4 / 5000)
     assert "Seeds: 0, 1." in text
     assert "| lsq | **90.0** |" in text
+    assert "| lsq | 0.020 (12.5%) | 0.180 (25.0%) |" in text
+    assert "torch 1; the commit" in text
+    assert "lsq, pact: the smallest rate" in text.replace("float, ", "")
+    assert "Of 8 that moved at all, 0 ended within 5%" in text
     assert "| lsq | 4 | 1.50 1.50 1.50 | 0.50 0.50 0.50 | 0.50 |" in text
 
 
