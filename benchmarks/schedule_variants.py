@@ -1,0 +1,23 @@
+"""The ways to train that the benchmarks of schedules compare, as fields of `SAQConfig` besides `rho`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+QAT, FULL = "qat", "full"
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    QAT: {"case": None},
+    FULL: {},
+    "interval 2": {"interval": 2},
+    "interval 5": {"interval": 5},
+    "start 0.5": {"start": 0.5},
+    "ascent 1/4": {"ascent_fraction": 0.25},
+    "stale 5": {"reuse": "stale", "interval": 5},
+    "previous": {"reuse": "previous"},
+    "look 5": {"reuse": "look", "interval": 5},
+    "trigger": {"trigger": True},
+    "case 1": {"case": 1},
+    "case 2": {"case": 2},
+    "adaptive": {"adaptive": True},
+}
