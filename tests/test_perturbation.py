@@ -554,3 +554,61 @@ def two_passes_on_squares(net, minimizer, x) -> None:
     for context in (minimizer.ascent, minimizer.perturbed):
         with context():
             net(x).square().mean().backward()
+
+
+class TwoBiases(nn.Module):
+    """Autograd hands one and the same tensor to both biases."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 4)
+        self.a_bias, self.b_bias = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.linear(x) + (self.a_bias + self.b_bias)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_recorded_pass_is_an_ordinary_one_and_a_first_pass_at_once(case):
+    """Over two micro-batches: gradients as without it, and the `eps` that `ascent` would have made."""
+    net, plain, other = TwoBiases(), TwoBiases(), TwoBiases()
+    for model in (net, plain, other):
+        quantize(model, SAQQuantizationConfig(weight_bits=4, activation_bits=None))
+    minimizer, ascending = (SharpnessAwareMinimizer(m, rho=0.3, case=case) for m in (net, other))
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        data = torch.randn(8, 6, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+        with minimizer.recorded():
+            loss_of(net, data).backward()
+        with ascending.ascent():
+            loss_of(other, data).backward()
+        loss_of(plain, data).backward()
+    eps, expected = minimizer.climb(), ascending.climb()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    found, expected = eps.named(net), expected.named(other)
+    assert found.keys() == expected.keys() and len(found) == 4
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-8, rtol=1e-6, msg=name)
+
+
+def test_displaced_is_the_perturbed_point_and_leaves_no_trace():
+    net = quantized(linear_net)
+    minimizer, data = SharpnessAwareMinimizer(net, rho=0.3), batch(net)
+    minimizer.armed = False
+    with minimizer.ascent():
+        loss_of(net, data).backward()
+    with minimizer.perturbed() as eps:
+        expected = loss_of(net, data)
+    before = state_of(net)
+    with minimizer.displaced(eps):
+        assert torch.equal(loss_of(net, data), expected)
+    assert_same_state(net, before)
+    again = type(eps).from_named(eps.named(net), net)  # as a checkpoint keeps it
+    with pytest.raises(KeyboardInterrupt):
+        with minimizer.displaced(again):
+            assert torch.equal(loss_of(net, data), expected)
+            raise KeyboardInterrupt
+    assert_same_state(net, before)
+    assert not torch.equal(loss_of(net, data), expected)

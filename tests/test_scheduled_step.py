@@ -137,8 +137,8 @@ def test_no_sharpness_of_different_images(tmp_path):
 
 
 def test_counted_items_are_those_of_the_part(tmp_path):
-    """A loss that divides by the number of images of the step, as Trainer lets it: in the first pass by that of what
-    it sees, so that a batch of twice the same images logs the loss of one of them."""
+    """A loss that divides by the number of images of the step, as `Trainer` counts them: of the first pass, by the
+    number of those that it sees."""
 
     def summed(outputs, labels, num_items_in_batch=None):
         seen.append((len(labels), float(num_items_in_batch)))
