@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests and the demo are small: one thread in each of two processes beats two threads in one.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function quality style clean
+.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function step-cost schedules quality style clean
 
 install: $(STAMP)
 
@@ -51,6 +51,12 @@ quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmar
 
 float-function: $(STAMP)  ## write docs/float_function.md: what conversion and training keep of MobileNetV2
 	$(TEST_ENV) $(BIN)/python benchmarks/float_function.py
+
+step-cost: $(STAMP)  ## time and memory of a step under every schedule, against plain QAT, some minutes
+	$(TEST_ENV) $(BIN)/python benchmarks/step_cost.py
+
+schedules: step-cost  ## write docs/schedules.md; runs that are not in benchmarks/results/schedules are done first
+	$(TEST_ENV) $(BIN)/python benchmarks/schedule_accuracy.py
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -111,7 +111,8 @@ class Work:
         self, kind: str, method: str, seed: int, lr: float, rho: float | None, epochs: int
     ) -> dict[str, Any]:
         shared = ("pool", "images", "validation_images", "float_epochs", "float_learning_rate")
-        own = {"kind": kind, "method": method, "config": VARIANTS[QAT if method == LONGER else method]}
+        config = VARIANTS[QAT if method == LONGER else method]
+        own: dict[str, Any] = {"kind": kind, "method": method, "config": config}
         own |= {"seed": seed, "lr": lr, "rho": rho, "epochs": epochs}
         return own | {key: getattr(self.args, key) for key in shared}
 
