@@ -170,8 +170,9 @@ def _check_config(path: Path, saved: dict[str, str]) -> None:
     wrong = [name for name in changed if name not in LABELS]
     if wrong:
         raise ValueError(
-            f"{file}: {', '.join(wrong)} changed since {path.name} was saved, so this would be another model. Take "
-            "the file back; to change a packed model load it, change `model.config` and save it again."
+            f"{file}: {', '.join(wrong)} changed since {path.name} was saved (or the header of that file is damaged), "
+            "so this would be another model. Take both files back; to change a packed model load it, change "
+            "`model.config` and save it again."
         )
     if changed:
         warnings.warn(f"{file}: {', '.join(changed)} changed since {path.name} was saved.", stacklevel=2)
