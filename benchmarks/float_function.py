@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class FunctionArguments:
     results: str = field(default="benchmarks/results/float_function", metadata={"help": "Where the JSON results go."})
     document: str = field(default="docs/float_function.md", metadata={"help": "The page to write."})
     image_size: int = field(default=224, metadata={"help": "Pixels, for the figures right after conversion."})
-    images: int = field(default=500, metadata={"help": "How many test images."})
+    images: int = field(default=300, metadata={"help": "How many test images."})
     batch: int = field(default=32, metadata={"help": "Images of a batch; two batches calibrate."})
     small_image_size: int = field(default=64, metadata={"help": "Pixels, for the run with training."})
     float_epochs: int = field(default=6, metadata={"help": "Of fine-tuning the float model to the flowers."})
@@ -75,8 +76,8 @@ class Normalization:
     image_mean = image_std = (0.5, 0.5, 0.5)
 
 
-def datasets(args: FunctionArguments, size: int) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset, Tensor]:
-    """Training images with augmentation, test images, and calibration images `(n, 3, size, size)`."""
+def datasets(args: FunctionArguments, size: int) -> tuple[TransformedImages, Tensor, Tensor, Tensor]:
+    """Training images with augmentation; images `(n, 3, size, size)` to calibrate with and to score; their labels."""
     splits = load_images(
         DataTrainingArguments(dataset_name=args.data, eval_split="test", max_eval_samples=args.images), args.seed
     )
@@ -85,37 +86,44 @@ def datasets(args: FunctionArguments, size: int) -> tuple[torch.utils.data.Datas
     few = TransformedImages(train.select(range(CALIBRATION_BATCHES * args.batch)), plain)
     calibration = torch.stack([few[i]["pixel_values"] for i in range(len(few))])
     test = splits["eval"].shuffle(seed=args.seed)
-    test = test.select(range(min(args.images, len(test))))
-    return TransformedImages(train, augmented), TransformedImages(test, plain), calibration
+    scored = TransformedImages(test.select(range(min(args.images, len(test)))), plain)
+    rows = [scored[i] for i in range(len(scored))]  # decoded once
+    return (
+        TransformedImages(train, augmented),
+        calibration,
+        torch.stack([row["pixel_values"] for row in rows]),
+        torch.tensor([row["labels"] for row in rows]),
+    )
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, images: torch.utils.data.Dataset, batch: int) -> Tensor:
+def predictions(model: nn.Module, images: Tensor, batch: int) -> Tensor:
     """Classes, `(n,)`."""
     model.eval()
-    loader = torch.utils.data.DataLoader(images, batch_size=batch)
-    return torch.cat([model(pixel_values=b["pixel_values"]).logits.argmax(dim=1) for b in loader])
+    return torch.cat([model(pixel_values=part).logits.argmax(dim=1) for part in images.split(batch)])
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
     return round(100 * (a == b).double().mean().item(), 2)
 
 
-def conversion(args: FunctionArguments) -> dict[str, Any]:
-    """Agreement right after conversion, without and with bias correction, for each of `CONVERSIONS`."""
-    _, test, calibration = datasets(args, args.image_size)
-    model = AutoModelForImageClassification.from_pretrained(args.weights)
-    expected = predictions(model, test, args.batch)
-    outcome: dict[str, Any] = {"images": len(test)}  # type: ignore[arg-type]
-    for name, fields in CONVERSIONS.items():
-        quantized = quantize(copy.deepcopy(model), SAQQuantizationConfig(**fields))
-        batches = list(calibration.split(args.batch))
+class Conversion:
+    """Agreement right after conversion; images and the float model's classes are made once."""
+
+    def __init__(self, args: FunctionArguments):
+        self.batch = args.batch
+        _, self.calibration, self.images, _ = datasets(args, args.image_size)
+        self.model = AutoModelForImageClassification.from_pretrained(args.weights)
+        self.expected = predictions(self.model, self.images, args.batch)
+
+    def measure(self, fields: dict[str, Any]) -> dict[str, float]:
+        quantized = quantize(copy.deepcopy(self.model), SAQQuantizationConfig(**fields))
+        batches = list(self.calibration.split(self.batch))
         calibrate(quantized, batches)
-        plain = agreement(predictions(quantized, test, args.batch), expected)
+        plain = agreement(predictions(quantized, self.images, self.batch), self.expected)
         correct_biases(quantized, batches)
-        outcome[name] = [plain, agreement(predictions(quantized, test, args.batch), expected)]
-        print(name, outcome[name], flush=True)
-    return outcome
+        corrected = agreement(predictions(quantized, self.images, self.batch), self.expected)
+        return {"agreement": plain, "agreement with correct_biases": corrected}
 
 
 def train(
@@ -146,9 +154,8 @@ def train(
 
 def training(args: FunctionArguments) -> dict[str, Any]:
     """Agreement and accuracy at W4A4 before and after training, on a float model adapted to the flowers first."""
-    images, test, calibration = datasets(args, args.small_image_size)
-    labels = torch.tensor(test.dataset["label"])  # type: ignore[attr-defined]
-    classes = images.dataset.features["label"].num_classes  # type: ignore[attr-defined]
+    images, calibration, test, labels = datasets(args, args.small_image_size)
+    classes = images.dataset.features["label"].num_classes
     torch.manual_seed(args.seed)
     model = AutoModelForImageClassification.from_pretrained(
         args.weights, num_labels=classes, ignore_mismatched_sizes=True, classifier_dropout_prob=0.2
@@ -158,7 +165,7 @@ def training(args: FunctionArguments) -> dict[str, Any]:
         refit_batch_norm(model, batches)
     train(model, images, args, args.float_epochs, SAQConfig(case=None))
     expected = predictions(model, test, args.batch)
-    outcome: dict[str, Any] = {"images": len(test), "float top-1": agreement(expected, labels)}  # type: ignore[arg-type]
+    outcome: dict[str, Any] = {"float top-1": agreement(expected, labels)}
     for method, config in {"QAT": SAQConfig(case=None), "SAQ": SAQConfig(rho=RHO)}.items():
         quantized = quantize(copy.deepcopy(model), SAQQuantizationConfig(**CONVERSIONS["W4A4 per channel"]))
         calibrate(quantized, batches)
@@ -171,20 +178,27 @@ def training(args: FunctionArguments) -> dict[str, Any]:
     return outcome
 
 
+def file_name(conversion: str) -> str:
+    return conversion.lower().replace(",", "").replace("+", "_plus").replace(" ", "-")
+
+
 def page(results: Path) -> str:
-    """docs/float_function.md from the two stored runs in `results`."""
-    conversion, training = (json.loads((results / f"{n}.json").read_text()) for n in ("conversion", "training"))
-    found, trained, args = conversion["outcome"], training["outcome"], training["arguments"]
-    rows = [f"| {name} | {found[name][0]:.1f} | {found[name][1]:.1f} |" for name in CONVERSIONS]
+    """docs/float_function.md from the runs stored in `results`."""
+    training = json.loads((results / "training.json").read_text(encoding="utf-8"))
+    trained, args = training["outcome"], training["arguments"]
+    rows = []
+    for name in CONVERSIONS:
+        found = json.loads((results / f"{file_name(name)}.json").read_text(encoding="utf-8"))["outcome"]
+        rows.append(f"| {name} | {found['agreement']:.1f} | {found['agreement with correct_biases']:.1f} |")
     moments = []
     for row in ("QAT before", "QAT after", "SAQ before", "SAQ after"):
         moments.append(f"| {row} training | {trained[row][0]:.1f} | {trained[row][1]:.1f} |")
     return f"""# What is left of the float function
 
-Written by `{conversion["command"]}` from `{results.as_posix()}`; not edited by hand.
+Written by `{training["command"]}` from `{results.as_posix()}`; not edited by hand.
 
 MobileNetV2 with ImageNet weights, converted and calibrated on {CALIBRATION_BATCHES} batches of {args["batch"]}
-training images of Oxford Flowers-102, no training: share of {found["images"]} test images on which its first class, of
+training images of Oxford Flowers-102, no training: share of {args["images"]} test images on which its first class, of
 the 1,001 of ImageNet, is that of the float model, in percent. First layer and head at 8 bits.
 
 | | agreement % | with `correct_biases` |
@@ -193,14 +207,13 @@ the 1,001 of ImageNet, is that of the float model, in percent. First layer and h
 
 The same checkpoint fine-tuned in float to the 102 flowers at {args["small_image_size"]} pixels
 ({args["float_epochs"]} epochs, top-1 {trained["float top-1"]:.1f} %), then W4A4 per channel, {args["epochs"]} epochs,
-seed {args["seed"]}, SAQ with rho {RHO}, {trained["images"]} test images:
+seed {args["seed"]}, SAQ with rho {RHO}, {args["images"]} test images:
 
 | | agreement with float % | top-1 % |
 |---|---|---|
 {chr(10).join(moments)}
 
-Versions: {", ".join(f"{k} {v}" for k, v in conversion["versions"].items())}. Seconds: {conversion["seconds"]:.0f} and
-{training["seconds"]:.0f}.
+Versions: {", ".join(f"{k} {v}" for k, v in training["versions"].items())}.
 """
 
 
@@ -213,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "benchmarks/float_function.py", *(sys.argv[1:] if argv is None else argv)])
     stored = {k: v for k, v in vars(args).items() if k not in ("data", "weights", "results", "document")}
     runs = Runs(Path(args.results), command)
-    runs.once("conversion", stored, lambda: conversion(args))
+    conversion = cache(lambda: Conversion(args))
+    for name, fields in CONVERSIONS.items():
+        runs.once(file_name(name), {**stored, "config": fields}, partial(lambda f: conversion().measure(f), fields))
     runs.once("training", stored, lambda: training(args))
     Path(args.document).write_text(page(Path(args.results)), encoding="utf-8")
 
