@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from hf_saq import pack
 from hf_saq.packed_model import is_packed
 
-SECONDS = 5.0
+SECONDS = 30.0
 """Longer than any of these files may take, on a busy machine too; a load takes some 20 ms."""
 
 
