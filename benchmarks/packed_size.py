@@ -67,11 +67,13 @@ def measure(directory: str) -> dict[str, float]:
 
 def write_checkpoints(root: Path, layers: int, weight_bits: int) -> dict[str, Path]:
     torch.manual_seed(0)
-    model = ViTForImageClassification(ViTConfig(num_hidden_layers=layers, num_labels=1000)).eval()
+    model_config = ViTConfig(num_hidden_layers=layers, num_labels=1000)  # type: ignore[call-arg]  # of its base class
+    model = ViTForImageClassification(model_config)
+    model.eval()
     model.save_pretrained(root / "float")
     config = SAQQuantizationConfig(weight_bits=weight_bits, activation_bits=8, scale_init="mean")
     calibrate(quantize(model, config), [torch.randn(1, 3, 224, 224)])
-    pack(model).save_pretrained(root / "packed")
+    pack(model).save_pretrained(root / "packed")  # type: ignore[operator]
     return {name: root / name for name in ("float", "packed")}
 
 
