@@ -116,6 +116,11 @@ def run_in_float(model: nn.Module, batches: Iterable[Any]) -> None:
     _run_observed(model, batches, {m: _PassThrough() for m in model.modules() if isinstance(m, Quantizer)})
 
 
+def run_quantized(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run `model` on `batches` in evaluation mode, as it is."""
+    _run_observed(model, batches, {})
+
+
 @torch.no_grad()
 def _run_observed(model: nn.Module, batches: Iterable[Any], observers: Mapping[Quantizer, Observer]) -> int:
     """Run in evaluation mode while each quantizer shows its input to its observer; returns the number of batches."""

@@ -51,21 +51,46 @@ def test_a_running_mean_takes_it_up_where_there_is_no_bias(batches):
     assert_close(mean_output(model, batches), expected, atol=1e-5, rtol=0)
 
 
-def test_errors_of_one_layer_are_not_taken_off_twice(batches):
-    """The second layer's error is measured at its float inputs, which the first layer's error has not moved."""
+def test_a_layer_is_corrected_at_what_the_corrected_ones_before_it_give(batches):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(2), nn.Linear(25, 7), nn.ReLU(), nn.Linear(7, 3))
-    inputs = [batch.clone() for batch in batches]
     with torch.no_grad():
-        hidden = [model[:3](batch) for batch in inputs]
-        expected = [model[3](h) for h in hidden]
-    bias = model[3].bias.clone()
-    calibrated(model, inputs)
-    last = model[3]
+        first, last = model[:2](batches[0]), model(batches[0])
+    biases = model[1].bias.clone(), model[3].bias.clone()
+    calibrated(model, batches[:1])
     with torch.no_grad():
-        errors = torch.cat([(last(h) - y).flatten(0, 1) for h, y in zip(hidden, expected, strict=True)])
-    correct_biases(model, inputs)
-    assert_close(last.bias, bias - errors.mean(dim=0), atol=1e-6, rtol=0)
+        shift = (first - model[:2](batches[0])).flatten(0, 1).mean(dim=0)
+        hidden = torch.relu(model[:2](batches[0]) + shift)
+        shift_of_last = (last - model[3](hidden)).flatten(0, 1).mean(dim=0)
+    correct_biases(model, batches[:1])
+    assert_close(model[1].bias, biases[0] + shift, atol=1e-6, rtol=0)
+    assert_close(model[3].bias, biases[1] + shift_of_last, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        assert_close(model(batches[0]).flatten(0, 1).mean(dim=0), last.flatten(0, 1).mean(dim=0), atol=1e-5, rtol=0)
+
+
+def test_a_layer_that_runs_twice_takes_the_mean(batches):
+    torch.manual_seed(1)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model = Twice()
+    x = batches[0]
+    with torch.no_grad():
+        first, second = model.layer(x), model(x)
+    bias = model.layer.bias.clone()
+    calibrated(model, [x])
+    with torch.no_grad():
+        shifts = [(first - model.layer(x)).flatten(0, -2).mean(dim=0)]
+        shifts.append((second - model.layer(model.layer(x) + shifts[0])).flatten(0, -2).mean(dim=0))
+    correct_biases(model, [x])
+    assert_close(model.layer.bias, bias + (shifts[0] + shifts[1]) / 2, atol=1e-6, rtol=0)
 
 
 def test_layers_with_neither_stay_as_they_are_and_nothing_is_added(batches):
