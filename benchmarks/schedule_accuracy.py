@@ -28,6 +28,14 @@ from transformers import HfArgumentParser
 from hf_saq import SAQConfig
 
 LONGER = "qat, twice the epochs"
+OWN_RADIUS: dict[str, list[float]] = {
+    "adaptive": [1.25, 2.5, 5.0, 10.0],
+    "previous": [0.125, 0.25, 0.5, 1.0],
+    "stale 5": [0.25, 0.5, 1.0],
+}
+"""Ways to train whose perturbation is not that of `full`, and the multiples of its radius that they choose from.
+
+The radius of ASAM is in units of weights, and an `eps` made of other images does not find the steepest ascent."""
 
 
 @dataclass
@@ -46,9 +54,6 @@ class AccuracyArguments:
         default_factory=lambda: [2e-3, 4e-3, 8e-3], metadata={"help": "To choose from."}
     )
     radii: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.4, 0.8], metadata={"help": "To choose from."})
-    adaptive_factor: float = field(
-        default=10.0, metadata={"help": "Radius of `adaptive` over that of the rest; its `T` is about a tenth here."}
-    )
     pool: int = field(default=400, metadata={"help": "Images that training images are drawn from."})
     images: int = field(default=150, metadata={"help": "Training images of a seed."})
     validation_images: int = field(default=697, metadata={"help": "Images to choose by; the rest is tested on."})
@@ -81,14 +86,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parser.parse_args_into_dataclasses(given)
     runs = Runs(Path(args.results), shlex.join(["python", "benchmarks/schedule_accuracy.py", *given]))
     work = Work(args)
-    qat_rate, rate, radius = chosen(args, runs, work)
+    qat_rate, rate, radii = chosen(args, runs, work)
     for seed in args.seeds:  # seed by seed: an interrupted run has complete pairs
         for method in args.methods:
             plain = method in (QAT, LONGER)
             epochs = args.epochs * (2 if method == LONGER else 1)
-            rho = None if plain else radius * (args.adaptive_factor if method == "adaptive" else 1)
+            rho = None if plain else radii.get(method, radii[FULL])
             arguments = work.arguments("run", method, seed, qat_rate if plain else rate, rho, epochs)
-            runs.once(f"{method}-seed{seed}".replace("/", "_"), arguments, partial(work.run, arguments))
+            runs.once(f"{file_name(method)}-seed{seed}", arguments, partial(work.run, arguments))
     write_page(Path(args.results), Path(args.step_cost), Path(args.document))
 
 
@@ -133,15 +138,18 @@ class Work:
         return outcome
 
 
-def chosen(args: AccuracyArguments, runs: Runs, work: Work) -> tuple[float, float, float]:
-    """Learning rate of plain QAT, and learning rate and radius of SAQ: best in mean validation accuracy, the smaller
-    of equals. The radius is chosen at the learning rate of QAT, then the learning rate once more at that radius."""
+def chosen(args: AccuracyArguments, runs: Runs, work: Work) -> tuple[float, float, dict[str, float]]:
+    """Learning rate of plain QAT, learning rate of SAQ, and radii by method; `full` for all without their own.
+
+    Each is the best in mean validation accuracy, the smaller of equals. The radius is chosen at the learning rate of
+    QAT, then the learning rate once more at that radius, then the radii of `OWN_RADIUS`.
+    """
 
     def validation(method: str, lr: float, rho: float | None) -> float:
         scores = []
         for seed in args.trial_seeds:
             arguments = work.arguments("trial", method, seed, lr, rho, args.epochs)
-            name = f"trial-{method}-lr{lr:g}" + ("" if rho is None else f"-rho{rho:g}") + f"-seed{seed}"
+            name = f"trial-{file_name(method)}-lr{lr:g}" + ("" if rho is None else f"-rho{rho:g}") + f"-seed{seed}"
             scores.append(runs.once(name, arguments, partial(work.run, arguments))["outcome"]["validation"])
         return sum(scores) / len(scores)
 
@@ -151,7 +159,16 @@ def chosen(args: AccuracyArguments, runs: Runs, work: Work) -> tuple[float, floa
     qat_rate = best(args.learning_rates, lambda lr: validation(QAT, lr, None))
     radius = best(args.radii, lambda rho: validation(FULL, qat_rate, rho))
     rate = best(args.learning_rates, lambda lr: validation(FULL, lr, radius))
-    return qat_rate, rate, radius
+    radii = {FULL: radius}
+    for method, factors in OWN_RADIUS.items():
+        if method in args.methods:
+            candidates = [round(factor * radius, 6) for factor in factors]
+            radii[method] = best(candidates, lambda rho, method=method: validation(method, rate, rho))  # type: ignore[misc]
+    return qat_rate, rate, radii
+
+
+def file_name(method: str) -> str:
+    return method.replace(", ", "-").replace(" ", "-").replace("/", "-of-")
 
 
 if __name__ == "__main__":

@@ -210,7 +210,8 @@ def task(records: list[dict[str, Any]]) -> str:
     first = next(r for r in runs if r["arguments"]["method"] == QAT)
     a = first["arguments"]
     full = next((r["arguments"] for r in runs if r["arguments"]["method"] == FULL), a)
-    adaptive = next((r["arguments"]["rho"] for r in runs if r["arguments"]["method"] == "adaptive"), None)
+    others = {r["arguments"]["method"]: r["arguments"]["rho"] for r in runs}
+    own = [f"{rho:g} for {m}" for m, rho in others.items() if rho not in (None, full["rho"])]
     floats = {r["arguments"]["seed"]: 100 * r["outcome"]["float_test"] for r in runs}
     lines = [
         "## The task",
@@ -222,8 +223,7 @@ def task(records: list[dict[str, Any]]) -> str:
         f"train starts from it: {a['epochs']} epochs, {first['outcome']['steps']} steps of AdamW, cosine to zero, no "
         f"augmentation. Learning rate {a['lr']:g} for QAT, {full['lr']:g} with radius "
         f"{full['rho'] or 0:g} for the others"
-        + (f", radius {adaptive:g} for adaptive (not searched)" if adaptive is not None else "")
-        + ". `benchmarks/digits_training.py` is all of it.",
+        f"{'; radius ' if own else ''}{', '.join(own)}. `benchmarks/digits_training.py` is all of it.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -245,7 +245,8 @@ def trials(records: list[dict[str, Any]]) -> str:
         "",
         f"Mean top-1 on {a['validation_images']} images that are neither trained nor tested on, with "
         "seeds of their own. "
-        "The radius was chosen at QAT's learning rate, the learning rate once more at that radius.",
+        "The radius was chosen at QAT's learning rate, the learning rate once more at that radius, "
+        "and then the radii of those that have one of their own.",
         "",
         "| way to train | learning rate | radius | validation % | seeds |",
         "|---|---|---|---|---|",

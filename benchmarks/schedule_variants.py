@@ -11,6 +11,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     "interval 2": {"interval": 2},
     "interval 5": {"interval": 5},
+    "interval 20": {"interval": 20},
+    "interval 5, ascent 1/4": {"interval": 5, "ascent_fraction": 0.25},
     "start 0.5": {"start": 0.5},
     "ascent 1/4": {"ascent_fraction": 0.25},
     "stale 5": {"reuse": "stale", "interval": 5},

@@ -90,7 +90,7 @@ class CostArguments:
     ways: list[str] = field(
         default_factory=lambda: list(WAYS), metadata={"help": "Ways to train; qat is always among them."}
     )
-    rounds: int = field(default=7, metadata={"help": "How often each way is timed."})
+    rounds: int = field(default=5, metadata={"help": "How often each way is timed."})
     steps: int = field(default=2, metadata={"help": "Steps in a row; one period where that is longer."})
     clock: str = field(default="process", metadata={"help": "process (processor time) or wall."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda; on cuda the clock must be wall."})
@@ -280,7 +280,7 @@ def compared(seconds: list[float], qat: list[float]) -> dict[str, float]:
 
 
 def memory(ways: list[str], bench: Bench, device: torch.device) -> dict[str, int]:
-    """Peak of two periods of each way: parameters, buffers, optimizer state and all that lives besides."""
+    """Peak of a period of each way and one step more: parameters, buffers, optimizer state and all that lives besides."""
     found = {}
     for way in ways:
         own = (bench.float_model, bench.float_optimizer) if way == FLOAT else (bench.model, bench.optimizer)
@@ -288,11 +288,11 @@ def memory(ways: list[str], bench: Bench, device: torch.device) -> dict[str, int
         resident += [t for state in own[1].state.values() for t in state.values() if isinstance(t, Tensor)]
         with one_step_of(way, bench) as (step, period):
 
-            def two_periods(step: Callable[[], object] = step, period: int = period) -> None:
-                for _ in range(2 * period):
+            def period_and_one(step: Callable[[], object] = step, period: int = period) -> None:
+                for _ in range(period + 1):
                     step()
 
-            found[way] = peak_bytes(two_periods, resident, device)
+            found[way] = peak_bytes(period_and_one, resident, device)
     return found
 
 

@@ -40,10 +40,12 @@ def test_a_run_and_what_a_restart_skips(arguments, tmp_path, monkeypatch):
     script.main(arguments)
     records = stored(tmp_path)
     methods = ("qat", script.LONGER, "full", "previous")
-    runs = {f"{method}-seed{seed}" for method in methods for seed in (0, 1)}
+    runs = {f"{script.file_name(method)}-seed{seed}" for method in methods for seed in (0, 1)}
     trials = {"trial-qat-lr0.004-seed100", "trial-full-lr0.004-rho0.1-seed100", "trial-full-lr0.004-rho0.2-seed100"}
+    best = records["full-seed0"]["arguments"]["rho"]
+    trials |= {f"trial-previous-lr0.004-rho{round(f * best, 6):g}-seed100" for f in (0.125, 0.25, 0.5, 1.0)}
     assert set(records) == runs | trials
-    outcome = {name: records[f"{name}-seed0"]["outcome"] for name in methods}
+    outcome = {name: records[f"{script.file_name(name)}-seed0"]["outcome"] for name in methods}
     assert {o["float_model"] for o in outcome.values()} == {outcome["qat"]["float_model"]}
     assert outcome["qat"]["float_model"] != records["qat-seed1"]["outcome"]["float_model"]
     assert outcome[script.LONGER]["steps"] == 2 * outcome["qat"]["steps"] == 2
@@ -72,6 +74,8 @@ def test_radius_and_learning_rates_are_chosen_on_validation(arguments, tmp_path,
     """The best radius at QAT's learning rate, then the best learning rate at that radius; the smaller of equals."""
     scores = {("qat", 0.1, None): 0.5, ("qat", 0.2, None): 0.5, ("qat", 0.4, None): 0.4}
     scores |= {("full", 0.1, 1.0): 0.5, ("full", 0.1, 2.0): 0.6, ("full", 0.2, 2.0): 0.61, ("full", 0.4, 2.0): 0.6}
+    scores |= {("previous", 0.2, 0.25): 0.3, ("previous", 0.2, 0.5): 0.7, ("previous", 0.2, 1.0): 0.7}
+    scores |= {("previous", 0.2, 2.0): 0.6}
     asked = []
 
     def run(a):
@@ -85,8 +89,8 @@ def test_radius_and_learning_rates_are_chosen_on_validation(arguments, tmp_path,
     )
     work.args, work.run = args, run
     runs = Runs(tmp_path / "results", "python some.py")
-    assert script.chosen(args, runs, work) == (0.1, 0.2, 2.0)
-    assert len(asked) == len(set(asked)) == 7
+    assert script.chosen(args, runs, work) == (0.1, 0.2, {"full": 2.0, "previous": 0.5})
+    assert len(asked) == len(set(asked)) == 11
 
 
 def test_images_are_of_one_use_only():
