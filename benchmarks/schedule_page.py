@@ -12,6 +12,7 @@ from typing import Any
 
 from schedule_variants import FULL, QAT, VARIANTS
 
+from hf_saq import SAQConfig
 from hf_saq.schedules import KNOBS, PRESETS
 
 KEPT = 0.9
@@ -23,17 +24,21 @@ class Row:
     """One way to train.
 
     Attributes:
-        test: Test accuracy of each seed, in percent.
+        seeds: Those that plain QAT was trained with as well.
+        test: Test accuracy of each, in percent.
         gains: Its difference to plain QAT with the same seed, in points.
         half_width: Of the 95 % interval of the mean difference (Student's t); NaN for a single seed.
+        passes: Forward and backward passes of the training over those of plain QAT, as the schedule says.
         cost: Time of training over that of plain QAT; `None` if it was not measured.
         perturbed_share: Of the steps.
     """
 
     method: str
+    seeds: list[int]
     test: list[float]
     gains: list[float]
     half_width: float
+    passes: float
     cost: float | None
     perturbed_share: float
 
@@ -44,6 +49,12 @@ class Row:
     @property
     def interval(self) -> str:
         return f"{self.gain:+.2f} [{self.gain - self.half_width:+.2f}, {self.gain + self.half_width:+.2f}]"
+
+
+def share_of(row: Row, full: Row) -> float:
+    """Mean gain over that of full SAQ with the same seeds; NaN where that is not positive."""
+    gains = [gain for seed, gain in zip(full.seeds, full.gains, strict=True) if seed in row.seeds]
+    return row.gain / mean(gains) if gains and mean(gains) > 0 else math.nan
 
 
 def write_page(results: Path, step_cost: Path, document: Path) -> None:
@@ -79,9 +90,18 @@ def table_rows(runs: Sequence[dict[str, Any]], times: dict[str, Any] | None) -> 
             gains = [t - 100 * plain[seed]["outcome"]["test"] for t, seed in zip(test, seeds, strict=True)]
             share = mean(own[seed]["outcome"]["perturbed_share"] for seed in seeds)
             epochs = own[seeds[0]]["arguments"]["epochs"] / plain[seeds[0]]["arguments"]["epochs"]
-            passes = relative_cost(method, own[seeds[0]]["arguments"]["config"], times, share)
-            rows.append(Row(method, test, gains, half_width(gains), passes and epochs * passes, share))
+            config = own[seeds[0]]["arguments"]["config"]
+            passes, cost = epochs * passes_of(config, share), relative_cost(method, config, times, share)
+            rows.append(Row(method, seeds, test, gains, half_width(gains), passes, cost and epochs * cost, share))
     return rows
+
+
+def passes_of(config: dict[str, Any], share: float) -> float:
+    """Of a step, on average; `share` of the steps were perturbed."""
+    if config.get("case", 3) is None:
+        return 1.0
+    schedule = SAQConfig(rho=0.0, **config).perturbation_schedule()
+    return 1 + share if schedule.trigger else schedule.cost
 
 
 def relative_cost(method: str, config: dict[str, Any], times: dict[str, Any] | None, share: float) -> float | None:
@@ -132,26 +152,30 @@ def table(rows: list[Row]) -> str:
     full = next((row for row in rows if row.method == FULL), None)
     presets = {method: name for name, method in preset_methods().items()}
     lines = [
-        "| way to train | cost | perturbed steps | top-1 % | gain over QAT, 95 % interval | of full's gain |",
-        "|---|---|---|---|---|---|",
+        "| way to train | passes | time | perturbed steps | seeds | top-1 % | gain, 95 % interval | of full's gain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         name = row.method + (f' (`schedule="{presets[row.method]}"`)' if row.method in presets else "")
         cost = "-" if row.cost is None else f"{row.cost:.2f}"
         spread = f" ± {stdev(row.test):.2f}" if len(row.test) > 1 else ""
         gain = "-" if row.method == QAT else row.interval
-        kept = f"{row.gain / full.gain:.0%}" if full and full.gain > 0 and row.method != QAT else "-"
-        lines.append(
-            f"| {name} | {cost} | {row.perturbed_share:.0%} | {mean(row.test):.2f}{spread} | {gain} | {kept} |"
-        )
-    count = len(rows[0].test)
+        share = share_of(row, full) if full and row.method != QAT else math.nan
+        cells = [
+            name,
+            f"{row.passes:.2f}",
+            cost,
+            f"{row.perturbed_share:.0%}",
+            str(len(row.seeds)),
+            f"{mean(row.test):.2f}{spread}",
+            gain,
+        ]
+        lines.append("| " + " | ".join([*cells, "-" if math.isnan(share) else f"{share:.0%}"]) + " |")
     lines += [
         "",
-        f"Mean and standard deviation of {count} seeds; gains are differences to plain QAT with the "
-        "same seed, in points, "
-        "with Student's interval for their mean. Cost: time of training over that of plain QAT, from "
-        "the table of steps "
-        "below.",
+        "Mean and standard deviation over seeds; gains are differences to plain QAT with the same seed, in points, "
+        "with Student's interval for their mean. Passes: forward and backward passes over those of plain QAT, as the "
+        "schedule says; time: as measured, from the table of steps below (a dash where it was not).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -175,15 +199,13 @@ def findings(rows: list[Row]) -> str:
         return ""
     lines = ["## What this says", ""]
     if full.gain - full.half_width > 0:
-        kept = [
-            row for row in rows if row.method in VARIANTS and row.method not in (QAT, FULL) and row.cost is not None
-        ]
-        kept = sorted((r for r in kept if r.gain >= KEPT * full.gain), key=lambda r: r.cost or math.inf)
+        kept = [r for r in rows if r.method in VARIANTS and r.method not in (QAT, FULL) and r.passes < full.passes]
+        kept = sorted((r for r in kept if share_of(r, full) >= KEPT), key=lambda r: r.passes)
         lines.append(f"Full SAQ gains over plain QAT: {full.interval} points.")
         if kept:
             lines.append(
-                f"Cheapest with at least {KEPT:.0%} of that mean gain: {kept[0].method}, at a cost of "
-                f"{kept[0].cost:.2f}."
+                f"Cheapest with at least {KEPT:.0%} of that mean gain: {kept[0].method}, with "
+                f"{kept[0].passes:.2f} times the passes of QAT."
             )
         else:
             lines.append(f"No cheaper schedule keeps {KEPT:.0%} of that mean gain.")
@@ -292,8 +314,7 @@ def versions(records: list[dict[str, Any]], cost: dict[str, Any] | None) -> str:
 
 
 def draw_plot(rows: list[Row], path: Path) -> bool:
-    """Gain with its interval against cost; `False` where nothing can be drawn."""
-    shown = [row for row in rows if row.cost is not None]
+    """Gain with its interval against measured time, against passes unless all were measured; `False` if not drawn."""
     try:
         import matplotlib
     except ImportError:
@@ -302,18 +323,18 @@ def draw_plot(rows: list[Row], path: Path) -> bool:
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "schedules"  # the same bytes for the same results
+    measured = all(row.cost is not None for row in rows)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color="0.6", linewidth=1)
-    for number, row in enumerate(shown):
+    for number, row in enumerate(rows):
+        x = row.cost if measured and row.cost is not None else row.passes
         error = 0 if math.isnan(row.half_width) else row.half_width
         color = f"C{number % 10}"
-        axes.errorbar(row.cost or 0, row.gain, yerr=error, fmt="o", color=color, elinewidth=1, alpha=0.8)
+        axes.errorbar(x, row.gain, yerr=error, fmt="o", color=color, elinewidth=1, alpha=0.8)
         place = (5, 4 if number % 2 else -11)
-        axes.annotate(
-            row.method, (row.cost or 0, row.gain), place, textcoords="offset points", fontsize=8, color=color
-        )
-    axes.set_xlabel("time of training, plain QAT = 1")
+        axes.annotate(row.method, (x, row.gain), place, textcoords="offset points", fontsize=8, color=color)
+    axes.set_xlabel("time of training, plain QAT = 1" if measured else "passes of training, plain QAT = 1")
     axes.set_ylabel("gain in top-1 over plain QAT, points")
     figure.savefig(path, format="svg", metadata={"Date": None})
     return True

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from latent_sam import latent_sam_step
 from peak_memory import peak_bytes
 from runs import Runs
-from schedule_variants import FULL, QAT, VARIANTS
+from schedule_variants import QAT, VARIANTS
 from step_models import CLASSES, MODELS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -43,7 +43,6 @@ from hf_saq import SAQConfig, SAQQuantizationConfig, SharpnessAwareMinimizer, ca
 from hf_saq.parameter_groups import parameter_groups
 from hf_saq.quantizers import set_backend
 from hf_saq.scheduled_step import ScheduledStep
-from hf_saq.schedules import PRESETS
 from hf_saq.scope import quantized_weights
 from hf_saq.trigger import NormTrigger
 
@@ -60,9 +59,10 @@ WAYS: dict[str, dict[str, Any] | None] = {
     SAM: None,
     # Half of the steps at cost 1, half at cost 2: that follows from `full`, and no step is of another kind.
     **{name: config for name, config in VARIANTS.items() if name not in (QAT, "start 0.5")},
-    **{f'schedule="{name}"': {"schedule": name} for name in PRESETS if name != FULL},
 }
-"""Fields of `SAQConfig` of each way to train, `None` for what is no SAQ. `qat again` shows how exact a ratio is."""
+"""Fields of `SAQConfig` of each way to train, `None` for what is no SAQ. `qat again` shows how exact a ratio is.
+
+Presets are among them, under the names of what they stand for."""
 
 
 class EverySecond(NormTrigger):
@@ -120,12 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     launcher = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
     runs = Runs(Path(args.results), shlex.join([*launcher.split(), "benchmarks/step_cost.py", *given]))
-    shared = ("ways", "rounds", "steps", "clock", "device", "backend")
+    shared = ("rounds", "steps", "clock", "device", "backend")
     before = set_backend(args.backend)
     try:
         for model in args.models:
             for batch_size in args.batch_sizes:
                 arguments = {"model": model, "batch_size": batch_size, "processes": processes, "bits": BITS}
+                arguments |= {"ways": {way: WAYS[way] for way in args.ways}}
                 arguments |= {key: getattr(args, key) for key in shared}
                 name = f"{model}-batch{batch_size}-processes{processes}-{args.device}"
                 if processes == 1 or dist.get_rank() == 0:
@@ -259,7 +260,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     found = {
         "times": {way: compared(values, seconds[QAT]) for way, values in seconds.items()},
         "seconds_of_qat": statistics.median(seconds[QAT]),
-        "bytes": memory(arguments["ways"], bench, device),
+        "bytes": memory(list(seconds), bench, device),
         "quantized_weight_bytes": sum(
             e.weight.numel() * e.weight.element_size() for e in quantized_weights(bench.model)
         ),
@@ -280,7 +281,7 @@ def compared(seconds: list[float], qat: list[float]) -> dict[str, float]:
 
 
 def memory(ways: list[str], bench: Bench, device: torch.device) -> dict[str, int]:
-    """Peak of a period of each way and one step more: parameters, buffers, optimizer state and all that lives besides."""
+    """Peak of a period of each way and one step more: parameters, buffers, optimizer state and all else alive."""
     found = {}
     for way in ways:
         own = (bench.float_model, bench.float_optimizer) if way == FLOAT else (bench.model, bench.optimizer)

@@ -198,12 +198,12 @@ def write(tmp_path, gains, times=True):
 def test_the_page_by_hand(tmp_path):
     text = write(tmp_path, {"full": [2.0, 2.1, 1.9], "previous": [1.9, 1.9, 1.9], "interval 5": [0.5, -0.5, 0.3]})
     # 0.1 * 4.3027 / sqrt(3) = 0.25
-    assert '| full (`schedule="full"`) | 1.90 | 100% | 83.00 ± 0.95 | +2.00 [+1.75, +2.25] | 100% |' in text
-    assert "| 1.04 | 100% | 82.90 ± 1.00 | +1.90 [+1.90, +1.90] | 95% |" in text
-    assert "| qat | 1.00 | 0% | 81.00 ± 1.00 | - | - |" in text
-    assert "| qat, twice the epochs | 2.00 | 0% | 81.00 ± 1.00 | +0.00 [+0.00, +0.00] | 0% |" in text
+    assert '| full (`schedule="full"`) | 2.00 | 1.90 | 100% | 3 | 83.00 ± 0.95 | +2.00 [+1.75, +2.25] | 100% |' in text
+    assert "| 1.00 | 1.04 | 100% | 3 | 82.90 ± 1.00 | +1.90 [+1.90, +1.90] | 95% |" in text
+    assert "| qat | 1.00 | 1.00 | 0% | 3 | 81.00 ± 1.00 | - | - |" in text
+    assert "| qat, twice the epochs | 2.00 | 2.00 | 0% | 3 | 81.00 ± 1.00 | +0.00 [+0.00, +0.00] | 0% |" in text
     assert "Full SAQ gains over plain QAT: +2.00 [+1.75, +2.25] points." in text
-    assert "Cheapest with at least 90% of that mean gain: previous, at a cost of 1.04." in text
+    assert "Cheapest with at least 90% of that mean gain: previous, with 1.00 times the passes of QAT." in text
     assert "| full | 1.900 | 1.900 to 1.900 | +0.75 |" in text
     assert "</svg>" in (tmp_path / "page.svg").read_text()
 
