@@ -224,7 +224,7 @@ def findings(rows: list[Row]) -> str:
     lines.append(
         f"{len(rows) - 1} intervals of 95 % are shown, uncorrected: one in twenty misses its mean by chance alone."
     )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines[:2], *(f"- {line}" for line in lines[2:])]) + "\n"
 
 
 def task(records: list[dict[str, Any]]) -> str:
