@@ -53,9 +53,10 @@ class OrthogonalComponent:
             self.direction = dict(zip(parameters, g, strict=True))
 
     @torch.no_grad()
-    def add_to_gradients(self) -> None:
+    def add_to_gradients(self, model: nn.Module) -> None:
         """`g + alpha * ||g|| / ||g_v|| * g_v`, in `p.grad`."""
-        parameters = [p for p in self.direction if p.grad is not None]
+        # In the model's order, which a resumed run shares: the last bit of a norm depends on the order of its terms.
+        parameters = [p for p in model.parameters() if p in self.direction and p.grad is not None]
         if parameters:
             grads = [_grad(p) for p in parameters]
             torch._foreach_add_(

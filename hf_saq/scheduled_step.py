@@ -154,7 +154,7 @@ class ScheduledStep:
     def _look(self, k: int, batches: Sequence[Any], backward: Backward) -> Outcome:
         outcome = Outcome(backward(batches[k]))
         if k == len(batches) - 1:
-            self.look.add_to_gradients()
+            self.look.add_to_gradients(self.minimizer.model)
         return outcome
 
     def _watch(self, k: int, batches: Sequence[Any], backward: Backward, progress: float) -> Outcome:
