@@ -43,8 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"interval": 5, "ascent_fraction": 1.0, "reuse": None, "trigger": False},
     "free": {"interval": 1, "ascent_fraction": 1.0, "reuse": "previous", "trigger": False},
 }
-"""Knobs by the name of a preset, for a cost of 2, 1.2 and 1: chosen for what they cost. docs/schedules.md has what each
-gained on a small task, with intervals too wide to choose by."""
+"""Knobs by the name of a preset, for a cost of 2, 1.2 and 1: chosen for what they cost. docs/schedules.md has what
+each gained on a small task, with intervals too wide to choose by."""
 
 
 @dataclass(frozen=True)
