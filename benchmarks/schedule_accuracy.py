@@ -5,7 +5,7 @@
 
 Float model of each seed -> quantized, calibrated, trained in every way from there -> docs/schedules.md. The learning
 rate of plain QAT, and radius and learning rate of SAQ that perturbs every step, are chosen on images and seeds of
-their own; all schedules use the latter two. Test images are only ever scored. `make step-cost` comes first: the page
+their own; all schedules use the latter two. Test images choose no value. `make step-cost` comes first: the page
 takes the cost of a step from its results.
 """
 

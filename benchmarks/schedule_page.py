@@ -268,7 +268,8 @@ def trials(records: list[dict[str, Any]]) -> str:
         f"Mean top-1 on {a['validation_images']} images that are neither trained nor tested on, with "
         "seeds of their own. "
         "The radius was chosen at QAT's learning rate, the learning rate once more at that radius, "
-        "and then the radii of those that have one of their own.",
+        "and then the radii of those that have one of their own. That adaptive, previous and stale were given "
+        "radii of their own, and the others not, was decided after test gains of the first seeds had been seen.",
         "",
         "| way to train | learning rate | radius | validation % | seeds |",
         "|---|---|---|---|---|",
