@@ -72,6 +72,7 @@ def packed_model(shape: dict, seed: int, **fields) -> tuple[nn.Module, nn.Module
     return model.eval(), pack(model), x
 
 
+@pytest.mark.filterwarnings("ignore:.*one weight scale for a whole tensor")  # layers of any size, on any scale
 @pytest.mark.parametrize("mode", ["signed", "unsigned", "affine"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("bits", range(2, 9), ids=lambda bits: f"{bits}bit")
