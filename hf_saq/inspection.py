@@ -122,7 +122,10 @@ def local_directory(source: str, revision: str | None = None) -> Path:
         return Path(source)
     if Path(source).exists():
         raise ValueError(f"{source} is a file; expected the directory of a saved model or a repository on the Hub.")
-    return Path(snapshot_download(source, revision=revision, allow_patterns=list(NEEDED_FILES)))
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(NEEDED_FILES)))
+    except OSError as error:
+        raise OSError(f"{source} is not a directory here and could not be had from the Hub: {error}") from error
 
 
 def stored_config(directory: Path) -> PreTrainedConfig:

@@ -235,3 +235,9 @@ def test_the_installed_script(saved):
     )
     assert outcome.returncode == 0 and outcome.stderr == ""
     assert json.loads(outcome.stdout) == inspect_checkpoint(str(saved / "packed")).to_dict()
+
+
+def test_a_name_that_is_nothing_is_named(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["inspect", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("hf-saq: error: nowhere is not a directory here and could not be had")
