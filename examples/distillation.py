@@ -145,6 +145,13 @@ class DistillationTrainer(SAQTrainer):
         # `Trainer` expects the loss first in a tuple.
         return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
 
+    def _hyperparameters(self) -> dict[str, Any]:
+        """For the model card."""
+        found = super()._hyperparameters()
+        if self.teacher is None:
+            return found
+        return {**found, "distill_alpha": self.alpha, "distill_temperature": self.temperature}
+
 
 def _logits(outputs: Any) -> Tensor:
     """Of a model that was given no labels; it may return a tuple."""

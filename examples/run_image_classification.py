@@ -3,7 +3,8 @@
 
     python examples/run_image_classification.py                     # handwritten digits, a small ViT, 4 and 2 bits
     python examples/run_image_classification.py --help
-    python examples/run_image_classification.py my_arguments.yaml   # or .json
+    python examples/run_image_classification.py my_arguments.yaml   # or .json; further arguments may follow
+    python examples/run_image_classification.py examples/recipes/flowers102_vit_base.yaml --rho 0.05
     torchrun --nproc_per_node 8 examples/run_image_classification.py ...
     accelerate launch examples/run_image_classification.py ...
 
@@ -15,19 +16,21 @@ into a fresh object and evaluate it again; (4) one table.
 from __future__ import annotations
 
 import copy
+import difflib
 import itertools
 import json
 import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
+from distillation import DistillationTrainer, check_distillation
 from image_data import DataTrainingArguments, TransformedImages, load_images, transforms
 from image_metrics import make_compute_metrics
 from image_model import (
@@ -69,12 +72,23 @@ class QuantizationArguments:
     activation_mode: str = field(default="auto", metadata={"help": "auto, signed or unsigned."})
     scale_init: str = field(default="mse", metadata={"help": "mse or mean."})
     first_last_bits: int = field(default=8, metadata={"help": "Of the first layer and the heads; 0: like the rest."})
+    quantize_attention: bool = field(default=False, metadata={"help": "Also the operands of attention products."})
     modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "Modules to leave in float."})
     quantization_overrides: str | None = field(
         default=None, metadata={"help": 'JSON: pattern -> fields, such as {"*.layers.0.*": {"weight_bits": 8}}.'}
     )
     float_epochs: float = field(default=0.0, metadata={"help": "Epochs of float fine-tuning before quantization."})
     float_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    distill_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Distillation: weight of the float model's answers in the loss, 0 to 1; the rest is for the "
+            "labels. 0: off. One more forward pass for each batch."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "Softens the answers of both models in distillation; 1: as they are."}
+    )
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(METHODS))
@@ -84,6 +98,7 @@ class QuantizationArguments:
             raise ValueError(
                 f"--activation_bits {self.activation_bits}: expected as many as --weight_bits {self.weight_bits}."
             )
+        check_distillation(self.distill_alpha, self.distill_temperature)
         self.configs()  # a mistake shows before anything is trained
 
     def configs(self) -> list[SAQQuantizationConfig]:
@@ -97,6 +112,7 @@ class QuantizationArguments:
                 activation_mode=self.activation_mode,  # type: ignore[arg-type]
                 scale_init=self.scale_init,  # type: ignore[arg-type]
                 first_last_bits=self.first_last_bits or None,
+                quantize_attention=self.quantize_attention,
                 modules_to_not_convert=self.modules_to_not_convert,
                 overrides=json.loads(self.quantization_overrides) if self.quantization_overrides else {},
             )
@@ -149,25 +165,40 @@ Arguments = tuple[ModelArguments, DataTrainingArguments, TrainingArguments, SAQC
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """From the command line, or from one `.json` or `.yaml` file that holds all of them."""
+    """From the command line, or from a `.json` or `.yaml` file and what the command line has after it, which wins."""
     parser = HfArgumentParser(
         [ModelArguments, DataTrainingArguments, TrainingArguments, SAQConfig, QuantizationArguments],  # type: ignore[arg-type]
         description=__doc__.split("\n")[0],  # type: ignore[union-attr]
     )
     try:
-        if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-            given = yaml.safe_load(Path(argv[0]).read_text())
-            if not isinstance(given, dict):
-                raise ValueError(f"{argv[0]} holds a {type(given).__name__}; expected one argument and value a line.")
-            data_keys = ("dataset_name", "train_dir", "validation_dir")
-            defaults = {} if any(given.get(key) for key in data_keys) else DIGITS_DEFAULTS
-            return parser.parse_dict({**defaults, **given})  # type: ignore[return-value]
-        data_flags = ("--dataset_name", "--train_dir", "--validation_dir")
-        if not any(argument.split("=")[0] in data_flags for argument in argv):
+        given, rest = {}, list(argv)
+        if rest and rest[0].endswith((".json", ".yaml", ".yml")):
+            given = read_arguments(Path(rest.pop(0)), parser.dataclass_types)
+        flags = {argument.split("=")[0].removeprefix("--") for argument in rest}
+        if not any(given.get(key) or key in flags for key in ("dataset_name", "train_dir", "validation_dir")):
             parser.set_defaults(**DIGITS_DEFAULTS)
-        return parser.parse_args_into_dataclasses(list(argv))  # type: ignore[return-value]
+        parser.set_defaults(**given)
+        return parser.parse_args_into_dataclasses(rest)  # type: ignore[return-value]
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def read_arguments(path: Path, dataclass_types) -> dict[str, Any]:
+    """Argument -> value, from a `.json` or `.yaml` file.
+
+    Raises:
+        ValueError: If the file does not hold names and values, or a name is no argument.
+    """
+    given = yaml.safe_load(path.read_text())
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds a {type(given).__name__}; expected one argument and value a line.")
+    known = [field.name for kind in dataclass_types for field in fields(kind) if field.init]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "--help lists what there is."
+            raise ValueError(f"{path}: {name!r} is no argument; {hint}")
+    return given
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
@@ -232,11 +263,14 @@ def run(
             method_config = copy.copy(saq_config)
             method_config.case = None if method == "qat" else saq_config.case
             set_seed(training_args.seed)  # every method sees the same batches and the same augmentation
-            trainer = SAQTrainer(
+            trainer = DistillationTrainer(  # with an alpha of 0 the same as SAQTrainer
                 copy.deepcopy(model),
                 stage_arguments(training_args, stage),
                 saq_config=method_config,
                 quantization_config=config,
+                teacher=model,
+                alpha=quantization_args.distill_alpha,
+                temperature=quantization_args.distill_temperature,
                 **common,
             )
             about = card_arguments(model_args, data_args, len(images["eval"]))
