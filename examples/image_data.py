@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, DatasetDict, Features, Image, load_dataset
+from datasets import ClassLabel, DatasetDict, Features, Image, concatenate_datasets, load_dataset
 from datasets import Dataset as HFDataset
 from torchvision.transforms import v2
+
+AUGMENTATIONS = ("crop_flip", "rand_augment", "pad_crop_flip", "shift", "none")
 
 
 @dataclass
@@ -26,6 +28,9 @@ class DataTrainingArguments:
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training images to hold out where there is no other split."}
     )
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on; several are joined by a plus: train+validation."}
+    )
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on. Default: validation, else test, else train_val_split."}
     )
@@ -35,12 +40,16 @@ class DataTrainingArguments:
     label_column_name: str | None = field(default=None, metadata={"help": "Default: the first column of labels."})
     image_size: int | None = field(default=None, metadata={"help": "Side of the square input, in pixels."})
     augmentation: str = field(
-        default="crop_flip", metadata={"help": "Of training images: crop_flip, shift (one pixel, for digits) or none."}
+        default="crop_flip",
+        metadata={
+            "help": "Of training images: crop_flip (a part of the image, scaled), rand_augment (the same, then two "
+            "random operations), pad_crop_flip (for small images), shift (one pixel, for digits) or none."
+        },
     )
 
     def __post_init__(self) -> None:
-        if self.augmentation not in ("crop_flip", "shift", "none"):
-            raise ValueError(f"--augmentation {self.augmentation!r}; expected crop_flip, shift or none.")
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"--augmentation {self.augmentation!r}; expected one of {list(AUGMENTATIONS)}.")
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"--train_val_split {self.train_val_split}; expected a share between 0 and 1.")
         if self.dataset_name and (self.train_dir or self.validation_dir):
@@ -60,9 +69,14 @@ def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = 
     else:
         splits = _load_folders(args, cache_dir)
     chosen = DatasetDict()
-    if "train" in splits:
-        chosen["train"] = _standard_columns(splits["train"], args)
-    name = args.eval_split or next((n for n in ("validation", "test") if n in splits), None)
+    train_names = args.train_split.split("+")
+    if all(name in splits for name in train_names):
+        chosen["train"] = _standard_columns(concatenate_datasets([splits[name] for name in train_names]), args)
+    elif args.train_split != "train":
+        raise ValueError(f"--train_split {args.train_split!r}; the dataset has the splits {sorted(splits)}.")
+    name = args.eval_split or next((n for n in ("validation", "test") if n in splits and n not in train_names), None)
+    if name in train_names:
+        raise ValueError(f"--eval_split {name!r} is trained on (--train_split {args.train_split!r}); take another.")
     if args.eval_split and args.eval_split not in splits:
         raise ValueError(f"--eval_split {args.eval_split!r}; the dataset has the splits {sorted(splits)}.")
     if name is not None:
@@ -146,23 +160,34 @@ def _column(dataset: HFDataset, name: str | None, flag: str, kind: type) -> str:
     return name
 
 
+def normalization(processor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel that `processor` normalizes with, for values from 0 to 1."""
+    if hasattr(processor, "data_config"):  # of a timm model
+        return list(processor.data_config["mean"]), list(processor.data_config["std"])
+    return list(processor.image_mean), list(processor.image_std)
+
+
 def transforms(processor, image_size: int, augmentation: str) -> tuple[v2.Transform, v2.Transform]:
     """Training and evaluation transforms from a PIL image to `(3, image_size, image_size)`, normalized alike."""
+    mean, std = normalization(processor)
     normalize = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(mean=list(processor.image_mean), std=list(processor.image_std)),
+        v2.Normalize(mean=mean, std=std),
     ]
     resize = [v2.Resize((image_size, image_size))]
-    if augmentation == "crop_flip":
+    crops = augmentation in ("crop_flip", "rand_augment")
+    if crops:
         train = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+        train += [v2.RandAugment()] if augmentation == "rand_augment" else []
+    elif augmentation == "pad_crop_flip":
+        # An eighth on each side, as the customary 4 of 32 pixels.
+        train = [*resize, v2.RandomCrop(image_size, padding=image_size // 8), v2.RandomHorizontalFlip()]
     elif augmentation == "shift":
         train = [*resize, v2.RandomCrop(image_size, padding=1)]
     else:
         train = resize
-    evaluation = [v2.Resize(round(image_size / 0.875)), v2.CenterCrop(image_size)]
-    if augmentation != "crop_flip":
-        evaluation = resize
+    evaluation = [v2.Resize(round(image_size / 0.875)), v2.CenterCrop(image_size)] if crops else resize
     return v2.Compose([*train, *normalize]), v2.Compose([*evaluation, *normalize])
 
 

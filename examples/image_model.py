@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
     TimmWrapperConfig,
+    TimmWrapperImageProcessor,
     ViTConfig,
     ViTImageProcessor,
 )
@@ -77,7 +78,9 @@ def load_model(args: ModelArguments, labels: list[str], image_size: int | None) 
         config = TimmWrapperConfig(architecture=args.model_name_or_path, **_label_maps(labels), **overrides)
     else:
         config = AutoConfig.from_pretrained(name, **_label_maps(labels), **overrides, **hub)
-    if image_size is not None and hasattr(config, "image_size"):
+    if image_size is not None and isinstance(config, TimmWrapperConfig):
+        config.pretrained_cfg = {**getattr(config, "pretrained_cfg", {}), "input_size": [3, image_size, image_size]}
+    elif image_size is not None and hasattr(config, "image_size"):
         config.image_size = image_size
     if args.from_scratch:
         return AutoModelForImageClassification.from_config(config, trust_remote_code=args.trust_remote_code)
@@ -93,6 +96,9 @@ def load_model(args: ModelArguments, labels: list[str], image_size: int | None) 
 def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int | None):
     """The image processor, set to `image_size` so that it is saved with what the model was trained on."""
     name = args.image_processor_name or args.model_name_or_path
+    if isinstance(model.config, TimmWrapperConfig) and not args.image_processor_name:
+        # timm keeps what a processor needs in the configuration of the model.
+        return TimmWrapperImageProcessor(getattr(model.config, "pretrained_cfg", {}), model.config.architecture)
     if name is None:
         size = image_size or 8
         return ViTImageProcessor(
@@ -120,6 +126,8 @@ def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int
         if getattr(processor, "crop_size", None):
             processor.crop_size = resized
             processor.size = {"shortest_edge": round(image_size / 0.875)}
+        elif set(dict(processor.size)) == {"shortest_edge"}:  # ResNet, ConvNeXt: crop to this square by themselves
+            processor.size = {"shortest_edge": image_size}
         else:
             processor.size = resized
     return processor
@@ -127,6 +135,8 @@ def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int
 
 def input_size(processor) -> int:
     """Side of the square input that `processor` makes, in pixels."""
+    if hasattr(processor, "data_config"):  # of a timm model
+        return processor.data_config["input_size"][-1]
     size = getattr(processor, "crop_size", None) or processor.size
     return size["height"] if "height" in size else size["shortest_edge"]
 
