@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests and the demo are small: one thread in each of two processes beats two threads in one.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function step-cost schedules quality style clean
+.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function step-cost schedules results results-quick quality style clean
 
 install: $(STAMP)
 
@@ -57,6 +57,17 @@ step-cost: $(STAMP)  ## time and memory of a step under every schedule, against 
 
 schedules: step-cost  ## write docs/schedules.md; runs that are not in benchmarks/results/schedules are done first
 	$(TEST_ENV) $(BIN)/python benchmarks/schedule_accuracy.py
+
+results: $(STAMP)  ## write docs/results.md; runs that are not in benchmarks/results/accuracy are done first, for hours
+	$(TEST_ENV) $(BIN)/python benchmarks/accuracy.py --processes 2
+	$(TEST_ENV) $(BIN)/python benchmarks/accuracy.py --processes 2 --tasks digits --bits 2 \
+	    --images_per_class 5 10 30 60 90 --methods qat "case 3"
+	$(TEST_ENV) $(BIN)/python benchmarks/accuracy.py --processes 2 --tasks digits --bits 2 \
+	    --methods qat "case 3" "qat, distilled" "case 3, distilled"
+	$(BIN)/python benchmarks/accuracy_page.py
+
+results-quick: $(STAMP)  ## train a part of docs/results.md anew and compare, a few minutes
+	$(TEST_ENV) $(BIN)/python benchmarks/results_quick.py
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import images
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Image, load_dataset
+from images import Images
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,25 +21,6 @@ SIZE = 32
 PADDING = 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the pixel values over 255, per channel: what the published CIFAR-10 weights were trained with."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images and their classes.
-
-    Attributes:
-        pixels: `(count, 3, 32, 32)`, uint8.
-        labels: `(count,)`, int64.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor | slice) -> Images:
-        return Images(self.pixels[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -105,8 +88,7 @@ def _decode(split: Dataset, where: str) -> tuple[Tensor, Tensor]:
 
 def normalize(pixels: Tensor) -> Tensor:
     """`(pixels / 255 - MEAN) / STD`, float32, contiguous."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(255 * mean).div_(255 * std)
+    return images.normalize(pixels, MEAN, STD)
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -118,35 +100,29 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         A new tensor of the same shape and type.
     """
-    count, _, height, width = pixels.shape
-    shift = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    across = torch.arange(width)
-    rows = shift[0] + torch.arange(height)
-    columns = shift[1] + torch.where(mirrored, across.flip(0), across)
-    padded = F.pad(pixels, (PADDING,) * 4)
-    taken = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return taken.permute(0, 3, 1, 2)
+    return images.crop_and_mirror(F.pad(pixels, (PADDING,) * 4), SIZE, generator)
 
 
-def training_batches(images: Images, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def training_batches(training: Images, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented, normalized batches without end: every epoch in a random order of its own, without its last images
     where they do not fill a batch.
 
     Raises:
         ValueError: If there are fewer images than `batch_size`.
     """
-    if len(images) < batch_size:
-        raise ValueError(f"training_batches: {len(images)} images do not fill a batch of {batch_size}; use a smaller.")
+    if len(training) < batch_size:
+        raise ValueError(
+            f"training_batches: {len(training)} images do not fill a batch of {batch_size}; use a smaller."
+        )
     while True:
-        order = torch.randperm(len(images), generator=generator)
-        for start in range(0, len(images) - batch_size + 1, batch_size):
-            batch = images[order[start : start + batch_size]]
+        order = torch.randperm(len(training), generator=generator)
+        for start in range(0, len(training) - batch_size + 1, batch_size):
+            batch = training[order[start : start + batch_size]]
             yield normalize(augment(batch.pixels, generator)), batch.labels
 
 
-def evaluation_batches(images: Images, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(shown: Images, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, normalized, in order."""
-    for start in range(0, len(images), batch_size):
-        batch = images[slice(start, start + batch_size)]
+    for start in range(0, len(shown), batch_size):
+        batch = shown[slice(start, start + batch_size)]
         yield normalize(batch.pixels), batch.labels

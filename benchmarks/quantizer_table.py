@@ -11,7 +11,6 @@ same fine-tune of the same model in float.
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import math
 import shlex
@@ -28,7 +27,7 @@ from cifar_data import DEFAULT_DATA, Cifar, Images, load_cifar
 from cifar_resnet import CifarResNet, load_weights
 from cifar_training import accuracy, calibration_batches, train
 from quantizer_page import FLOAT, page
-from runs import Runs
+from runs import Runs, fingerprint_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import HfArgumentParser
@@ -177,14 +176,6 @@ def adapted_float_model(
             f"made here again (this one has {found}). To run everything anew, name an empty directory with --results."
         )
     return load_file(stored), wanted
-
-
-def fingerprint_of(state: dict[str, torch.Tensor]) -> str:
-    """Sixteen hexadecimal digits that differ where any value of `state` does."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def chosen_learning_rate(

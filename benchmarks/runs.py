@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import hf_saq
 
@@ -87,3 +89,11 @@ def versions() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         pass  # not a checkout
     return found
+
+
+def fingerprint_of(state: dict[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits that differ where any value of `state` does."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

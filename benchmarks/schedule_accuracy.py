@@ -19,8 +19,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from digits_training import accuracy, draw, fingerprint_of, load_split, quantized, tiny_vit, train
-from runs import Runs
+from digits_training import accuracy, load_split, quantized, tiny_vit, train
+from images import draw
+from runs import Runs, fingerprint_of
 from schedule_page import write_page
 from schedule_variants import FULL, QAT, VARIANTS
 from transformers import HfArgumentParser

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from paired import half_width
 from schedule_variants import FULL, QAT, VARIANTS
 
 from hf_saq import SAQConfig
@@ -121,15 +122,6 @@ def relative_cost(method: str, config: dict[str, Any], times: dict[str, Any] | N
     if config.get("trigger"):
         return 1 + share * 2 * (times[method]["ratio"] - 1)
     return times[method]["ratio"]
-
-
-def half_width(differences: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean, by Student's t."""
-    if len(differences) < 2:
-        return math.nan
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
 
 
 def page(rows: list[Row], records: list[dict[str, Any]], cost: dict[str, Any] | None, plot: str | None) -> str:

@@ -13,8 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import digits_training  # noqa: E402
 import schedule_accuracy as script  # noqa: E402
+from images import draw  # noqa: E402
+from paired import half_width  # noqa: E402
 from runs import Runs  # noqa: E402
-from schedule_page import half_width, preset_methods, relative_cost, table_rows, write_page  # noqa: E402
+from schedule_page import preset_methods, relative_cost, table_rows, write_page  # noqa: E402
 from schedule_variants import VARIANTS  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
@@ -98,7 +100,7 @@ def test_images_are_of_one_use_only():
     seen = [tuple(image.flatten().tolist()) for part in (pool, validation, test) for image in part.pixels]
     assert len(seen) == 1797
     assert not set(seen[:450]) & set(seen[450:]) and not set(seen[450:800]) & set(seen[800:])
-    drawn = [digits_training.draw(pool, 300, seed) for seed in (0, 1)]
+    drawn = [draw(pool, 300, seed) for seed in (0, 1)]
     assert all(len(d) == 300 for d in drawn) and not torch.equal(drawn[0].labels, drawn[1].labels)
     assert {tuple(image.flatten().tolist()) for image in drawn[0].pixels} <= set(seen[:450])
 
