@@ -47,7 +47,7 @@ class AccuracyArguments:
         default_factory=lambda: [QAT, LONGER, *(name for name in VARIANTS if name != QAT)],
         metadata={"help": "Ways to train; qat and full are always among them."},
     )
-    seeds: list[int] = field(default_factory=lambda: list(range(5)), metadata={"help": "Of images, weights, order."})
+    seeds: list[int] = field(default_factory=lambda: list(range(10)), metadata={"help": "Of images, weights, order."})
     trial_seeds: list[int] = field(
         default_factory=lambda: [100, 101], metadata={"help": "Those that learning rate and radius are chosen on."}
     )

@@ -150,6 +150,17 @@ def test_training_equals_the_reference(family, case, accumulation, sync, knobs, 
     assert largest_difference(trainer.model, model) < 1e-11
 
 
+def test_models_that_would_scale_their_own_loss(tmp_path, monkeypatch):
+    """`Trainer` divides by the number of micro-batches all the same."""
+    found = []
+    for declared in (False, True):
+        monkeypatch.setattr(ViTForImageClassification, "accepts_loss_kwargs", declared, raising=False)
+        trainer = make_trainer("vit", None, 2, "local", tmp_path, cls=distilling(), max_steps=1)
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 @pytest.mark.parametrize("case", [None, 3])
 def test_alpha_0_trains_as_without(case, tmp_path):
     plain = make_trainer("vit", case, 2, "local", tmp_path, cls=InOrder, dtype=torch.float32)
