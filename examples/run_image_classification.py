@@ -174,7 +174,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         given, rest = {}, list(argv)
         if rest and rest[0].endswith((".json", ".yaml", ".yml")):
             given = read_arguments(Path(rest.pop(0)), parser.dataclass_types)
-        flags = {argument.split("=")[0].removeprefix("--") for argument in rest}
+        flags = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in rest}
         if not any(given.get(key) or key in flags for key in ("dataset_name", "train_dir", "validation_dir")):
             parser.set_defaults(**DIGITS_DEFAULTS)
         parser.set_defaults(**given)

@@ -133,8 +133,9 @@ def test_the_command_line_overrides_the_digits_defaults():
     assert training.learning_rate == 0.5 and saq.rho == 0.7 and quantization.weight_bits == [4, 2]
 
 
-def test_other_data_does_not_get_the_digits_defaults():
-    _, _, training, saq, quantization = script.parse_arguments(["--dataset_name=x", "--do_train"])
+@pytest.mark.parametrize("given", [["--dataset_name=x"], ["--dataset-name", "x"], ["--train_dir", "x"]], ids=str)
+def test_other_data_does_not_get_the_digits_defaults(given):
+    _, _, training, saq, quantization = script.parse_arguments([*given, "--do_train"])
     assert saq.rho is None and quantization.float_epochs == 0 and training.num_train_epochs == 3
 
 
