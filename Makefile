@@ -52,8 +52,14 @@ quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmar
 float-function: $(STAMP)  ## write docs/float_function.md: what conversion and training keep of MobileNetV2
 	$(TEST_ENV) $(BIN)/python benchmarks/float_function.py
 
-step-cost: $(STAMP)  ## time and memory of a step under every schedule, against plain QAT, some minutes
-	$(TEST_ENV) $(BIN)/python benchmarks/step_cost.py
+STEP_COST := $(BIN)/python benchmarks/step_cost.py
+PRESET_WAYS := qat "qat again" full "interval 5" previous
+step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT; with growth, about an hour
+	$(TEST_ENV) $(STEP_COST)
+	$(TEST_ENV) $(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 --ways $(PRESET_WAYS)
+	$(TEST_ENV) $(STEP_COST) --models vit-tiny vit-small vit-base resnet18 resnet50 --batch_sizes 2 --ways $(PRESET_WAYS)
+	$(TEST_ENV) $(BIN)/torchrun --nproc_per_node 2 benchmarks/step_cost.py --models vit-small-images --ways $(PRESET_WAYS)
+	$(BIN)/python benchmarks/cost_page.py
 
 schedules: step-cost  ## write docs/schedules.md; runs that are not in benchmarks/results/schedules are done first
 	$(TEST_ENV) $(BIN)/python benchmarks/schedule_accuracy.py

@@ -134,7 +134,6 @@ def page(rows: list[Row], records: list[dict[str, Any]], cost: dict[str, Any] | 
         findings(rows),
         task(records),
         trials(records),
-        step_table(cost),
         versions(records, cost),
     ]
     return "\n".join(part for part in parts if part)
@@ -167,7 +166,7 @@ def table(rows: list[Row]) -> str:
         "",
         "Mean and standard deviation over seeds; gains are differences to plain QAT with the same seed, in points, "
         "with Student's interval for their mean. Passes: forward and backward passes over those of plain QAT, as the "
-        "schedule says; time: as measured, from the table of steps below (a dash where it was not).",
+        "schedule says; time: as measured, see [cost.md](cost.md) (a dash where it was not).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -268,33 +267,6 @@ def trials(records: list[dict[str, Any]]) -> str:
     ]
     for (method, lr, rho), values in sorted(scores.items(), key=lambda item: (item[0][0] != QAT, *item[0][1:])):
         lines.append(f"| {method} | {lr:g} | {rho:g} | {mean(values):.2f} | {len(values)} |")
-    return "\n".join(lines) + "\n"
-
-
-def step_table(cost: dict[str, Any] | None) -> str:
-    """Ratios of one model: time, and peak memory beyond that of QAT in units of the quantized weights."""
-    if cost is None:
-        return ""
-    a, outcome = cost["arguments"], cost["outcome"]
-    lines = [
-        "## Cost of a step",
-        "",
-        f"Of {a['model']} with batches of {a['batch_size']}, W{a['bits']}A{a['bits']}, in one run: "
-        f"{a['rounds']} rounds "
-        f"over all ways to train, {a['clock']} clock, {outcome['threads']} thread(s), {outcome['device_name']}, "
-        f"{outcome['seconds_of_qat'] * 1000:.0f} ms for a step of QAT. Median over rounds of the "
-        "ratio to QAT in the same "
-        "round, and quartiles. `qat again` is plain QAT a second time, which shows how exact a ratio "
-        "is. The trigger is "
-        "timed with every second step firing. Memory: peak beyond that of QAT, in units of the quantized weights.",
-        "",
-        "| way to train | time | quartiles | more memory |",
-        "|---|---|---|---|",
-    ]
-    for way, t in outcome["times"].items():
-        more = (outcome["bytes"][way] - outcome["bytes"][QAT]) / outcome["quantized_weight_bytes"]
-        quartiles = f"{t['lower_quartile']:.3f} to {t['upper_quartile']:.3f}"
-        lines.append(f"| {way} | {t['ratio']:.3f} | {quartiles} | {more:+.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import cost_page  # noqa: E402
 import step_cost as script  # noqa: E402
 from latent_sam import latent_sam_step  # noqa: E402
 from peak_memory import LiveTensors  # noqa: E402
@@ -130,3 +131,46 @@ def test_models_of_both_families_take_their_images():
         kind = script.MODELS[name]
         images = torch.randn(1, 3, kind.image_size, kind.image_size)
         assert copy.deepcopy(kind.build()).eval()(images).shape == (1, script.CLASSES)
+
+
+def test_the_page_by_hand(tmp_path):
+    """Records of two models; 130 bytes against 100 are 0.75 of 40 bytes of weights."""
+
+    def record(model, ratio, batch=8, processes=1):
+        ways = {"qat": 1.0, "qat again": 1.01, "full": ratio}
+        outcome = {
+            "times": {w: {"ratio": t, "lower_quartile": t - 0.1, "upper_quartile": t + 0.1} for w, t in ways.items()},
+            "bytes": {w: 130 if w == "full" else 100 for w in ways},
+            "quantized_weight_bytes": 40,
+            "seconds_of_qat": 0.05,
+            "threads": 1,
+            "device_name": "cpu",
+        }
+        arguments = {"model": model, "batch_size": batch, "processes": processes, "bits": 4, "rounds": 3}
+        arguments |= {"clock": "process", "device": "cpu"}
+        return {"arguments": arguments, "outcome": outcome, "versions": {"commit": "abc"}}
+
+    (tmp_path / "step_cost").mkdir()
+    for number, r in enumerate([record("resnet18", 1.8), record("vit-small", 1.9), record("vit-small", 2.1, 2, 2)]):
+        (tmp_path / "step_cost" / f"{number}.json").write_text(json.dumps(r))
+    layers = {
+        "linear": {"ratio_to_float": {"eager": 1.126, "torchao": 1.2}},
+        "conv": {"ratio_to_float": {"eager": 1.1}},
+    }
+    setting = {"bits": 4, "batch": 8, "threads": 2, "device": "cpu", "clock": "wall", "repetitions": 9}
+    fake = {"setting": {**setting, "versions": {"torch": "2"}}, "layers": layers}
+    fake["training_step"] = {"vit": {"ratio_to_float": {"eager": 1.153, "compiled": 1.1}}}
+    fake["kept_for_backward"] = {"vit": {"ratio": 1.184}}
+    (tmp_path / "fake_quant.json").write_text(json.dumps(fake))
+    cost_page.write_page(tmp_path, tmp_path / "docs" / "cost.md")
+    text = (tmp_path / "docs" / "cost.md").read_text()
+    assert "| vit | 1.15 | 1.10 | 1.18 |" in text
+    assert "| linear | 1.13 | 1.20 |\n| conv | 1.10 | - |" in text
+    rows = [
+        "| vit-small | 8 | 1 | 1.90 | - | - | 1.01 | +0.75 |",
+        "| vit-small | 2 | 2 | 2.10 | - | - | 1.01 | +0.75 |",
+    ]
+    assert "\n".join([*rows, "| resnet18 | 8 | 1 | 1.80 | - | - | 1.01 | +0.75 |"]) in text
+    assert "### vit-small, batches of 2, 2 processes" in text and "| full | 2.10 | 2.00 to 2.20 | +0.75 |" in text
+    with pytest.raises(ValueError, match="found neither fake_quant.json nor"):
+        cost_page.write_page(tmp_path / "docs", tmp_path / "page.md")

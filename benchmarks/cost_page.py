@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""docs/cost.md, made of the stored results of `fake_quant.py` and `step_cost.py` and of nothing else.
+
+python benchmarks/cost_page.py [results] [document]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from step_cost import QAT
+from step_models import MODELS
+
+SUMMARY = ("full", "interval 5", "previous")
+"""Columns of the table over models, batch sizes and processes: the presets full, balanced and free."""
+PRESETS = ("`full`", "`balanced`", "`free`")
+
+
+def main(argv: Sequence[str]) -> None:
+    results = Path(argv[0] if argv else "benchmarks/results")
+    document = Path(argv[1] if len(argv) > 1 else "docs/cost.md")
+    write_page(results, document)
+
+
+def write_page(results: Path, document: Path) -> None:
+    """Write the page to `document`.
+
+    Raises:
+        ValueError: If nothing is stored in `results`.
+    """
+    fake = results / "fake_quant.json"
+    steps = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "step_cost").glob("*.json"))]
+    steps.sort(key=order)
+    if not fake.is_file() and not steps:
+        raise ValueError(f"{results}: found neither fake_quant.json nor step_cost/*.json; run `make step-cost` first.")
+    parts = [
+        "# What quantized and sharpness-aware training cost\n\nWritten by `make step-cost` from "
+        f"`{(results / 'fake_quant.json').as_posix()}` and `{(results / 'step_cost').as_posix()}`. All figures are "
+        "ratios, medians of what was measured side by side in one run.\n",
+        fake_quantization(json.loads(fake.read_text(encoding="utf-8"))) if fake.is_file() else "",
+        summary(steps) if steps else "",
+        *(one(record) for record in steps),
+    ]
+    document.parent.mkdir(parents=True, exist_ok=True)
+    document.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+
+
+def order(record: dict[str, Any]) -> tuple[int, int, int, str]:
+    a = record["arguments"]
+    return list(MODELS).index(a["model"]), a["processes"], a["batch_size"], a["device"]
+
+
+def fake_quantization(found: dict[str, Any]) -> str:
+    """A step of plain QAT against float, single layers against other libraries, and what the backward pass keeps."""
+    setting = found["setting"]
+    kinds = list(dict.fromkeys(k for layer in found["layers"].values() for k in layer["ratio_to_float"]))
+    lines = [
+        "## Fake quantization against float",
+        "",
+        f"W{setting['bits']}A{setting['bits']}, one scale per tensor, batches of {setting['batch']}, "
+        f"{setting['threads']} thread(s) on {setting['device']}, {setting['clock']} clock, medians of "
+        f"{setting['repetitions']} interleaved repetitions of a step and three times as many of a layer.",
+        "",
+        "| training step of plain QAT | eager | compiled | bytes kept for backward |",
+        "|---|---|---|---|",
+    ]
+    for model, step in found["training_step"].items():
+        ratios = step["ratio_to_float"]
+        kept = found["kept_for_backward"][model]["ratio"]
+        lines.append(f"| {model} | {ratios['eager']:.2f} | {ratios['compiled']:.2f} | {kept:.2f} |")
+    lines += [
+        "",
+        "Forward and backward of one layer. A dash: the library has no such layer.",
+        "",
+        "| layer | " + " | ".join(kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    for name, layer in found["layers"].items():
+        ratios = layer["ratio_to_float"]
+        lines.append(f"| {name} | " + " | ".join(f"{ratios[k]:.2f}" if k in ratios else "-" for k in kinds) + " |")
+    lines += ["", f"Versions: {', '.join(f'{k} {v}' for k, v in setting['versions'].items())}."]
+    return "\n".join(lines) + "\n"
+
+
+def summary(steps: Sequence[dict[str, Any]]) -> str:
+    """How the cost of the presets grows with model, batch and processes."""
+    lines = [
+        "## A step under the presets, against a step of plain QAT",
+        "",
+        "`qat again` is plain QAT a second time: what it differs from 1 by is the error of measurement. Memory: peak "
+        "of full SAQ beyond that of QAT, in units of the quantized weights.",
+        "",
+        f"| model | batch | processes | {' | '.join(PRESETS)} | qat again | memory |",
+        "|---" * (5 + len(PRESETS)) + "|",
+    ]
+    for record in steps:
+        a, outcome = record["arguments"], record["outcome"]
+        times = outcome["times"]
+        cells = [f"{times[way]['ratio']:.2f}" if way in times else "-" for way in (*SUMMARY, "qat again")]
+        more = f"{memory(outcome, 'full'):+.2f}" if "full" in outcome["bytes"] else "-"
+        lines.append("| " + " | ".join([a["model"], str(a["batch_size"]), str(a["processes"]), *cells, more]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def memory(outcome: dict[str, Any], way: str) -> float:
+    """Peak beyond that of QAT, in units of the quantized weights."""
+    return (outcome["bytes"][way] - outcome["bytes"][QAT]) / outcome["quantized_weight_bytes"]
+
+
+def one(record: dict[str, Any]) -> str:
+    """Every way to train that one run has measured."""
+    a, outcome = record["arguments"], record["outcome"]
+    lines = [
+        f"### {a['model']}, batches of {a['batch_size']}"
+        + (f", {a['processes']} processes" if a["processes"] > 1 else ""),
+        "",
+        f"W{a['bits']}A{a['bits']}, {a['rounds']} rounds over all ways to train, {a['clock']} clock, "
+        f"{outcome['threads']} thread(s) each, {outcome['device_name']}, {outcome['seconds_of_qat'] * 1000:.0f} ms "
+        "for a step of QAT. Median over rounds of the ratio to QAT in the same round, and quartiles; peak memory beyond "
+        "that of QAT, in units of the quantized weights. The trigger is timed with every second step firing. "
+        f"Commit {record['versions'].get('commit', 'unknown')}.",
+        "",
+        "| way to train | time | quartiles | more memory |",
+        "|---|---|---|---|",
+    ]
+    for way, t in outcome["times"].items():
+        quartiles = f"{t['lower_quartile']:.2f} to {t['upper_quartile']:.2f}"
+        lines.append(f"| {way} | {t['ratio']:.2f} | {quartiles} | {memory(outcome, way):+.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
