@@ -120,8 +120,8 @@ def one(record: dict[str, Any]) -> str:
         "",
         f"W{a['bits']}A{a['bits']}, {a['rounds']} rounds over all ways to train, {a['clock']} clock, "
         f"{outcome['threads']} thread(s) each, {outcome['device_name']}, {outcome['seconds_of_qat'] * 1000:.0f} ms "
-        "for a step of QAT. Median over rounds of the ratio to QAT in the same round, and quartiles; peak memory beyond "
-        "that of QAT, in units of the quantized weights. The trigger is timed with every second step firing. "
+        "for a step of QAT. Median over rounds of the ratio to QAT in the same round, and quartiles; peak memory "
+        "beyond that of QAT, in units of the quantized weights. The trigger is timed with every second step firing. "
         f"Commit {record['versions'].get('commit', 'unknown')}.",
         "",
         "| way to train | time | quartiles | more memory |",
