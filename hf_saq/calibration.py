@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conversion import leave_in_float, note_signs
+from .conversion import leave_in_float
 from .layers import HoldsQuantizers
 from .quantizers import Observer, Quantizer
+from .report import note_signs
 
 NEVER_RUN = "the model never calls this layer: its weight is read directly, or has no part in the output"
 SAMPLES_PER_BATCH = 2**17

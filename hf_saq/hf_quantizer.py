@@ -15,10 +15,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import attention_interface
 from .config import QUANT_METHOD, SAQQuantizationConfig
-from .conversion import convert, initialize_weight_quantizers, note_signs
+from .conversion import convert
+from .first_scales import initialize_weight_quantizers
 from .layers import PackedLayer
 from .packed_model import convert_to_packed, dequantize_in_place, is_packed
 from .quantizers import Quantizer
+from .report import note_signs
 from .seal import check_seal, make_seal
 
 

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.core_model_loading import revert_weight_conversion
 
 from .config import QUANT_METHOD, SAQQuantizationConfig
-from .conversion import ConversionReport, LayerPlan, convert
+from .conversion import convert
 from .model_card import CardFacts, has_processor, kibibytes
 from .packed_model import convert_to_packed
+from .report import ConversionReport, LayerPlan
 
 NEEDED_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*processor_config.json")
 

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import SAQQuantizationConfig
-from .conversion import LayerPlan
+from .report import LayerPlan
 from .version import __version__
 
 PICTURE = "training_curve.png"

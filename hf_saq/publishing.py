@@ -21,10 +21,10 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from .config import SAQConfig, SAQQuantizationConfig
-from .conversion import ConversionReport
 from .hub import copy_files, explained, log_failure, publish, publish_in_background
 from .layers import QuantizedLayer
 from .model_card import PICTURE, CardFacts, ResultRow, has_processor, measured, model_card, weight_file_bytes
+from .report import ConversionReport
 from .training_curve import draw_training_curve
 
 CARD = "README.md"

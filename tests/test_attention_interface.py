@@ -27,10 +27,11 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, cost, pack, quantize
 from hf_saq.attention_interface import quantized_attention, uses_interface
 from hf_saq.calibration import NEVER_RUN, _PassThrough
-from hf_saq.conversion import convert, plan
+from hf_saq.conversion import convert
 from hf_saq.cost import LayerCost
 from hf_saq.layers import QuantAttentionProducts
 from hf_saq.packed_model import dequantize, is_packed
+from hf_saq.planning import plan
 from hf_saq.quantizers import QUANTIZERS, Quantizer
 
 W4A4 = SAQQuantizationConfig(quantize_attention=True)
