@@ -42,6 +42,8 @@ from distillation import distillation_loss  # noqa: E402
 
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 2, 128
 DISTILL_TEMPERATURE = 2.0
+GIVE_UP = 0.05
+"""Values are no longer tried once one is this much worse in validation accuracy than the best so far."""
 
 
 @dataclass
@@ -142,16 +144,18 @@ class Study:
     def chosen(self) -> tuple[float, dict[str, float]]:
         """Learning rate of plain QAT, and the radius of each method that has one of its own.
 
-        Each is the best in mean validation accuracy, the smaller of equals.
+        Each is the best in mean validation accuracy, the smaller of equals. They are tried from the smallest up.
         """
         task = self.task
         bits = self.bits if task.tuned_at is None else task.tuned_at
 
         def best(values: Sequence[float], arguments: Callable[[float, int], dict[str, Any]]) -> float:
-            jobs = [arguments(value, seed) for value in sorted(values) for seed in task.trial_seeds]
-            found = [outcome["validation"] for outcome in self.outcomes(jobs)]
-            each = len(task.trial_seeds)
-            means = {value: mean(found[i * each : (i + 1) * each]) for i, value in enumerate(sorted(values))}
+            means: dict[float, float] = {}
+            for value in sorted(values):
+                found = self.outcomes([arguments(value, seed) for seed in task.trial_seeds])
+                means[value] = mean(outcome["validation"] for outcome in found)
+                if means[value] < max(means.values()) - GIVE_UP:
+                    break
             return max(means, key=means.__getitem__)
 
         count = task.images_per_class
@@ -261,14 +265,15 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     float_model.load_state_dict(copy.deepcopy(state))
     bits = arguments["bits"]
     config = SAQQuantizationConfig(weight_bits=bits, activation_bits=bits, **arguments["quantization"])
-    model = quantize(copy.deepcopy(float_model), config).to(device)
+    layout = torch.channels_last if task.channels_last else torch.contiguous_format
+    model = quantize(copy.deepcopy(float_model), config).to(device, memory_format=layout)  # type: ignore[call-overload]
     shown = data.evaluation_batches(images[slice(0, CALIBRATION_BATCHES * CALIBRATION_BATCH)], CALIBRATION_BATCH)
-    calibrate(model, [batch["pixels"].to(device) for batch in shown])
+    calibrate(model, [moved(batch, device, layout)["pixels"] for batch in shown])
     saq = None if arguments["saq"] is None else SAQConfig(**arguments["saq"])
     torch.manual_seed(seed)  # of dropout
     outcome = fit(
         model,
-        (moved(batch, device) for batch in data.training_batches(images, task.batch_size, seed)),
+        (moved(batch, device, layout) for batch in data.training_batches(images, task.batch_size, seed)),
         arguments["steps"],
         task.optimizer_of(model, arguments["lr"]),
         saq,
@@ -278,7 +283,7 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     )
 
     def score(scored: nn.Module, some: Images) -> float:
-        return accuracy(scored.to(device), (moved(batch, device) for batch in data.evaluation_batches(some)))
+        return accuracy(scored.to(device), (moved(batch, device, layout) for batch in data.evaluation_batches(some)))
 
     outcome["validation"] = score(model, data.validation)
     outcome["float_model"] = fingerprint_of(state)
@@ -290,8 +295,9 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     return outcome
 
 
-def moved(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+def moved(batch: Batch, device: torch.device, layout: torch.memory_format) -> Batch:
+    pixels = batch["pixels"].to(device, memory_format=layout)
+    return {"pixels": pixels, "labels": batch["labels"].to(device)}
 
 
 def teacher(model: nn.Module, device: torch.device) -> nn.Module:

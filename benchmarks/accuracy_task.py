@@ -80,6 +80,7 @@ class Task:
         shared_radius: Whether cases 1 and 2 use the radius of case 3: one of their own costs many runs.
         trial_seeds: Seeds to choose with.
         test_images: The first so many of them are tested on; `None`: all.
+        channels_last: Whether convolutions run in that memory format, which is faster for some models.
         tuned_at: Bits at which learning rate and radii are chosen for all bits; `None`: for each by itself.
     """
 
@@ -102,6 +103,7 @@ class Task:
     shared_radius: bool = False
     trial_seeds: tuple[int, ...] = (100,)
     test_images: int | None = None
+    channels_last: bool = False
     tuned_at: int | None = None
 
     def radius_of(self, method: str) -> str:

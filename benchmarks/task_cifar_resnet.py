@@ -48,5 +48,6 @@ TASK = Task(
     learning_rates=(3e-3, 1e-2, 3e-2),
     test_images=5000,
     shared_radius=True,
+    channels_last=True,
     tuned_at=2,
 )

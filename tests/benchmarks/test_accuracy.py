@@ -99,6 +99,24 @@ def test_repeating_stored_runs(tiny, tmp_path, capsys):
         results_quick.main([*quick, "--bits", "4"])
 
 
+def test_hopeless_values_are_not_tried(tiny, tmp_path, monkeypatch):
+    """Far below the best so far: the next larger radius is left out."""
+    task = dataclasses.replace(TASKS["digits"], radii=(0.1, 0.2, 0.3, 0.4))
+    monkeypatch.setitem(TASKS, "digits", task)
+    scores = {None: 0.5, 0.1: 0.6, 0.2: 0.56, 0.3: 0.5}
+    monkeypatch.setattr(
+        script,
+        "train_one",
+        lambda a, paths: {"test": 0.5} if a["kind"] == "run" else {"validation": scores[(a["saq"] or {}).get("rho")]},
+    )
+    script.main([*tiny, "--methods", QAT, SAQ])
+    records = stored(tmp_path).values()
+    tried = {
+        r["arguments"]["saq"]["rho"] for r in records if r["arguments"]["kind"] == "trial" and r["arguments"]["saq"]
+    }
+    assert tried == {0.1, 0.2, 0.3}
+
+
 def test_the_best_radius_on_validation_is_taken(tiny, tmp_path, monkeypatch):
     """The smaller of equals; each case has its own, and `balanced` that of case 3."""
     scores = {(QAT, None): 0.5, (SAQ, 0.1): 0.6, (SAQ, 0.3): 0.6, ("case 2", 0.1): 0.2, ("case 2", 0.3): 0.4}
