@@ -14,7 +14,7 @@ The gradient at the perturbed point is what the optimizer applies to `w`. Adapti
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -350,9 +350,13 @@ class SharpnessAwareMinimizer:
     # Second pass -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def perturbed(self) -> Iterator[Displacement]:
+    def perturbed(self, update_statistics: bool = False) -> Iterator[Displacement]:
         """The second pass: `eps` is in place, normalization statistics are frozen, random numbers are those of the
         first pass. On the way out, also by an exception, everything is back, bit for bit, from saved copies.
+
+        Args:
+            update_statistics: Let this pass update the running statistics of normalization after all, for a first
+                pass that did not because it saw only a part of the batch.
 
         Yields:
             The `eps`, which may be kept for [`displaced`].
@@ -369,7 +373,8 @@ class SharpnessAwareMinimizer:
         self._rng.pop(0).restore()
         completed = False
         try:
-            with self.displaced(self._eps), frozen_norm_statistics(self.model):
+            kept = nullcontext() if update_statistics else frozen_norm_statistics(self.model)
+            with self.displaced(self._eps), kept:
                 yield self._eps
             completed = True
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from . import sharding
 from .displacement import Displacement
 from .look_sam import OrthogonalComponent
+from .norm_statistics import frozen_norm_statistics
 from .perturbation import SharpnessAwareMinimizer
 from .schedules import PerturbationSchedule
 from .sub_batch import first_samples
@@ -120,11 +122,14 @@ class ScheduledStep:
             minimizer.sync == "global" or reuse == "stale"
         ):  # one eps for the step: its first micro-batch climbs for all
             climbing = batches if k == 0 else []
+        # Running statistics come from the one pass that sees the whole batch: of a part they would be noise.
+        partial = self.schedule.ascent_fraction < 1
         for batch in climbing:
-            with minimizer.ascent(self._clean_grads if reuse == "look" else None):
+            kept = frozen_norm_statistics(minimizer.model) if partial else nullcontext()
+            with kept, minimizer.ascent(self._clean_grads if reuse == "look" else None):
                 part = first_samples(batch, self.schedule.ascent_fraction)
                 self._clean_losses.append(backward(part, reduce=False))
-        with minimizer.perturbed() as eps:
+        with minimizer.perturbed(update_statistics=partial) as eps:
             perturbed_loss = backward(batches[k])
         if reuse == "stale":
             self.eps = eps
@@ -132,7 +137,7 @@ class ScheduledStep:
             self.look.keep(self._clean_grads)
             self._clean_grads = {}
         outcome = Outcome(self._clean_losses.pop(0))
-        if self.schedule.ascent_fraction == 1:
+        if not partial:
             outcome.sharpness = [perturbed_loss - outcome.loss]
         if climbing:
             outcome.ascent_norm = self._norm_per_sample(len(batches) / len(climbing))

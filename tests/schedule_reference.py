@@ -96,20 +96,23 @@ def train_with_schedule(
         return total, climbing
 
     def two_passes(ranks):
-        """`(clean, perturbed)` gradient, and the eps of each process."""
+        """`(clean, perturbed)` gradient, and the eps of each process.
+
+        Running statistics are updated by the first pass, or by the second if the first sees only a part."""
+        partial = ascent_fraction < 1
         if sync == "local" and reuse != "stale":  # each micro-batch for itself
             clean = total = None
             for batches in zip(*ranks, strict=True):
                 alone = [[batch] for batch in batches]
-                one, climbing = whole_pass(alone, None, part=ascent_fraction)
+                one, climbing = whole_pass(alone, None, frozen=partial, part=ascent_fraction)
                 eps = climb(climbing)
                 share = 1 / len(ranks[0])
                 clean = add(clean, one, share)
-                total = add(total, whole_pass(alone, eps, frozen=True)[0], share)
+                total = add(total, whole_pass(alone, eps, frozen=not partial)[0], share)
             return clean, total, eps
-        clean, climbing = whole_pass(ranks, None, part=ascent_fraction)
+        clean, climbing = whole_pass(ranks, None, frozen=partial, part=ascent_fraction)
         eps = climb(climbing)
-        return clean, whole_pass(ranks, eps, frozen=True)[0], eps
+        return clean, whole_pass(ranks, eps, frozen=not partial)[0], eps
 
     model.train()
     for t, ranks in enumerate(steps):
