@@ -53,7 +53,7 @@ float-function: $(STAMP)  ## write docs/float_function.md: what conversion and t
 	$(TEST_ENV) $(BIN)/python benchmarks/float_function.py
 
 STEP_COST := $(BIN)/python benchmarks/step_cost.py
-PRESET_WAYS := qat "qat again" full "interval 5" previous
+PRESET_WAYS := qat "qat again" full "interval 5" "ascent 1/8" previous
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT; with growth, about an hour
 	$(TEST_ENV) $(STEP_COST)
 	$(TEST_ENV) $(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 --ways $(PRESET_WAYS)

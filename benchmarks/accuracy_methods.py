@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_saq import SAQConfig
+from hf_saq.schedules import PRESETS
+
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
 CASES = ("case 1", "case 2")
 DISTILL_ALPHA = 0.5
@@ -29,8 +32,6 @@ class Method:
     @property
     def passes(self) -> float:
         """Forward and backward passes over those of plain training."""
-        from hf_saq import SAQConfig
-
         return self.length * (1 if self.saq is None else SAQConfig(rho=0.0, **self.saq).perturbation_schedule().cost)
 
 
@@ -41,7 +42,7 @@ METHODS: dict[str, Method] = {
     "case 2": Method({"case": 2}, radius_of="case 2"),
     "case 1": Method({"case": 1}, radius_of="case 1"),
     ADAPTIVE: Method({"adaptive": True}, radius_of=ADAPTIVE),
-    BALANCED: Method({"schedule": "balanced"}),
+    BALANCED: Method(dict(PRESETS["balanced"])),
     "qat, distilled": Method(saq=None, distill_alpha=DISTILL_ALPHA),
     "case 3, distilled": Method(distill_alpha=DISTILL_ALPHA),
 }

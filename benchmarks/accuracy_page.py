@@ -177,7 +177,7 @@ def table(setting: Setting) -> str:
         gain = setting.gain(method) if method != QAT else None
         cells = [
             method,
-            f"{METHODS[method].passes:.1f}",
+            f"{METHODS[method].passes:.2f}",
             f"{saq['rho']:g}" if saq else "-",
             str(len(test)),
             f"{mean(test.values()):.2f}{spread}",

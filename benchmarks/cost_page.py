@@ -15,7 +15,7 @@ from typing import Any
 from step_cost import QAT
 from step_models import MODELS
 
-SUMMARY = ("full", "interval 5", "previous")
+SUMMARY = ("full", "ascent 1/8", "previous")
 """Columns of the table over models, batch sizes and processes: the presets full, balanced and free."""
 PRESETS = ("`full`", "`balanced`", "`free`")
 

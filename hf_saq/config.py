@@ -223,7 +223,7 @@ class SAQConfig:
         default=None,
         metadata={
             "help": "Preset for the knobs below that are not given: full perturbs every step, at twice the cost of "
-            "plain training; balanced costs 1.2 times, free about the same. None leaves them as in full."
+            "plain training; balanced costs about 1.15 times, free about the same. None leaves them as in full."
         },
     )
     interval: int | None = field(

@@ -243,7 +243,7 @@ def test_the_argument_parser_builds_it_next_to_training_arguments(tmp_path):
 def test_a_preset_and_a_knob_that_contradict_each_other():
     with pytest.raises(ValueError, match="SAQConfig.schedule='free' means trigger=False, but trigger=True is given"):
         SAQConfig(schedule="free", trigger=True)
-    assert SAQConfig(schedule="balanced", interval=5).interval == 5
+    assert SAQConfig(schedule="balanced", ascent_fraction=0.125).ascent_fraction == 0.125
     defaults = SAQConfig()
     assert (defaults.interval, defaults.ascent_fraction, defaults.reuse, defaults.trigger) == (1, 1.0, None, False)
 

@@ -80,11 +80,11 @@ def test_every_pair_is_either_refused_above_or_works():
 
 def test_presets():
     costs = {name: PerturbationSchedule(**resolve_preset(name, {})).cost for name in PRESETS}
-    assert costs == {"full": 2.0, "balanced": pytest.approx(1.2), "free": 1.0}
+    assert costs == {"full": 2.0, "balanced": 1.125, "free": 1.0}
     assert resolve_preset(None, {"interval": 3, "reuse": None})["interval"] == 3
-    assert resolve_preset("balanced", {"interval": 5}) == PRESETS["balanced"]
-    with pytest.raises(ValueError, match="schedule='balanced' means interval=5, but interval=1 is given as well"):
-        resolve_preset("balanced", {"interval": 1})
+    assert resolve_preset("balanced", {"ascent_fraction": 0.125}) == PRESETS["balanced"]
+    with pytest.raises(ValueError, match="schedule='balanced' means interval=1, but interval=5 is given as well"):
+        resolve_preset("balanced", {"interval": 5})
     with pytest.raises(ValueError, match="schedule='cheap'; expected one of"):
         resolve_preset("cheap", {})
 

@@ -19,6 +19,8 @@ from accuracy_tasks import TASKS  # noqa: E402
 from images import Images, center_crop, crop_and_mirror, draw_per_class, shuffled_batches  # noqa: E402
 from paired import difference  # noqa: E402
 
+from hf_saq.schedules import PRESETS  # noqa: E402
+
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
@@ -131,7 +133,7 @@ def test_the_best_radius_on_validation_is_taken(tiny, tmp_path, monkeypatch):
     script.main([*tiny, "--methods", QAT, SAQ, "case 2", "balanced"])
     chosen = {r["arguments"]["method"]: r["arguments"]["saq"] for n, r in stored(tmp_path).items() if "trial" not in n}
     assert chosen[QAT] is None and chosen[SAQ] == {"rho": 0.1} and chosen["case 2"] == {"rho": 0.3, "case": 2}
-    assert chosen["balanced"] == {"rho": 0.1, "schedule": "balanced"}
+    assert chosen["balanced"] == {"rho": 0.1, **PRESETS["balanced"]}
 
 
 @pytest.mark.parametrize(
@@ -157,8 +159,8 @@ def test_every_task_builds_the_model_that_it_quantizes():
 
 
 def test_passes_of_the_methods():
-    """Two passes cost twice, whether as SAQ or as twice the steps; the preset perturbs every fifth step."""
-    assert [METHODS[m].passes for m in (QAT, SAQ, "qat, twice the steps", "balanced")] == [1, 2, 2, 1.2]
+    """Two passes cost twice, whether as SAQ or as twice the steps; the preset climbs on an eighth of the batch."""
+    assert [METHODS[m].passes for m in (QAT, SAQ, "qat, twice the steps", "balanced")] == [1, 2, 2, 1.125]
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -256,7 +258,7 @@ def test_the_page_by_hand(tmp_path):
     text = (tmp_path / "results.md").read_text()
     # Differences 0.9, 1.0, 1.1: 4.3027 * 0.1 / sqrt(3) = 0.248.
     assert "| digits, tiny ViT, W2A2 | 3 | **+1.00 [+0.75, +1.25]** | - | +0.00 [-0.50, +0.50] | - |" in text
-    assert "| qat | 1.0 | - | 3 | 81.00 ± 1.00 | - |" in text
+    assert "| qat | 1.00 | - | 3 | 81.00 ± 1.00 | - |" in text
     assert "higher in mean in 1 of 1 settings, with an interval above zero in 1 and below zero in 0" in text
     assert "SAQ against case 1: no comparison was run." in text
     assert "| digits, tiny ViT, W2A2 | 150 | 90.00 | 81.00 | 82.00 | 3 | **+1.00 [+0.75, +1.25]** |" in text
