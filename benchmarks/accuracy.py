@@ -31,6 +31,7 @@ from accuracy_tasks import TASKS
 from images import Images, draw_per_class
 from runs import Runs, fingerprint_of
 from safetensors.torch import load_file, save_file
+from schedule_variants import saq_config
 from sharpness_training import Batch, accuracy, fit, logits_of, plain_loss
 from torch import Tensor, nn
 from transformers import HfArgumentParser
@@ -269,7 +270,7 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     model = quantize(copy.deepcopy(float_model), config).to(device, memory_format=layout)  # type: ignore[call-overload]
     shown = data.evaluation_batches(images[slice(0, CALIBRATION_BATCHES * CALIBRATION_BATCH)], CALIBRATION_BATCH)
     calibrate(model, [moved(batch, device, layout)["pixels"] for batch in shown])
-    saq = None if arguments["saq"] is None else SAQConfig(**arguments["saq"])
+    saq = None if arguments["saq"] is None else saq_of(arguments["saq"])
     torch.manual_seed(seed)  # of dropout
     outcome = fit(
         model,
@@ -293,6 +294,11 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
         outcome["test"] = score(model, test)
         outcome["float_test"] = score(float_model, test)
     return outcome
+
+
+def saq_of(stored: dict[str, Any]) -> SAQConfig:
+    fields = dict(stored)
+    return saq_config(fields.pop("rho"), fields)
 
 
 def moved(batch: Batch, device: torch.device, layout: torch.memory_format) -> Batch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_saq import SAQConfig
+from schedule_variants import saq_config
+
 from hf_saq.schedules import PRESETS
 
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
@@ -32,7 +33,7 @@ class Method:
     @property
     def passes(self) -> float:
         """Forward and backward passes over those of plain training."""
-        return self.length * (1 if self.saq is None else SAQConfig(rho=0.0, **self.saq).perturbation_schedule().cost)
+        return self.length * (1 if self.saq is None else saq_config(0.0, self.saq).perturbation_schedule().cost)
 
 
 METHODS: dict[str, Method] = {

@@ -23,10 +23,8 @@ from digits_training import accuracy, load_split, quantized, tiny_vit, train
 from images import draw
 from runs import Runs, fingerprint_of
 from schedule_page import write_page
-from schedule_variants import FULL, QAT, VARIANTS
+from schedule_variants import FULL, QAT, VARIANTS, saq_config
 from transformers import HfArgumentParser
-
-from hf_saq import SAQConfig
 
 LONGER = "qat, twice the epochs"
 OWN_RADIUS: dict[str, list[float]] = {
@@ -127,7 +125,7 @@ class Work:
         seed = arguments["seed"]
         images, state = draw(self.pool, arguments["images"], seed), self.float_model(seed)
         model = quantized(state, images)
-        saq = SAQConfig(rho=arguments["rho"], **arguments["config"])
+        saq = saq_config(arguments["rho"], arguments["config"])
         outcome = train(model, images, arguments["epochs"], arguments["lr"], seed, saq)
         outcome["validation"] = accuracy(model, self.validation)
         outcome["float_model"] = fingerprint_of(state)

@@ -11,9 +11,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from paired import half_width
-from schedule_variants import FULL, QAT, VARIANTS
+from schedule_variants import FULL, QAT, VARIANTS, saq_config
 
-from hf_saq import SAQConfig
 from hf_saq.schedules import KNOBS, PRESETS
 
 KEPT = 0.9
@@ -101,7 +100,7 @@ def passes_of(config: dict[str, Any], share: float) -> float:
     """Of a step, on average; `share` of the steps were perturbed."""
     if config.get("case", 3) is None:
         return 1.0
-    schedule = SAQConfig(rho=0.0, **config).perturbation_schedule()
+    schedule = saq_config(0.0, config).perturbation_schedule()
     return 1 + share if schedule.trigger else schedule.cost
 
 

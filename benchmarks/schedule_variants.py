@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_saq import SAQConfig
+
 QAT, FULL = "qat", "full"
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -28,3 +30,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "case 2": {"case": 2},
     "adaptive": {"adaptive": True},
 }
+
+
+def saq_config(rho: float | None, fields: dict[str, Any]) -> SAQConfig:
+    """The configuration of one way to train: whole batches perturb every step unless `fields` say otherwise."""
+    said = {"schedule", "interval", "ascent_fraction", "reuse", "trigger"} & set(fields)
+    return SAQConfig(rho=rho, **fields) if said else SAQConfig(rho=rho, schedule="full", **fields)

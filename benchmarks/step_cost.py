@@ -32,14 +32,14 @@ import torch.distributed as dist
 from latent_sam import latent_sam_step
 from peak_memory import peak_bytes
 from runs import Runs
-from schedule_variants import QAT, VARIANTS
+from schedule_variants import QAT, VARIANTS, saq_config
 from step_models import CLASSES, MODELS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
-from hf_saq import SAQConfig, SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
+from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
 from hf_saq.parameter_groups import parameter_groups
 from hf_saq.quantizers import set_backend
 from hf_saq.scheduled_step import ScheduledStep
@@ -215,7 +215,7 @@ def one_step_of(way: str, bench: Bench) -> Iterator[tuple[Callable[[], object], 
 
         yield plain_step, 1
     else:
-        saq = SAQConfig(rho=RHO, **config)
+        saq = saq_config(RHO, config)
         schedule = saq.perturbation_schedule()
         minimizer = SharpnessAwareMinimizer(bench.model, RHO, saq.case, saq.adaptive)  # type: ignore[arg-type]
         scheduled = ScheduledStep(minimizer, schedule)

@@ -196,8 +196,8 @@ class SAQConfig:
     """How to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
 
     A dataclass for `HfArgumentParser`, next to `TrainingArguments`. Everything is checked when it is built; a mistake
-    raises `ValueError`. `interval`, `ascent_fraction`, `reuse` and `trigger` that are not given take the values of
-    `schedule`; `hf_saq.schedules` says what each costs and which go together.
+    raises `ValueError`. `interval`, `ascent_fraction`, `reuse` and `trigger` take the values of `schedule`; with none
+    of these five given they are those of `"balanced"`. `hf_saq.schedules` says what each costs and which go together.
     """
 
     rho: float | None = field(
@@ -222,8 +222,9 @@ class SAQConfig:
     schedule: Literal["full", "balanced", "free"] | None = field(
         default=None,
         metadata={
-            "help": "Preset for the knobs below that are not given: full perturbs every step, at twice the cost of "
-            "plain training; balanced costs about 1.15 times, free about the same. None leaves them as in full."
+            "help": "Preset for the knobs below: full perturbs with whole batches, at twice the cost of plain "
+            "training; balanced (the default if no knob is given) costs about 1.15 times, free about the same. Knobs "
+            "given one by one are completed by those of full."
         },
     )
     interval: int | None = field(

@@ -59,7 +59,7 @@ def make_trainer(family, output_dir, saq_config=None, **changes) -> SAQTrainer:
     return SAQTrainer(
         MODELS[family](),
         arguments(output_dir, **{**defaults, **changes}),
-        saq_config=saq_config or SAQConfig(rho=0.1),
+        saq_config=saq_config or SAQConfig(rho=0.1, schedule="full"),
         quantization_config=SAQQuantizationConfig(weight_bits=3, activation_bits=4),
         train_dataset=Images(32, torch.float32),
         eval_dataset=Images(8, torch.float32),

@@ -67,7 +67,9 @@ def test_a_layer_whose_weight_is_read_directly_trains_and_resumes_in_float(tmp_p
             model = TimmWrapperForImageClassification(timm_config)
         args = arguments(tmp_path, max_steps=max_steps, save_steps=1, save_strategy="steps", logging_steps=1)
         data = Images(16, torch.float32)
-        return SAQTrainer(model, args, saq_config=SAQConfig(rho=0.1), quantization_config=config, train_dataset=data)
+        return SAQTrainer(
+            model, args, saq_config=SAQConfig(rho=0.1, schedule="full"), quantization_config=config, train_dataset=data
+        )
 
     first = trainer(1)
     with pytest.warns(UserWarning, match="calibrate: 2 of 10 layers stay in float, .*blocks.1.attn.qkv"):

@@ -235,7 +235,7 @@ def test_steps_of_the_trainer_are_those_of_a_plain_loop(tmp_path, case: int | No
     trainer = InOrder(
         model,
         arguments(tmp_path, max_steps=2),
-        saq_config=SAQConfig(rho=0.2, case=case, scale_lr_ratio=SCALE_LR_RATIO),
+        saq_config=SAQConfig(rho=0.2, schedule="full", case=case, scale_lr_ratio=SCALE_LR_RATIO),
         train_dataset=data,
     )
     trainer.train()
@@ -267,7 +267,7 @@ def test_both_passes_drop_the_same_probabilities(tmp_path):
         InOrder(model, arguments(tmp_path, max_steps=2, seed=3), saq_config=saq_config, train_dataset=data).train()
         return model
 
-    assert_same_state(run(SAQConfig(rho=0.0)), run(SAQConfig(case=None)))
+    assert_same_state(run(SAQConfig(rho=0.0, schedule="full")), run(SAQConfig(case=None)))
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -452,7 +452,9 @@ def test_resume_with_an_attention_that_is_never_called(tmp_path: Path):
         attention.forward = lambda hidden_states, *args, **kwargs: (attention.o_proj(hidden_states), None)
         args = arguments(tmp_path, max_steps=max_steps, save_steps=1, save_strategy="steps")
         data = Images(16, torch.float32)
-        return SAQTrainer(model, args, saq_config=SAQConfig(rho=0.1), quantization_config=W4A4, train_dataset=data)
+        return SAQTrainer(
+            model, args, saq_config=SAQConfig(rho=0.1, schedule="full"), quantization_config=W4A4, train_dataset=data
+        )
 
     first = trainer(1)
     with pytest.warns(UserWarning, match="^calibrate: 4 of 16 layers stay in float, because the model never calls"):

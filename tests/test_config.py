@@ -245,7 +245,10 @@ def test_a_preset_and_a_knob_that_contradict_each_other():
         SAQConfig(schedule="free", trigger=True)
     assert SAQConfig(schedule="balanced", ascent_fraction=0.125).ascent_fraction == 0.125
     defaults = SAQConfig()
-    assert (defaults.interval, defaults.ascent_fraction, defaults.reuse, defaults.trigger) == (1, 1.0, None, False)
+    assert (defaults.interval, defaults.ascent_fraction, defaults.reuse, defaults.trigger) == (1, 0.125, None, False)
+    one_knob = SAQConfig(interval=2)
+    assert (one_knob.interval, one_knob.ascent_fraction) == (2, 1.0)
+    assert SAQConfig(start=0.5).ascent_fraction == 0.125  # goes with all presets
 
 
 def test_the_argument_parser_shows_bad_values(tmp_path):

@@ -56,7 +56,7 @@ def make_trainer(directory, repository: str, **changes) -> SAQTrainer:
     return SAQTrainer(
         quantized_model("vit", torch.float32),
         arguments(directory / "outputs", **{"push_to_hub": True, "hub_model_id": repository, **changes}),
-        saq_config=SAQConfig(rho=0.1),
+        saq_config=SAQConfig(rho=0.1, schedule="full"),
         train_dataset=Images(12, torch.float32),
         eval_dataset=Images(4, torch.float32),
         compute_metrics=lambda _: {"top1": 0.625, "top5": 0.875},

@@ -18,7 +18,7 @@ def trained(family: str, output_dir, saq_config=None, **changes):
     trainer = InOrder(
         quantized_model(family, torch.float32),
         arguments(output_dir, learning_rate=1e-2, **changes),
-        saq_config=saq_config or SAQConfig(rho=0.1),
+        saq_config=saq_config or SAQConfig(rho=0.1, schedule="full"),
         train_dataset=Images(12, torch.float32),
     )
     trainer.train()
@@ -30,7 +30,9 @@ def trained(family: str, output_dir, saq_config=None, **changes):
 def test_bf16_autocast(family, case, tmp_path):
     """Parameters stay in float32 and move; the first loss is that of the float32 run within 10 %: a value with 8 bits
     of precision often lands on another of 16 activation levels."""
-    runs = [trained(family, tmp_path, SAQConfig(rho=0.1, case=case), bf16=bf16) for bf16 in (True, False)]
+    runs = [
+        trained(family, tmp_path, SAQConfig(rho=0.1, schedule="full", case=case), bf16=bf16) for bf16 in (True, False)
+    ]
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in runs[0].model.parameters())
     losses = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in runs]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=0.1)
@@ -85,7 +87,7 @@ def test_a_loss_scale_cancels_in_eps():
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non_reentrant"])
 @pytest.mark.parametrize("case", [2, 3])
 def test_gradient_checkpointing_changes_nothing(reentrant, case, tmp_path):
-    how = SAQConfig(rho=0.1, case=case)
+    how = SAQConfig(rho=0.1, schedule="full", case=case)
     plain = trained("vit", tmp_path, how)
     checkpointed = trained(
         "vit",
@@ -103,7 +105,7 @@ def test_drop_path_is_the_same_in_both_passes(tmp_path):
     """Swin drops whole paths at random. With rho = 0 both passes are the same function only if they drop the same
     ones, and the run then equals plain training bit for bit."""
     states = []
-    for config in (SAQConfig(rho=0.0), SAQConfig(case=None)):
+    for config in (SAQConfig(rho=0.0, schedule="full"), SAQConfig(case=None)):
         model = swin()
         quantize(model, SAQQuantizationConfig())
         calibrate(model, [{"pixel_values": images(8)}])

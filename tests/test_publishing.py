@@ -25,7 +25,7 @@ def trainer_in(directory, model=None, saq_config=None, **changes) -> SAQTrainer:
     return SAQTrainer(
         model if model is not None else quantized_model("vit", torch.float32),
         arguments(directory, **changes),
-        saq_config=saq_config or SAQConfig(rho=0.1),
+        saq_config=saq_config or SAQConfig(rho=0.1, schedule="full"),
         train_dataset=Images(12, torch.float32),
         eval_dataset=Images(4, torch.float32),
         compute_metrics=compute_metrics,

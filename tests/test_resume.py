@@ -71,9 +71,11 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_resume_under_a_schedule_is_exact(name, tmp_path):
     family, knobs = SCHEDULES[name]
-    whole = make_trainer(family, tmp_path / "whole", saq_config=SAQConfig(rho=0.1, **knobs))
+    whole = make_trainer(family, tmp_path / "whole", saq_config=SAQConfig(rho=0.1, **(knobs or {"schedule": "full"})))
     whole.train()
-    resumed = interrupted(family, tmp_path / "parts", 4, saq_config=SAQConfig(rho=0.1, **knobs))
+    resumed = interrupted(
+        family, tmp_path / "parts", 4, saq_config=SAQConfig(rho=0.1, **(knobs or {"schedule": "full"}))
+    )
     assert resumed.state.global_step == STEPS
     assert_equal_states(state_of(resumed), state_of(whole))
     tensors, values = whole.scheduled_step.state()

@@ -81,7 +81,8 @@ def test_every_pair_is_either_refused_above_or_works():
 def test_presets():
     costs = {name: PerturbationSchedule(**resolve_preset(name, {})).cost for name in PRESETS}
     assert costs == {"full": 2.0, "balanced": 1.125, "free": 1.0}
-    assert resolve_preset(None, {"interval": 3, "reuse": None})["interval"] == 3
+    assert resolve_preset(None, {"interval": 3, "reuse": None}) == {**PRESETS["full"], "interval": 3}
+    assert resolve_preset(None, {"interval": None}) == PRESETS["balanced"]
     assert resolve_preset("balanced", {"ascent_fraction": 0.125}) == PRESETS["balanced"]
     with pytest.raises(ValueError, match="schedule='balanced' means interval=1, but interval=5 is given as well"):
         resolve_preset("balanced", {"interval": 5})

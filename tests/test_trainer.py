@@ -40,7 +40,7 @@ def test_gradient_clipping_sees_the_final_gradient_only(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rho_zero_and_case_none_are_plain_training_bit_for_bit(family, tmp_path):
     states = []
-    for saq_config in (SAQConfig(rho=0.0), SAQConfig(case=None), None):
+    for saq_config in (SAQConfig(rho=0.0, schedule="full"), SAQConfig(case=None), None):
         model, args = quantized_model(family, torch.float32), arguments(tmp_path, max_steps=10, optim="adamw_torch")
         data = Images(40, torch.float32)
         if saq_config is None:
@@ -146,7 +146,7 @@ def test_other_losses(loss, tmp_path):
     trainer = cls(
         model,
         arguments(tmp_path, max_steps=1, **changes),
-        saq_config=SAQConfig(rho=0.1),
+        saq_config=SAQConfig(rho=0.1, schedule="full"),
         train_dataset=Images(4),
         **kwargs,
     )
@@ -187,7 +187,7 @@ def test_soft_labels_of_a_mixing_collator(tmp_path):
     trainer = SoftLabels(
         quantized_model("convnext"),
         arguments(tmp_path, max_steps=2),
-        saq_config=SAQConfig(rho=0.1),
+        saq_config=SAQConfig(rho=0.1, schedule="full"),
         train_dataset=Images(8),
         data_collator=mixup,
     )
@@ -233,7 +233,7 @@ def test_scales_have_their_own_group(tmp_path):
     trainer = InOrder(
         quantized_model("vit"),
         arguments(tmp_path, weight_decay=0.1, learning_rate=1e-2),
-        saq_config=SAQConfig(rho=0.1, scale_lr_ratio=0.25),
+        saq_config=SAQConfig(rho=0.1, schedule="full", scale_lr_ratio=0.25),
         train_dataset=Images(8),
     )
     optimizer = trainer.create_optimizer()
@@ -313,7 +313,7 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SAQTrainer, "create_accelerator_and_postprocess", with_deepspeed)
     with pytest.raises(ValueError, match="DeepSpeed steps inside backward"):
-        SAQTrainer(quantized_model("vit"), arguments(tmp_path), saq_config=SAQConfig(rho=0.1))
+        SAQTrainer(quantized_model("vit"), arguments(tmp_path), saq_config=SAQConfig(rho=0.1, schedule="full"))
     SAQTrainer(quantized_model("vit"), arguments(tmp_path), saq_config=SAQConfig(case=None))
 
 
@@ -321,4 +321,4 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
     args = arguments(tmp_path)
     args._n_gpu = 2
     with pytest.raises(ValueError, match="2 GPUs in one process would use nn.DataParallel"):
-        SAQTrainer(quantized_model("vit"), args, saq_config=SAQConfig(rho=0.1))
+        SAQTrainer(quantized_model("vit"), args, saq_config=SAQConfig(rho=0.1, schedule="full"))

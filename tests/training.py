@@ -91,7 +91,9 @@ def make_trainer(
     return cls(
         quantized_model(family, dtype),
         arguments(output_dir, **changes),
-        saq_config=SAQConfig(rho=RHO, case=case, sync=sync, scale_lr_ratio=SCALE_LR_RATIO, **(knobs or {})),
+        saq_config=SAQConfig(
+            rho=RHO, case=case, sync=sync, scale_lr_ratio=SCALE_LR_RATIO, **(knobs or {"schedule": "full"})
+        ),
         train_dataset=Images(BATCH * steps * accumulation * processes, dtype),
     )
 

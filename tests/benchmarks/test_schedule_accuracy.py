@@ -17,7 +17,7 @@ from images import draw  # noqa: E402
 from paired import half_width  # noqa: E402
 from runs import Runs  # noqa: E402
 from schedule_page import preset_methods, relative_cost, table_rows, write_page  # noqa: E402
-from schedule_variants import VARIANTS  # noqa: E402
+from schedule_variants import VARIANTS, saq_config  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
 from hf_saq import SAQConfig  # noqa: E402
@@ -119,7 +119,7 @@ def test_rho_zero_is_plain_training():
     assert found["steps"] == 6 and found["perturbed_share"] == 0
     assert any(not torch.equal(plain[name], value) for name, value in state.items() if name in plain)
     for method in ("full", "start 0.5", "previous"):
-        other, found = trained(SAQConfig(rho=0.0, **VARIANTS[method]))
+        other, found = trained(saq_config(0.0, VARIANTS[method]))
         assert all(torch.equal(plain[name], value) for name, value in other.items()), method
 
 

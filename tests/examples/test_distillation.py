@@ -220,7 +220,7 @@ def test_a_deit_with_two_heads(alpha, tmp_path):
     trainer = InOrderDistillation(
         student,
         arguments(tmp_path, max_steps=1, learning_rate=0.01),
-        saq_config=SAQConfig(rho=0.1),
+        saq_config=SAQConfig(rho=0.1, schedule="full"),
         train_dataset=Images(BATCH, torch.float32),
         teacher=deit_with_teacher(seed=5),
         alpha=alpha,
