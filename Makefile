@@ -28,7 +28,7 @@ flowers: $(STAMP)  ## MobileNetV2 on Oxford Flowers-102 at 64 pixels, a few minu
 	    --do_train --do_eval --output_dir outputs/flowers \
 	    --float_epochs 6 --num_train_epochs 4 --learning_rate 1e-3 --lr_scheduler_type cosine \
 	    --per_device_train_batch_size 32 --per_device_eval_batch_size 64 \
-	    --weight_bits 4 --weight_granularity channel --rho 0.05 \
+	    --weight_bits 4 --weight_granularity channel --rho 0.05 --schedule full \
 	    --save_strategy no --report_to none --dataloader_pin_memory false
 
 test: $(STAMP)

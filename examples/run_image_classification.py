@@ -140,6 +140,7 @@ DIGITS_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "dataloader_pin_memory": False,
     "rho": 0.2,
+    "schedule": "full",
 }
 """Used for what the user does not set when no data set is named."""
 
