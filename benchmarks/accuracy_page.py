@@ -230,8 +230,8 @@ def how(records: Sequence[dict[str, Any]]) -> str:
         "256 training images. Learning rate along a cosine to zero, a tenth of it for scales. All methods of a seed "
         "start from the same float model and see the same images in the same order. The learning rate is chosen with "
         "plain QAT and used by all, the radius at that rate; both on validation images, with seeds that are not used "
-        "again. Passes: forward and backward passes over those of QAT. Distilled: half of the loss is the Kullback-Leibler "
-        "divergence from the float model's answers at temperature 2.",
+        "again. Passes: forward and backward passes over those of QAT. Distilled: half of the loss is the "
+        "Kullback-Leibler divergence from the answers of the float model, at temperature 2.",
         "",
     ]
     for name, task in TASKS.items():
