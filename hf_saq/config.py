@@ -234,7 +234,9 @@ class SAQConfig:
     start: float = field(default=0.0, metadata={"help": "Perturb only after this fraction of training, 0 to 1."})
     ascent_fraction: float | None = field(
         default=None,
-        metadata={"help": "Share of each micro-batch that the perturbation is made from, in (0, 1] (default 1)."},
+        metadata={
+            "help": "Share of each micro-batch that the perturbation is made from, in (0, 1]; at least 2 images."
+        },
     )
     reuse: Literal["stale", "previous", "look"] | None = field(
         default=None,

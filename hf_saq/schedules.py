@@ -56,7 +56,7 @@ class PerturbationSchedule:
     Args:
         interval: 1 perturbs every step. With `reuse`, how often what is reused is renewed.
         start: 0 perturbs from the first step, 1 never.
-        ascent_fraction: Share of a micro-batch's samples, in (0, 1], that the first pass sees.
+        ascent_fraction: Share of a micro-batch's samples, in (0, 1], that the first pass sees; two at least.
         reuse: What the steps between take from earlier ones.
         trigger: Decide by the gradient norm, see [`NormTrigger`].
         look_alpha: Length of what `reuse="look"` adds, relative to the gradient.

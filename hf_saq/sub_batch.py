@@ -11,9 +11,12 @@ from torch import Tensor
 
 from .schedules import ceil_of_product
 
+MINIMUM = 2
+"""Samples: a batch norm behind global pooling has no statistics of a single one, and torch refuses it."""
+
 
 def first_samples(batch: Any, fraction: float) -> Any:
-    """The first `ceil(fraction * n)` of the `n` samples of `batch`; the batch itself if these are all.
+    """The first `ceil(fraction * n)` of the `n` samples of `batch`, at least two; the batch itself if these are all.
 
     `n` is the length of dimension 0 that most tensors in `batch` have. Every tensor of that length is sliced (a view),
     anything else is kept as it is, in the same structure of tuples, lists and mappings.
@@ -22,7 +25,7 @@ def first_samples(batch: Any, fraction: float) -> Any:
         ValueError: If no tensor in `batch` has a dimension 0.
     """
     size = batch_size(batch)
-    count = max(ceil_of_product(fraction, size), 1)
+    count = max(ceil_of_product(fraction, size), MINIMUM)
     return batch if count >= size else _sliced(batch, size, count)
 
 

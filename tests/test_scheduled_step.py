@@ -10,7 +10,7 @@ from reference import largest_difference
 from torch import nn
 from training import BATCH, Images, InOrder, arguments, make_trainer, quantized_model, scheduled_reference
 
-from hf_saq import SAQConfig, SharpnessAwareMinimizer
+from hf_saq import SAQConfig, SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
 from hf_saq.scheduled_step import ScheduledStep
 from hf_saq.schedules import PerturbationSchedule
 
@@ -186,3 +186,25 @@ def test_a_loss_scale_is_divided_out():
         assert norms == pytest.approx(scaled_norms, rel=1e-12) and mean == pytest.approx(scaled_mean, rel=1e-12)
         for a, b in zip(parameters, scaled_parameters, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_two_images_at_least_make_the_perturbation():
+    """An eighth of eight images would be one, of which a batch norm on 1 x 1 pixels has no statistics."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)
+    )
+    quantize(model, SAQQuantizationConfig())
+    x, y = torch.randn(8, 3, 6, 6), torch.randint(2, (8,))
+    calibrate(model, [x])
+    seen = []
+
+    def backward(batch, reduce=True):
+        seen.append(len(batch["y"]))
+        loss = nn.functional.cross_entropy(model.train()(batch["x"]), batch["y"])
+        loss.backward()
+        return loss
+
+    step = ScheduledStep(SharpnessAwareMinimizer(model, 0.1), SAQConfig(rho=0.1).perturbation_schedule())
+    outcome = step.micro_batch(0, [{"x": x, "y": y}], backward, 0, 1)
+    assert seen == [2, 8] and outcome.ascent_norm > 0

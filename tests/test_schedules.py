@@ -122,7 +122,8 @@ Pair = namedtuple("Pair", "x y")
 
 
 @pytest.mark.parametrize(
-    ("size", "fraction", "count"), [(8, 0.25, 2), (10, 0.3, 3), (10, 0.31, 4), (10, 0.7, 7), (3, 0.01, 1), (5, 1.0, 5)]
+    ("size", "fraction", "count"),
+    [(8, 0.25, 2), (10, 0.3, 3), (10, 0.31, 4), (10, 0.7, 7), (3, 0.01, 2), (8, 0.125, 2), (1, 0.5, 1), (5, 1.0, 5)],
 )
 def test_the_first_samples_of_any_structure(size, fraction, count):
     x, y = torch.randn(size, 3, 4), torch.arange(size)
