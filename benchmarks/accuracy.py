@@ -95,18 +95,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parser.parse_args_into_dataclasses(given)
     runs = Runs(Path(args.results), shlex.join(["python", "benchmarks/accuracy.py", *given]))
     paths = args.paths()
+    tasks = [name for name in args.tasks if is_at_hand(name, paths)]
     with workers(args.processes) as pool:
-        shared = [name for name in args.tasks if not TASKS[name].float_per_seed]
+        shared = [name for name in tasks if not TASKS[name].float_per_seed]
         list(pool.map(ensure_float_model, shared, [paths] * len(shared)))  # made once, before many ask for it
         studies = [
             Study(name, bits, args, paths, runs, pool)
-            for name in args.tasks
+            for name in tasks
             for bits in args.bits or TASKS[name].bits
             if bits in TASKS[name].bits
         ]
         with ThreadPoolExecutor(max(1, len(studies))) as threads:  # they only wait for the pool
             for future in [threads.submit(study.run) for study in studies]:
                 future.result()
+
+
+def is_at_hand(task_name: str, paths: Paths) -> bool:
+    """Whether the data of a task is there; says what is missing if it is not."""
+    missing = {
+        option: getattr(paths, option) for option in TASKS[task_name].needs if not getattr(paths, option).exists()
+    }
+    for option, path in missing.items():
+        print(f"{task_name}: skipped, {path} is not there; name another place with --{option}.", flush=True)
+    return not missing
 
 
 def workers(processes: int) -> Executor:
@@ -241,7 +252,7 @@ def float_state(task_name: str, paths: Paths, count: int | None, seed: int) -> d
     """The float model's weights; one that all seeds share is kept in the cache."""
     task, data = TASKS[task_name], images_of(task_name, paths)
     if task.float_per_seed:
-        return task.train_float(paths, data, drawn(task, data, count, seed), seed).state_dict()
+        return task.train_float(paths, data, drawn(data, count, seed), seed).state_dict()
     stored = paths.cache / f"{task_name}-float.safetensors"
     if not stored.is_file():
         state = task.train_float(paths, data, data.training, 0).state_dict()
@@ -250,7 +261,7 @@ def float_state(task_name: str, paths: Paths, count: int | None, seed: int) -> d
     return load_file(stored)
 
 
-def drawn(task: Task, data: Data, count: int | None, seed: int) -> Images:  # noqa: ARG001
+def drawn(data: Data, count: int | None, seed: int) -> Images:
     return data.training if count is None else draw_per_class(data.training, count, seed)
 
 
@@ -258,7 +269,7 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     """Quantize, calibrate, train and score one model: validation accuracy and, if it is no trial, test accuracy."""
     task, data = TASKS[arguments["task"]], images_of(arguments["task"], paths)
     seed, count, device = arguments["seed"], arguments["images_per_class"], torch.device(arguments["device"])
-    images = drawn(task, data, count, seed)
+    images = drawn(data, count, seed)
     state = float_state(
         arguments["task"], paths, count if task.float_per_seed else None, seed if task.float_per_seed else 0
     )

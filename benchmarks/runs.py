@@ -6,7 +6,9 @@ import hashlib
 import json
 import platform
 import subprocess
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,7 @@ class Runs:
     directory: Path
     command: str
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    _locks: dict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock), repr=False)
 
     def once(self, name: str, arguments: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored record of the run `name`, or the one of `run()`, which is stored at once.
@@ -46,6 +49,10 @@ class Runs:
         Raises:
             ValueError: If a run of this name is stored that had other arguments.
         """
+        with self._locks[name]:  # threads that want the same run wait for the first of them
+            return self._once(name, arguments, run)
+
+    def _once(self, name: str, arguments: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.directory / f"{name}.json"
         if path.is_file():
             record = json.loads(path.read_text(encoding="utf-8"))

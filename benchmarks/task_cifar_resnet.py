@@ -49,5 +49,6 @@ TASK = Task(
     test_images=5000,
     shared_radius=True,
     channels_last=True,
+    needs=("cifar", "resnet20"),
     tuned_at=2,
 )

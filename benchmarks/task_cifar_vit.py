@@ -56,5 +56,6 @@ TASK = Task(
     learning_rates=(3e-4, 1e-3, 3e-3),
     test_images=5000,
     shared_radius=True,
+    needs=("cifar",),
     tuned_at=2,
 )

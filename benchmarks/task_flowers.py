@@ -112,5 +112,6 @@ TASK = Task(
     quantization={"weight_granularity": "channel"},
     test_images=2000,
     channels_last=True,
+    needs=("flowers", "mobilenet"),
     tuned_at=3,
 )

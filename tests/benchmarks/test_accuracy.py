@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from accuracy_methods import METHODS, QAT, SAQ  # noqa: E402
 from accuracy_tasks import TASKS  # noqa: E402
 from images import Images, center_crop, crop_and_mirror, draw_per_class, shuffled_batches  # noqa: E402
 from paired import difference  # noqa: E402
+from runs import Runs  # noqa: E402
 
 from hf_saq.schedules import PRESETS  # noqa: E402
 
@@ -149,6 +152,30 @@ def test_the_best_radius_on_validation_is_taken(tiny, tmp_path, monkeypatch):
 def test_mistakes(tiny, extra, message):
     with pytest.raises(ValueError, match=message):
         script.main([*tiny, *extra])
+
+
+def test_tasks_without_their_data_are_skipped(tiny, tmp_path, capsys):
+    tiny[tiny.index("digits")] = "flowers"
+    script.main([*tiny, "--bits", "3", "--flowers", str(tmp_path / "nowhere"), "--mobilenet", str(tmp_path)])
+    assert f"flowers: skipped, {tmp_path / 'nowhere'} is not there; name another place with --flowers." in (
+        capsys.readouterr().out
+    )
+    assert not (tmp_path / "results").exists()
+
+
+def test_two_studies_that_want_the_same_run(tmp_path):
+    """Both get it, and it is trained once."""
+    runs, trained = Runs(tmp_path, "python some.py"), []
+
+    def train():
+        trained.append(1)
+        time.sleep(0.2)
+        return {"test": 0.5}
+
+    with ThreadPoolExecutor(4) as threads:
+        found = [threads.submit(runs.once, "one", {"a": 1}, train) for _ in range(4)]
+        assert [f.result()["outcome"] for f in found] == [{"test": 0.5}] * 4
+    assert len(trained) == 1
 
 
 def test_every_task_builds_the_model_that_it_quantizes():
