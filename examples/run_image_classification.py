@@ -140,7 +140,7 @@ DIGITS_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "dataloader_pin_memory": False,
     "rho": 0.2,
-    "schedule": "full",
+    "interval": 1,  # as schedule="full", but any other schedule may be given on the command line
 }
 """Used for what the user does not set when no data set is named."""
 

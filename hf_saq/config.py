@@ -222,9 +222,9 @@ class SAQConfig:
     schedule: Literal["full", "balanced", "free"] | None = field(
         default=None,
         metadata={
-            "help": "Preset for the knobs below: full perturbs with whole batches, at twice the cost of plain "
-            "training; balanced (the default if no knob is given) costs about 1.15 times, free about the same. Knobs "
-            "given one by one are completed by those of full."
+            "help": "Preset for the knobs below: full perturbs with whole batches, in two passes a step; "
+            "balanced (the default if no knob is given) takes 1.125 passes, free one. Knobs given one by one are "
+            "completed by those of full."
         },
     )
     interval: int | None = field(
