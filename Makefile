@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests and the demo are small: one thread in each of two processes beats two threads in one.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function step-cost schedules results results-quick quality style clean
+.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function fake-quant step-cost schedules results results-quick quality style clean
 
 install: $(STAMP)
 
@@ -52,6 +52,10 @@ quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmar
 float-function: $(STAMP)  ## write docs/float_function.md: what conversion and training keep of MobileNetV2
 	$(TEST_ENV) $(BIN)/python benchmarks/float_function.py
 
+fake-quant: $(STAMP)  ## quantized layers and steps against float and other libraries, on a quiet machine
+	$(PIP) install --constraint constraints.txt --editable '.[benchmarks]'
+	$(TEST_ENV) OMP_NUM_THREADS=2 $(BIN)/python benchmarks/fake_quant.py
+
 STEP_COST := $(BIN)/python benchmarks/step_cost.py
 PRESET_WAYS := qat "qat again" full "interval 5" "ascent 1/8" previous
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT; with growth, about an hour
@@ -59,6 +63,7 @@ step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QA
 	$(TEST_ENV) $(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 --ways $(PRESET_WAYS)
 	$(TEST_ENV) $(STEP_COST) --models vit-tiny vit-small vit-base resnet18 resnet50 --batch_sizes 2 --ways $(PRESET_WAYS)
 	$(TEST_ENV) $(BIN)/torchrun --nproc_per_node 2 benchmarks/step_cost.py --models vit-small-images --ways $(PRESET_WAYS)
+	$(TEST_ENV) OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_profile.py
 	$(BIN)/python benchmarks/cost_page.py
 
 schedules: step-cost  ## write docs/schedules.md; runs that are not in benchmarks/results/schedules are done first

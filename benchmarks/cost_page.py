@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""docs/cost.md, made of the stored results of `fake_quant.py` and `step_cost.py` and of nothing else.
+"""docs/cost.md, made of stored results of `fake_quant.py`, `step_profile.py` and `step_cost.py` and nothing else.
 
 python benchmarks/cost_page.py [results] [document]
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from step_cost import QAT
 from step_models import MODELS
+from step_profile import FORWARD
 
 SUMMARY = ("full", "ascent 1/8", "previous")
 """Columns of the table over models, batch sizes and processes: the presets full, balanced and free."""
@@ -32,16 +33,17 @@ def write_page(results: Path, document: Path) -> None:
     Raises:
         ValueError: If nothing is stored in `results`.
     """
-    fake = results / "fake_quant.json"
+    fake, parts_of_step = results / "fake_quant.json", results / "step_profile.json"
     steps = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "step_cost").glob("*.json"))]
     steps.sort(key=order)
     if not fake.is_file() and not steps:
         raise ValueError(f"{results}: found neither fake_quant.json nor step_cost/*.json; run `make step-cost` first.")
     parts = [
         "# What quantized and sharpness-aware training cost\n\nWritten by `make step-cost` from "
-        f"`{(results / 'fake_quant.json').as_posix()}` and `{(results / 'step_cost').as_posix()}`. All figures are "
-        "ratios, medians of what was measured side by side in one run.\n",
+        f"`{results.as_posix()}`: `fake_quant.json` (of `make fake-quant`), `step_profile.json` and `step_cost`. "
+        "Ratios are medians of what was measured side by side in one run.\n",
         fake_quantization(json.loads(fake.read_text(encoding="utf-8"))) if fake.is_file() else "",
+        step_in_parts(json.loads(parts_of_step.read_text(encoding="utf-8"))) if parts_of_step.is_file() else "",
         summary(steps) if steps else "",
         *(one(record) for record in steps),
     ]
@@ -84,6 +86,27 @@ def fake_quantization(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{ratios[k]:.2f}" if k in ratios else "-" for k in kinds) + " |")
     lines += ["", f"Versions: {', '.join(f'{k} {v}' for k, v in setting['versions'].items())}."]
     return "\n".join(lines) + "\n"
+
+
+def step_in_parts(found: dict[str, Any]) -> str:
+    """Where the time of a float step and of a quantized one goes."""
+    setting = found["setting"]
+    lines = [
+        "## A step in parts",
+        "",
+        f"Self time of operations under torch's profiler, in milliseconds: medians of {setting['repetitions']} steps "
+        f"of each kind that took turns, batches of {setting['batch']}, W{setting['bits']}A{setting['bits']}, "
+        f"{setting['threads']} thread(s) on {setting['device']}, kernels uncompiled. The profiler costs time itself: "
+        f"read shares. `{FORWARD}` includes inputs that the backward pass quantizes again instead of keeping them.",
+        "",
+    ]
+    for model, ways in found["milliseconds"].items():
+        total = {way: sum(parts.values()) for way, parts in ways.items()}
+        lines += [f"| {model} | float | quantized | share of quantized |", "|---|---|---|---|"]
+        for part, after in ways["quantized"].items():
+            lines.append(f"| {part} | {ways['float'][part]:.0f} | {after:.0f} | {after / total['quantized']:.0%} |")
+        lines += [f"| all | {total['float']:.0f} | {total['quantized']:.0f} | |", ""]
+    return "\n".join(lines)
 
 
 def summary(steps: Sequence[dict[str, Any]]) -> str:
