@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import sharding
 from .displacement import Displacement
 from .gradients import recorded_gradients, without_gradients
+from .kept_weights import KeptWeights
 from .norm_statistics import frozen_norm_statistics
 from .quantizers import Quantizer
 from .rng import RNGState
@@ -117,11 +118,13 @@ class SharpnessAwareMinimizer:
             )
         self._leaf: dict[Quantizer, Tensor] = {}  # collects g_q in its .grad during a first pass
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what a first pass collected from parameters
+        self._kept = KeptWeights()  # what a first pass quantized
         self._rng: list[RNGState] = []  # one per first pass, oldest first
         self._eps: Displacement | None = None  # what the first passes were turned into
         self._found_grads = False  # whether gradients lay there when a first pass outside of `ascent` began
         self._phase: Literal["idle", "ascent", "recorded", "displaced"] = "idle"
         self._added: Displacement | None = None  # while `displaced`
+        self._given: set[Quantizer] = set()  # whose next output has `eps` in it already
         self.armed = True
         self.ascent_norm = 0.0
         self.skipped = 0
@@ -156,18 +159,24 @@ class SharpnessAwareMinimizer:
         """Forget a perturbation that is under way, for example after a step was abandoned."""
         self._leaf, self._grads, self._rng, self._eps = {}, None, [], None
         self._found_grads = False
+        self._kept.clear()
 
     # The seam ----------------------------------------------------------------------------------------------------
 
-    def _hook(self, quantizer: nn.Module, args: tuple, w_q: Tensor) -> Tensor:  # noqa: ARG002
+    def _hook(self, quantizer: nn.Module, args: tuple, w_q: Tensor) -> Tensor:
         assert isinstance(quantizer, Quantizer)
         eps = None if self._added is None else self._added.outputs.get(quantizer)
-        if eps is not None:
+        if quantizer in self._given and quantizer.given_output is None:
+            self._given.remove(quantizer)
+        elif eps is not None:
             w_q = w_q + eps.to(w_q.dtype)  # FSDP2 may hand out weights in half precision
         leaf = self._leaf.get(quantizer)
         if leaf is not None and self._is_first_pass():
-            # Inside `ascent` the weight's own gradient is not wanted, so autograd need not compute it.
-            w_q = _CatchGradient.apply(w_q.detach() if self._phase == "ascent" else w_q, leaf)
+            if self._phase != "recorded" and not torch.compiler.is_compiling():
+                self._kept.keep(self._by_quantizer[quantizer], args[0], w_q)
+            # Inside `ascent` gradients behind `w_q` are not wanted, so autograd need not compute them.
+            unwanted = self._phase == "ascent" and "scale" not in self._perturb
+            w_q = _CatchGradient.apply(w_q.detach() if unwanted else w_q, leaf)
         return w_q
 
     def _place_leaves(self) -> None:
@@ -374,7 +383,7 @@ class SharpnessAwareMinimizer:
         completed = False
         try:
             kept = nullcontext() if update_statistics else frozen_norm_statistics(self.model)
-            with self.displaced(self._eps), kept:
+            with self.displaced(self._eps), self._quantized_once(self._eps), kept:
                 yield self._eps
             completed = True
         finally:
@@ -382,6 +391,18 @@ class SharpnessAwareMinimizer:
                 after.restore()
             if not completed or not self._rng:
                 self.reset()
+
+    @contextmanager
+    def _quantized_once(self, eps: Displacement) -> Iterator[None]:
+        """Let the first forward of a block at `Q(w) + eps` use `Q(w)` of the first pass."""
+        self._given = self._kept.give(eps.outputs)
+        given = list(self._given)
+        try:
+            yield
+        finally:
+            self._given = set()
+            for quantizer in given:  # that were not asked
+                quantizer.given_output = None
 
     @contextmanager
     def displaced(self, eps: Displacement) -> Iterator[None]:

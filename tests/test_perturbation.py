@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -416,6 +417,30 @@ def test_scope_selects_one_kind(kind):
     }
     assert moved == expected[kind]
     assert eps == (["0.weight_quantizer"] if kind == "weight" else [])
+
+
+def test_step_sizes_of_weights_climb_along_with_weights():
+    """Theirs lie behind `w_q`, whose gradient is caught: both ways to do the first pass must let it through."""
+    net, data = quantized(linear_net), batch(quantized(linear_net))
+    reference = copy.deepcopy(net)
+    loss_of(reference, data).backward()
+    minimizer = SharpnessAwareMinimizer(net, rho=0.5, perturb=["weight", "scale"])
+    scales = {n for n, _ in net.named_parameters() if "quantizer" in n}
+    found = []
+    for context in (minimizer.ascent, nullcontext):
+        with context():
+            loss_of(net, data).backward()
+        with minimizer.perturbed() as eps:
+            found.append(eps.named(net))
+        net.zero_grad()
+        for n, p in reference.named_parameters():
+            if n in scales:
+                expected = 0.5 * p.grad / minimizer.ascent_norm
+                torch.testing.assert_close(found[-1][n], expected, atol=1e-6, rtol=1e-4, msg=n)
+    assert (
+        set(found[0]) == set(found[1]) == scales | {"0.weight_quantizer", "3.weight_quantizer", "5.weight_quantizer"}
+    )
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
 @pytest.mark.parametrize("perturb", [["weight", "bias", "norm"], ["weight"], ["norm"]], ids=str)

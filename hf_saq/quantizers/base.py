@@ -96,6 +96,8 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         path (`str`): Dotted name of this quantizer inside its model, for error messages.
         observer: While set, `forward` shows it the input and returns the input unchanged (used by `calibrate`).
+        given_output: While set to `(x, y)`, the next `fake_quantize` of that very `x` returns `y`, which somebody has
+            computed already, with the gradients of `Q(x)`. Only where the class has `output_can_be_given`.
     """
 
     range_state: Tensor
@@ -103,6 +105,8 @@ class Quantizer(nn.Module, ABC):
     """Values of `activation_mode` that this kind of quantizer can do."""
     has_offset: bool = False
     """Whether `grid` has an offset other than zero, which a packed layer must then store."""
+    output_can_be_given: ClassVar[bool] = False
+    """Whether `fake_quantize` looks at `given_output`."""
 
     def __init__(
         self,
@@ -124,6 +128,7 @@ class Quantizer(nn.Module, ABC):
         self.initialized = False
         self.path = ""
         self.observer: Observer | None = None
+        self.given_output: tuple[Tensor, Tensor] | None = None
         # -1 not initialized, 0 unsigned, 1 signed: what the state dict must carry besides the learned values.
         self.register_buffer("range_state", torch.tensor(_NOT_INITIALIZED, dtype=torch.int8))
 
@@ -168,6 +173,14 @@ class Quantizer(nn.Module, ABC):
                 "which calibrates from its training data."
             )
         return self.fake_quantize(x)
+
+    def take_given_output(self, x: Tensor) -> Tensor | None:
+        """What was given for `x`, once."""
+        if self.given_output is None or self.given_output[0] is not x:
+            return None
+        _, given = self.given_output
+        self.given_output = None
+        return given
 
     @torch.no_grad()
     def initialize(self, x: Tensor, minimum: float | None = None) -> None:

@@ -19,18 +19,21 @@ def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: fl
     return round_straight_through((x / s).clamp(qmin, qmax)) * s
 
 
-def lsq_fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0) -> Tensor:
+def lsq_fake_quantize(
+    x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0, given: Tensor | None = None
+) -> Tensor:
     """`s * clip(round(x/s), qmin, qmax)` (Eq. 1-2, arXiv:1902.08153), differentiable in `x` and `scale`.
 
     Args:
         x: Any shape.
         scale: Step size `s`, `(1,)` or broadcastable against `x`.
         grad_scale: Factor on the gradient of `scale` (the paper's `g`).
+        given: Returned in place of the quantized `x`, with its gradients.
 
     Returns:
         Same shape and dtype as `x`.
     """
-    return affine_fake_quantize(x, scale, None, qmin, qmax, grad_scale)
+    return affine_fake_quantize(x, scale, None, qmin, qmax, grad_scale, given=given)
 
 
 class LSQQuantizer(Quantizer):
@@ -42,6 +45,7 @@ class LSQQuantizer(Quantizer):
     """
 
     scale: nn.Parameter
+    output_can_be_given = True
 
     def __init__(
         self,
@@ -55,7 +59,9 @@ class LSQQuantizer(Quantizer):
         self.scale = nn.Parameter(torch.ones(self.scale_shape, dtype=torch.float32))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return lsq_fake_quantize(x, self.scale, self.qmin, self.qmax, self.gradient_factor(x))
+        return lsq_fake_quantize(
+            x, self.scale, self.qmin, self.qmax, self.gradient_factor(x), self.take_given_output(x)
+        )
 
     def gradient_factor(self, x: Tensor) -> float:
         """The paper's `g = 1 / sqrt(N * qmax)` on the gradient of the step size (Section 2.2)."""
