@@ -65,6 +65,8 @@ class SharpnessAwareMinimizer:
     first backward `eps.grad` is `g_q`, and scaled in place that same memory is the `eps` of the second pass: one
     buffer of the size of the quantized weights. It exists on each process and is not part of any state dict. (In cases
     1 and 2 that buffer is the gradient of the latent weights, and case 2 saves a copy of them while they are moved.)
+    With LSQ and LSQ+ in case 3, the `w_q` of the first pass live on until the second has begun, which need not then
+    quantize weights again; at that time there are no activations and no gradients, and the peak stays where it was.
 
     Under FSDP2 (`fully_shard`, before or after this is built) that buffer is whole on each process, not sharded. What
     is perturbed in place is sharded, so all processes share one `eps` for it, made of the average gradient. `no_sync`

@@ -26,6 +26,7 @@ ORDER = (
     "scope",
     "parameter_groups",
     "sharding",
+    "kept_weights",
     "displacement",
     "gradients",
     "perturbation",
@@ -67,6 +68,7 @@ KNOW_TRANSFORMERS = {"attention_interface", "config", "hf_quantizer", "model_car
 }
 # The method itself: torch (numpy for its random state), quantizers, and one another.
 METHOD = {"scope", "rng", "norm_statistics", "schedules", "sharding", "perturbation"} | {
+    "kept_weights",
     "displacement",
     "gradients",
     "look_sam",
