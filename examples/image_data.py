@@ -81,6 +81,8 @@ def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = 
         raise ValueError(f"--eval_split {args.eval_split!r}; the dataset has the splits {sorted(splits)}.")
     if name is not None:
         chosen["eval"] = _standard_columns(splits[name], args)
+        if "train" in chosen:
+            chosen["eval"] = _with_classes_of(chosen["train"], chosen["eval"])
     else:
         parts = chosen["train"].train_test_split(args.train_val_split, seed=seed, stratify_by_column="label")
         chosen = DatasetDict(train=parts["train"], eval=parts["test"])
@@ -145,6 +147,26 @@ def _standard_columns(dataset: HFDataset, args: DataTrainingArguments) -> HFData
     if not isinstance(dataset.features["label"], ClassLabel):
         dataset = dataset.class_encode_column("label")
     return dataset
+
+
+def _with_classes_of(training: HFDataset, evaluation: HFDataset) -> HFDataset:
+    """`evaluation` with the labels of the classes of `training`: each split numbers those that it has itself."""
+    names, own = training.features["label"].names, evaluation.features["label"].names
+    if own == names:
+        return evaluation
+    unknown = sorted(set(own) - set(names))
+    if unknown:
+        raise ValueError(
+            f"Images to evaluate on have {len(unknown)} class(es) that training images lack, such as {unknown[:3]}. "
+            f"The {len(names)} classes of training: {names[:3]}... Remove those images or add training images."
+        )
+    numbers = [names.index(name) for name in own]
+    return evaluation.map(
+        lambda labels: {"label": [numbers[label] for label in labels]},
+        batched=True,
+        input_columns=["label"],
+        features=training.features,
+    )
 
 
 def _column(dataset: HFDataset, name: str | None, flag: str, kind: type) -> str:

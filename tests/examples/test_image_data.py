@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from test_recipes import generated_data, tiny_checkpoint
 from tiny_models import TRANSFORMERS_MODELS
@@ -57,6 +59,53 @@ def test_which_splits_are_used(splits, train, held_out, flowers):
 def test_mistaken_splits(splits, message, flowers):
     with pytest.raises(ValueError, match=message):
         load_images(DataTrainingArguments(dataset_name=flowers, **splits), seed=0)
+
+
+SHADES = {"ant": 10, "bee": 100, "cat": 200}
+
+
+def folders(root: Path, classes: list[str]) -> str:
+    """Two images of each class, of its shade."""
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new("L", (8, 8), SHADES[name]).save(root / name / f"{k}.png")
+    return str(root)
+
+
+def strings(root: Path, train: list[str], validation: list[str]) -> str:
+    """The same as parquet files with names for labels."""
+    root.mkdir()
+    for split, classes in (("train", train), ("validation", validation)):
+        rows = {"image": [Image.new("L", (8, 8), SHADES[name]) for name in classes], "label": classes}
+        features = Features({"image": ImageFeature(), "label": Value("string")})
+        Dataset.from_dict(rows, features=features).to_parquet(root / f"{split}-00000-of-00001.parquet")
+    return str(root)
+
+
+@pytest.mark.parametrize("kind", ["folders", "strings"])
+def test_a_split_without_some_of_the_classes_keeps_their_numbers(kind, tmp_path):
+    """Each split by itself would call its own first class 0."""
+    if kind == "folders":
+        train, validation = (
+            folders(tmp_path / "train", ["ant", "bee", "cat"]),
+            folders(tmp_path / "val", ["bee", "cat"]),
+        )
+        args = DataTrainingArguments(train_dir=train, validation_dir=validation)
+    else:
+        args = DataTrainingArguments(dataset_name=strings(tmp_path / "data", ["ant", "bee", "cat"], ["cat", "bee"]))
+    images = load_images(args, seed=0)
+    assert images["eval"].features == images["train"].features
+    for split in images.values():
+        names = split.features["label"].names
+        assert names == ["ant", "bee", "cat"]
+        assert all(np.asarray(row["image"]).max() == SHADES[names[row["label"]]] for row in split)
+
+
+def test_classes_that_are_not_trained_on_are_refused(tmp_path):
+    train, validation = folders(tmp_path / "train", ["ant", "bee"]), folders(tmp_path / "val", ["bee", "cat"])
+    with pytest.raises(ValueError, match=r"1 class\(es\) that training images lack, such as \['cat'\]"):
+        load_images(DataTrainingArguments(train_dir=train, validation_dir=validation), seed=0)
 
 
 def processor_with(mean: float, std: float):
