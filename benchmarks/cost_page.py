@@ -33,16 +33,16 @@ def write_page(results: Path, document: Path) -> None:
     Raises:
         ValueError: If nothing is stored in `results`.
     """
-    fake, parts_of_step = results / "fake_quant.json", results / "step_profile.json"
+    fakes, parts_of_step = sorted(results.glob("fake_quant*.json")), results / "step_profile.json"
     steps = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "step_cost").glob("*.json"))]
     steps.sort(key=order)
-    if not fake.is_file() and not steps:
+    if not fakes and not steps:
         raise ValueError(f"{results}: found neither fake_quant.json nor step_cost/*.json; run `make step-cost` first.")
     parts = [
         "# What quantized and sharpness-aware training cost\n\nWritten by `make step-cost` from "
-        f"`{results.as_posix()}`: `fake_quant.json` (of `make fake-quant`), `step_profile.json` and `step_cost`. "
+        f"`{results.as_posix()}`: `fake_quant*.json` (of `make fake-quant`), `step_profile.json` and `step_cost`. "
         "Ratios are medians of what was measured side by side in one run.\n",
-        fake_quantization(json.loads(fake.read_text(encoding="utf-8"))) if fake.is_file() else "",
+        fake_quantization([json.loads(path.read_text(encoding="utf-8")) for path in fakes]) if fakes else "",
         step_in_parts(json.loads(parts_of_step.read_text(encoding="utf-8"))) if parts_of_step.is_file() else "",
         summary(steps) if steps else "",
         *(one(record) for record in steps),
@@ -56,25 +56,43 @@ def order(record: dict[str, Any]) -> tuple[int, int, int, str]:
     return list(MODELS).index(a["model"]), a["processes"], a["batch_size"], a["device"]
 
 
-def fake_quantization(found: dict[str, Any]) -> str:
+def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
     """A step of plain QAT against float, single layers against other libraries, and what the backward pass keeps."""
-    setting = found["setting"]
-    kinds = list(dict.fromkeys(k for layer in found["layers"].values() for k in layer["ratio_to_float"]))
     lines = [
         "## Fake quantization against float",
         "",
+        "A training step of plain QAT over one of the float model. Quantization is passes over memory, the float "
+        "model mostly products: the faster a machine multiplies, the larger the ratio. Rows of a model are machines, "
+        "in the order of the paragraphs below.",
+        "",
+        "| model | float step, ms | eager | compiled | bytes kept for backward |",
+        "|---|---|---|---|---|",
+    ]
+    for found in runs:
+        for model, step in found["training_step"].items():
+            ratios, milliseconds = step["ratio_to_float"], 1000 * step["seconds"]["float"]
+            kept = found["kept_for_backward"][model]["ratio"]
+            cells = [f"{milliseconds:.0f}", *(f"{r:.2f}" for r in (ratios["eager"], ratios["compiled"], kept))]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    for found in runs:
+        lines += ["", conditions(found["setting"])]
+        if found["layers"]:
+            lines += layers(found)
+    return "\n".join(lines) + "\n"
+
+
+def conditions(setting: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in setting["versions"].items() if v is not None)
+    return (
         f"W{setting['bits']}A{setting['bits']}, one scale per tensor, batches of {setting['batch']}, "
         f"{setting['threads']} thread(s) on {setting['device']}, {setting['clock']} clock, medians of "
-        f"{setting['repetitions']} interleaved repetitions of a step and three times as many of a layer.",
-        "",
-        "| training step of plain QAT | eager | compiled | bytes kept for backward |",
-        "|---|---|---|---|",
-    ]
-    for model, step in found["training_step"].items():
-        ratios = step["ratio_to_float"]
-        kept = found["kept_for_backward"][model]["ratio"]
-        lines.append(f"| {model} | {ratios['eager']:.2f} | {ratios['compiled']:.2f} | {kept:.2f} |")
-    lines += [
+        f"{setting['repetitions']} interleaved repetitions of a step and three times as many of a layer; {versions}."
+    )
+
+
+def layers(found: dict[str, Any]) -> list[str]:
+    kinds = list(dict.fromkeys(k for layer in found["layers"].values() for k in layer["ratio_to_float"]))
+    lines = [
         "",
         "Forward and backward of one layer. A dash: the library has no such layer.",
         "",
@@ -84,8 +102,7 @@ def fake_quantization(found: dict[str, Any]) -> str:
     for name, layer in found["layers"].items():
         ratios = layer["ratio_to_float"]
         lines.append(f"| {name} | " + " | ".join(f"{ratios[k]:.2f}" if k in ratios else "-" for k in kinds) + " |")
-    lines += ["", f"Versions: {', '.join(f'{k} {v}' for k, v in setting['versions'].items())}."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def step_in_parts(found: dict[str, Any]) -> str:

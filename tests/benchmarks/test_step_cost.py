@@ -159,12 +159,15 @@ def test_the_page_by_hand(tmp_path):
     }
     setting = {"bits": 4, "batch": 8, "threads": 2, "device": "cpu", "clock": "wall", "repetitions": 9}
     fake = {"setting": {**setting, "versions": {"torch": "2"}}, "layers": layers}
-    fake["training_step"] = {"vit": {"ratio_to_float": {"eager": 1.153, "compiled": 1.1}}}
+    fake["training_step"] = {"vit": {"seconds": {"float": 2.5}, "ratio_to_float": {"eager": 1.153, "compiled": 1.1}}}
     fake["kept_for_backward"] = {"vit": {"ratio": 1.184}}
     (tmp_path / "fake_quant.json").write_text(json.dumps(fake))
+    fake["training_step"]["vit"] = {"seconds": {"float": 0.5}, "ratio_to_float": {"eager": 1.4, "compiled": 1.3}}
+    fake["setting"]["versions"]["torchao"] = None
+    (tmp_path / "fake_quant_other.json").write_text(json.dumps({**fake, "layers": {}}))
     cost_page.write_page(tmp_path, tmp_path / "docs" / "cost.md")
     text = (tmp_path / "docs" / "cost.md").read_text()
-    assert "| vit | 1.15 | 1.10 | 1.18 |" in text
+    assert "| vit | 2500 | 1.15 | 1.10 | 1.18 |\n| vit | 500 | 1.40 | 1.30 | 1.18 |" in text
     assert "| linear | 1.13 | 1.20 |\n| conv | 1.10 | - |" in text
     rows = [
         "| vit-small | 8 | 1 | 1.90 | - | - | 1.01 | +0.75 |",
