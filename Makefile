@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests and the demo are small: one thread in each of two processes beats two threads in one.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
 .PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function fake-quant step-cost schedules results results-quick quality style clean
 
@@ -52,18 +54,24 @@ quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmar
 float-function: $(STAMP)  ## write docs/float_function.md: what conversion and training keep of MobileNetV2
 	$(TEST_ENV) $(BIN)/python benchmarks/float_function.py
 
+FAKE_QUANT := OMP_NUM_THREADS=2 $(BIN)/python benchmarks/fake_quant.py
 fake-quant: $(STAMP)  ## quantized layers and steps against float and other libraries, on a quiet machine
 	$(PIP) install --constraint constraints.txt --editable '.[benchmarks]'
-	$(TEST_ENV) OMP_NUM_THREADS=2 $(BIN)/python benchmarks/fake_quant.py
+	$(TEST_ENV) $(KEEP_MEMORY) $(FAKE_QUANT)
+	$(TEST_ENV) $(FAKE_QUANT) --skip-layers --output benchmarks/results/fake_quant_default_allocator.json
+	$(TEST_ENV) $(KEEP_MEMORY) OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_profile.py
 
-STEP_COST := $(BIN)/python benchmarks/step_cost.py
-PRESET_WAYS := qat "qat again" full "interval 5" "ascent 1/8" previous
-step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT; with growth, about an hour
-	$(TEST_ENV) $(STEP_COST)
-	$(TEST_ENV) $(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 --ways $(PRESET_WAYS)
-	$(TEST_ENV) $(STEP_COST) --models vit-tiny vit-small vit-base resnet18 resnet50 --batch_sizes 2 --ways $(PRESET_WAYS)
-	$(TEST_ENV) $(BIN)/torchrun --nproc_per_node 2 benchmarks/step_cost.py --models vit-small-images --ways $(PRESET_WAYS)
-	$(TEST_ENV) OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_profile.py
+STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python benchmarks/step_cost.py
+PRESET_WAYS := --ways qat "qat again" full "interval 5" "ascent 1/8" previous
+FEW := --rounds 4 --steps 1
+step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT, with growth; about half an hour
+	$(STEP_COST)
+	$(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 $(PRESET_WAYS)
+	$(STEP_COST) --models vit-tiny resnet18 --batch_sizes 16 $(FEW) $(PRESET_WAYS)
+	$(STEP_COST) --models vit-small --batch_sizes 8 $(FEW) $(PRESET_WAYS)
+	$(STEP_COST) --models vit-base resnet50 --batch_sizes 2 $(FEW) $(PRESET_WAYS)
+	$(TEST_ENV) $(KEEP_MEMORY) $(BIN)/torchrun --nproc_per_node 2 benchmarks/step_cost.py \
+	    --models vit-small-images $(PRESET_WAYS)
 	$(BIN)/python benchmarks/cost_page.py
 
 schedules: step-cost  ## write docs/schedules.md; runs that are not in benchmarks/results/schedules are done first

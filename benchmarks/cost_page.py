@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from allocator import keeps_memory
 from step_cost import QAT
 from step_models import MODELS
 from step_profile import FORWARD
@@ -61,19 +62,22 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
     lines = [
         "## Fake quantization against float",
         "",
-        "A training step of plain QAT over one of the float model. Quantization is passes over memory, the float "
-        "model mostly products: the faster a machine multiplies, the larger the ratio. Rows of a model are machines, "
-        "in the order of the paragraphs below.",
+        "A training step of plain QAT over one of the float model. Quantization is passes over memory, and by default "
+        "glibc hands memory back to the system whenever much of it is free: every step then waits for its pages to be "
+        'made anew, a quantized step for more of them. Rows "kept" are of processes that were told to keep it '
+        "(`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_`, as `make fake-quant` and `make step-cost` do).",
         "",
-        "| model | float step, ms | eager | compiled | bytes kept for backward |",
-        "|---|---|---|---|---|",
+        "| model | freed memory | float step, ms | eager | compiled | bytes kept for backward "
+        "| page faults of a step: float, eager, compiled |",
+        "|---|---|---|---|---|---|---|",
     ]
     for found in runs:
         for model, step in found["training_step"].items():
             ratios, milliseconds = step["ratio_to_float"], 1000 * step["seconds"]["float"]
             kept = found["kept_for_backward"][model]["ratio"]
             cells = [f"{milliseconds:.0f}", *(f"{r:.2f}" for r in (ratios["eager"], ratios["compiled"], kept))]
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+            cells.append(", ".join(f"{step['page_faults'][way]:.0f}" for way in ("float", "eager", "compiled")))
+            lines.append("| " + " | ".join([model, freed_memory(found["setting"]), *cells]) + " |")
     for found in runs:
         lines += ["", conditions(found["setting"])]
         if found["layers"]:
@@ -81,11 +85,16 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def freed_memory(setting: dict[str, Any]) -> str:
+    return "kept" if keeps_memory(setting["allocator"]) else "handed back"
+
+
 def conditions(setting: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in setting["versions"].items() if v is not None)
     return (
         f"W{setting['bits']}A{setting['bits']}, one scale per tensor, batches of {setting['batch']}, "
-        f"{setting['threads']} thread(s) on {setting['device']}, {setting['clock']} clock, medians of "
+        f"{setting['threads']} thread(s) on {setting['device']}, freed memory {freed_memory(setting)}, "
+        f"{setting['clock']} clock, medians of "
         f"{setting['repetitions']} interleaved repetitions of a step and three times as many of a layer; {versions}."
     )
 
@@ -159,7 +168,8 @@ def one(record: dict[str, Any]) -> str:
         + (f", {a['processes']} processes" if a["processes"] > 1 else ""),
         "",
         f"W{a['bits']}A{a['bits']}, {a['rounds']} rounds over all ways to train, {a['clock']} clock, "
-        f"{outcome['threads']} thread(s) each, {outcome['device_name']}, {outcome['seconds_of_qat'] * 1000:.0f} ms "
+        f"{outcome['threads']} thread(s) each, {outcome['device_name']}, freed memory {freed_memory(outcome)}, "
+        f"{outcome['seconds_of_qat'] * 1000:.0f} ms "
         "for a step of QAT. Median over rounds of the ratio to QAT in the same round, and quartiles; peak memory "
         "beyond that of QAT, in units of the quantized weights. The trigger is timed with every second step firing. "
         f"Commit {record['versions'].get('commit', 'unknown')}.",

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocator import allocator_settings, page_faults
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -197,16 +198,18 @@ def model_table(names: list[str], batch: int, meter: Meter) -> tuple[dict, dict]
         floats, recomputed = kept_bytes(model, x), kept_bytes(ours, x)
         memory[name] = {"float_bytes": floats, "quantized_bytes": recomputed, "ratio": recomputed / floats}
         step = training_step(ours, x, labels)
-        seconds = meter.medians(
-            {
-                "float": training_step(model, x, labels),
-                "eager": with_backend("eager", step),
-                "compiled": with_backend("compiled", step),
-            }
-        )
+        steps: dict[str, Callable[[], object]] = {
+            "float": training_step(model, x, labels),
+            "eager": with_backend("eager", step),
+            "compiled": with_backend("compiled", step),
+        }
+        seconds = meter.medians(steps)
+        faults = {key: statistics.median(page_faults(step) for _ in range(3)) for key, step in steps.items()}
         ratios = {key: seconds[key] / seconds["float"] for key in ("eager", "compiled")}
-        times[name] = {"seconds": seconds, "ratio_to_float": ratios}
-        print(name, {k: round(v, 3) for k, v in ratios.items()}, f"memory {recomputed / floats:.3f}", flush=True)
+        times[name] = {"seconds": seconds, "ratio_to_float": ratios, "page_faults": faults}
+        print(
+            name, {k: round(v, 3) for k, v in ratios.items()}, f"memory {recomputed / floats:.3f}", faults, flush=True
+        )
     return times, memory
 
 
@@ -272,6 +275,7 @@ def main() -> None:
             "batch": args.batch,
             "repetitions": args.repetitions,
             "bits": BITS,
+            "allocator": allocator_settings(),
             "versions": {name: version(name) for name in ("torch", "transformers", "timm", "torchao", "brevitas")},
         },
         "layers": layers,

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from allocator import allocator_settings
 from latent_sam import latent_sam_step
 from peak_memory import peak_bytes
 from runs import Runs
@@ -266,6 +267,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         ),
         "parameters": sum(p.numel() for p in bench.model.parameters()),
         "threads": torch.get_num_threads(),
+        "allocator": allocator_settings(),
         "load_average_before_and_after": [load_before, os.getloadavg()],
         "timm": importlib.metadata.version("timm"),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
