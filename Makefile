@@ -83,7 +83,7 @@ results: $(STAMP)  ## write docs/results.md; runs that are not in benchmarks/res
 	$(TEST_ENV) $(ACCURACY) $(DIGITS)
 	$(TEST_ENV) $(ACCURACY) $(DIGITS) --bits 2 --methods qat "case 3" --images_per_class 5 10 30 60 90
 	$(TEST_ENV) $(ACCURACY) $(DIGITS) --bits 2 --methods "qat, distilled" "case 3, distilled"
-	$(TEST_ENV) $(ACCURACY) --tasks flowers cifar-resnet cifar-vit
+	$(TEST_ENV) $(ACCURACY) --tasks flowers cifar-resnet cifar-vit --seeds 10 11 12 13 14
 	$(BIN)/python benchmarks/accuracy_page.py
 
 results-quick: $(STAMP)  ## train a part of docs/results.md anew and compare, a few minutes

@@ -151,7 +151,27 @@ class Study:
                 for seed in self.args.seeds
                 for name in self.args.methods
             ]
+            self.check_float_model(jobs)
             self.outcomes(jobs)
+
+    def check_float_model(self, jobs: list[dict[str, Any]]) -> None:
+        """Runs of one seed are compared with each other, so all of them must start from one float model.
+
+        Raises:
+            ValueError: If stored runs started from another one than those to come would.
+        """
+        stored = [self.runs.stored(file_name(job, self.task)) for job in jobs]
+        if self.task.float_per_seed or all(stored):
+            return
+        own = fingerprint_of(float_state(self.task_name, self.paths, None, 0))
+        for record in stored:
+            if record is not None and record["outcome"]["float_model"] != own:
+                used = sorted({r["arguments"]["seed"] for r in stored if r is not None})
+                raise ValueError(
+                    f"{record['name']}: this run is stored and started from float model "
+                    f"{record['outcome']['float_model']}, found {own} in {self.paths.cache}; expected the same, as "
+                    f"methods are compared seed by seed. Choose --seeds other than {used}, or another --results."
+                )
 
     def chosen(self) -> tuple[float, dict[str, float]]:
         """Learning rate of plain QAT, and the radius of each method that has one of its own.

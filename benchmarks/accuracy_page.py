@@ -48,7 +48,21 @@ class Setting:
         return {seed: 100 * run["outcome"]["test"] for seed, run in self.runs.get(method, {}).items()}
 
     def gain(self, method: str, over: str = QAT) -> Difference | None:
+        """Raises `ValueError` if runs of a seed that are to be compared start from different float models."""
+        these, those = (self.runs.get(name, {}) for name in (method, over))
+        for seed in sorted(set(these) & set(those)):
+            started = [run["outcome"]["float_model"] for run in (these[seed], those[seed])]
+            if started[0] != started[1]:
+                raise ValueError(
+                    f"{self.name}, seed {seed}: {method!r} starts from float model {started[0]}, {over!r} from "
+                    f"{started[1]}; expected the same one. Remove the runs of one of them and run accuracy.py again."
+                )
         return difference(self.test(method), self.test(over))
+
+    def float_tests(self) -> dict[str, float]:
+        """Test accuracy in percent of every float model that runs start from."""
+        runs = [run for by_seed in self.runs.values() for run in by_seed.values()]
+        return {run["outcome"]["float_model"]: 100 * run["outcome"]["float_test"] for run in runs}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -157,13 +171,10 @@ def sentences(settings: Sequence[Setting]) -> list[str]:
 
 def table(setting: Setting) -> str:
     """Of one setting: every method, its cost, accuracy and gain."""
-    floats = [100 * r["outcome"]["float_test"] for r in setting.runs[next(iter(setting.runs))].values()]
-    per_seed = TASKS[setting.task].float_per_seed
     lines = [
         f"## {setting.name}",
         "",
-        f"{training_images(setting)} training images; the float model has {mean(floats):.2f} %"
-        + (" in the mean over seeds." if per_seed else "."),
+        f"{training_images(setting)} training images; {floats(setting)}",
         "",
         "| method | passes | radius | seeds | top-1 % | gain over QAT |",
         "|---|---|---|---|---|---|",
@@ -185,6 +196,17 @@ def table(setting: Setting) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def floats(setting: Setting) -> str:
+    """How good the float models are."""
+    found = sorted(setting.float_tests().values())
+    if TASKS[setting.task].float_per_seed:
+        return f"the float model has {mean(found):.2f} % in the mean over seeds."
+    if len(found) == 1:
+        return f"the float model has {found[0]:.2f} %."
+    each = ", ".join(f"{value:.2f} %" for value in found)
+    return f"{len(found)} float models, each trained on another machine and with seeds of its own: {each}."
 
 
 def size_studies(settings: Sequence[Setting]) -> list[list[Setting]]:
@@ -230,8 +252,9 @@ def how(records: Sequence[dict[str, Any]]) -> str:
         "256 training images. Learning rate along a cosine to zero, a tenth of it for scales. All methods of a seed "
         "start from the same float model and see the same images in the same order. The learning rate is chosen with "
         "plain QAT and used by all, the radius at that rate; both on validation images, with seeds that are not used "
-        "again. Passes: forward and backward passes over those of QAT. Distilled: half of the loss is the "
-        "Kullback-Leibler divergence from the answers of the float model, at temperature 2.",
+        "again. A float model that all seeds share is not the same to the last bit on another machine; where seeds "
+        "were added later, they have another one. Passes: forward and backward passes over those of QAT. Distilled: "
+        "half of the loss is the Kullback-Leibler divergence from the answers of the float model, at temperature 2.",
         "",
     ]
     for name, task in TASKS.items():

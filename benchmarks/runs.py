@@ -36,6 +36,11 @@ class Runs:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     _locks: dict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock), repr=False)
 
+    def stored(self, name: str) -> dict[str, Any] | None:
+        """The record of the run `name`, if there is one."""
+        path = self.directory / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
     def once(self, name: str, arguments: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored record of the run `name`, or the one of `run()`, which is stored at once.
 
@@ -54,8 +59,8 @@ class Runs:
 
     def _once(self, name: str, arguments: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.directory / f"{name}.json"
-        if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
+        record = self.stored(name)
+        if record is not None:
             if record["arguments"] != arguments:
                 told = {k: (record["arguments"].get(k), arguments.get(k)) for k in {*record["arguments"], *arguments}}
                 differing = {k: pair for k, pair in sorted(told.items()) if pair[0] != pair[1]}

@@ -248,13 +248,13 @@ def test_differences_are_paired():
     assert difference({0: 1.0}, {1: 1.0}) is None
 
 
-def record(method, seed, test, bits=2, count=15):
+def record(method, seed, test, bits=2, count=15, task="digits", float_model=None, float_test=0.9):
     saq = METHODS[method].saq
     return {
-        "name": f"digits-w{bits}-n{count}-{method}-{seed}",
+        "name": f"{task}-w{bits}-n{count}-{method}-{seed}",
         "arguments": {
             "kind": "run",
-            "task": "digits",
+            "task": task,
             "bits": bits,
             "method": method,
             "seed": seed,
@@ -265,7 +265,13 @@ def record(method, seed, test, bits=2, count=15):
             "weight_decay": 0.05,
             "device": "cpu",
         },
-        "outcome": {"test": test, "float_test": 0.9, "training_images": 10 * count, "cpu_seconds": 30.0},
+        "outcome": {
+            "test": test,
+            "float_test": float_test,
+            "float_model": float_model or f"of seed {seed}",
+            "training_images": 10 * (count or 102),
+            "cpu_seconds": 30.0,
+        },
         "versions": {"torch": "1"},
     }
 
@@ -291,6 +297,43 @@ def test_the_page_by_hand(tmp_path):
     assert "| digits, tiny ViT, W2A2 | 150 | 90.00 | 81.00 | 82.00 | 3 | **+1.00 [+0.75, +1.25]** |" in text
     assert "| digits, tiny ViT, W2A2 | 600 | 90.00 | 81.00 | 81.00 | 3 | +0.00 [+0.00, +0.00] |" in text
     assert "15 runs; training them took 8 minutes" in text
+
+
+def write(results: Path, *records) -> None:
+    results.mkdir(exist_ok=True)
+    for r in records:
+        (results / f"{r['name']}.json".replace(" ", "")).write_text(json.dumps(r))
+
+
+def test_only_runs_from_one_float_model_are_compared(tmp_path):
+    """Seeds 0 and 1 are of one machine, 2 and 3 of another; then a run of seed 2 from the first one's model."""
+    models = {0: ("a", 0.7), 1: ("a", 0.7), 2: ("b", 0.8), 3: ("b", 0.8)}
+    for seed, (name, test) in models.items():
+        for method in (QAT, SAQ):
+            write(tmp_path / "runs", record(method, seed, 0.6, 4, None, "flowers", name, test))
+    page.write_page(tmp_path / "runs", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "2 float models, each trained on another machine and with seeds of its own: 70.00 %, 80.00 %." in text
+    write(tmp_path / "runs", record(SAQ, 2, 0.6, 4, None, "flowers", "a", 0.7))
+    with pytest.raises(
+        ValueError, match="seed 2: 'case 3' starts from float model a, 'qat' from b; expected the same"
+    ):
+        page.write_page(tmp_path / "runs", tmp_path / "page.md")
+
+
+def test_a_sweep_does_not_mix_float_models(tiny, tmp_path, monkeypatch):
+    """A run that was stored elsewhere keeps others of its seed from starting here; other seeds may."""
+    monkeypatch.setitem(TASKS, "digits", dataclasses.replace(TASKS["digits"], float_per_seed=False))
+    script.main([*tiny, "--methods", QAT])
+    path = tmp_path / "results" / "digits-w2-qat-seed1.json"
+    moved = json.loads(path.read_text())
+    moved["outcome"]["float_model"] = "another"
+    path.write_text(json.dumps(moved))
+    with pytest.raises(ValueError, match=r"digits-w2-qat-seed1: .* float model another, found .* other than \[0, 1\]"):
+        script.main([*tiny, "--methods", QAT, SAQ])
+    script.main([*tiny, "--methods", QAT])  # nothing to train, nothing to mix
+    script.main([*tiny, "--methods", QAT, SAQ, "--seeds", "2"])
+    assert "digits-w2-case-3-seed2" in stored(tmp_path) and "digits-w2-case-3-seed1" not in stored(tmp_path)
 
 
 def test_a_page_of_nothing(tmp_path):
