@@ -62,7 +62,7 @@ fake-quant: $(STAMP)  ## quantized layers and steps against float and other libr
 	$(TEST_ENV) $(KEEP_MEMORY) OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_profile.py
 
 STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python benchmarks/step_cost.py
-PRESET_WAYS := --ways qat "qat again" full "interval 5" "ascent 1/8" previous
+PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" previous
 FEW := --rounds 4 --steps 1
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT, with growth; about half an hour
 	$(STEP_COST)

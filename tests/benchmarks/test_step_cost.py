@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import cost_page  # noqa: E402
 import step_cost as script  # noqa: E402
+from allocator import VARIABLES, allocator_settings, page_faults  # noqa: E402
 from latent_sam import latent_sam_step  # noqa: E402
 from peak_memory import LiveTensors  # noqa: E402
 from step_models import StepModel  # noqa: E402
@@ -144,6 +146,7 @@ def test_the_page_by_hand(tmp_path):
             "quantized_weight_bytes": 40,
             "seconds_of_qat": 0.05,
             "threads": 1,
+            "allocator": {},
             "device_name": "cpu",
         }
         arguments = {"model": model, "batch_size": batch, "processes": processes, "bits": 4, "rounds": 3}
@@ -158,16 +161,21 @@ def test_the_page_by_hand(tmp_path):
         "conv": {"ratio_to_float": {"eager": 1.1}},
     }
     setting = {"bits": 4, "batch": 8, "threads": 2, "device": "cpu", "clock": "wall", "repetitions": 9}
-    fake = {"setting": {**setting, "versions": {"torch": "2"}}, "layers": layers}
-    fake["training_step"] = {"vit": {"seconds": {"float": 2.5}, "ratio_to_float": {"eager": 1.153, "compiled": 1.1}}}
+    kept = {"MALLOC_MMAP_THRESHOLD_": "1", "MALLOC_TRIM_THRESHOLD_": "2"}
+    fake = {"setting": {**setting, "allocator": kept, "versions": {"torch": "2"}}, "layers": layers}
+    faults = {"float": 0, "eager": 7.0, "compiled": 5}
+    ratios = {"eager": 1.153, "compiled": 1.1}
+    fake["training_step"] = {"vit": {"seconds": {"float": 2.5}, "ratio_to_float": ratios, "page_faults": faults}}
     fake["kept_for_backward"] = {"vit": {"ratio": 1.184}}
     (tmp_path / "fake_quant.json").write_text(json.dumps(fake))
-    fake["training_step"]["vit"] = {"seconds": {"float": 0.5}, "ratio_to_float": {"eager": 1.4, "compiled": 1.3}}
+    fake["training_step"]["vit"] |= {"seconds": {"float": 0.5}, "ratio_to_float": {"eager": 1.4, "compiled": 1.3}}
+    del fake["setting"]["allocator"]["MALLOC_TRIM_THRESHOLD_"]  # without it, memory is handed back
     fake["setting"]["versions"]["torchao"] = None
     (tmp_path / "fake_quant_other.json").write_text(json.dumps({**fake, "layers": {}}))
     cost_page.write_page(tmp_path, tmp_path / "docs" / "cost.md")
     text = (tmp_path / "docs" / "cost.md").read_text()
-    assert "| vit | 2500 | 1.15 | 1.10 | 1.18 |\n| vit | 500 | 1.40 | 1.30 | 1.18 |" in text
+    rows = ["| vit | kept | 2500 | 1.15 | 1.10 | 1.18 | 0, 7, 5 |", "| vit | handed back | 500 | 1.40 | 1.30 | 1.18 |"]
+    assert "\n".join(rows) in text and "1 thread(s) each, cpu, freed memory handed back," in text
     assert "| linear | 1.13 | 1.20 |\n| conv | 1.10 | - |" in text
     rows = [
         "| vit-small | 8 | 1 | 1.90 | - | - | 1.01 | +0.75 |",
@@ -177,3 +185,22 @@ def test_the_page_by_hand(tmp_path):
     assert "### vit-small, batches of 2, 2 processes" in text and "| full | 2.10 | 2.00 to 2.20 | +0.75 |" in text
     with pytest.raises(ValueError, match="found neither fake_quant.json nor"):
         cost_page.write_page(tmp_path / "docs", tmp_path / "page.md")
+
+
+def test_what_the_environment_says_of_the_allocator(monkeypatch):
+    for name in (*VARIABLES, "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    assert allocator_settings() == {}
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "9")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2:/opt/other.so")
+    assert allocator_settings() == {"MALLOC_TRIM_THRESHOLD_": "9", "LD_PRELOAD": "libjemalloc.so.2 other.so"}
+
+
+def test_pages_that_a_step_makes_the_system_make():
+    """64 MiB are more than glibc hands out without asking the system, whatever its settings were when it started."""
+    megabytes, page = 64, resource.getpagesize()
+    held = []
+    assert (
+        page_faults(lambda: held.append(b"1" * (megabytes * 2**20))) >= megabytes * 2**20 // page // 512
+    )  # huge ones
+    assert page_faults(lambda: None) < 10
