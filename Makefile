@@ -65,8 +65,9 @@ STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python benchmarks/step_cost.py
 PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" previous
 FEW := --rounds 4 --steps 1
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT, with growth; about half an hour
-	$(STEP_COST)
+	$(STEP_COST) --models vit-small-images
 	$(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 $(PRESET_WAYS)
+	$(STEP_COST) --models resnet18-small-images $(PRESET_WAYS)
 	$(STEP_COST) --models vit-tiny resnet18 --batch_sizes 16 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-small --batch_sizes 8 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-base resnet50 --batch_sizes 2 $(FEW) $(PRESET_WAYS)
