@@ -34,9 +34,10 @@ VARIABLE = "HF_SAQ_KERNELS"
 """Environment variable with the name of the backend; `set_backend` overrides it."""
 SMALLEST = 2**16
 """Elements from which `"auto"` may compile: below, the overhead of a compiled call (0.06 ms) eats what it saves."""
-PAYS_AFTER = 2**32
-"""Elements, counted in tensors of at least `SMALLEST`, after which `"auto"` compiles on CPU. Compiled code saves about
-2 ns for each of them, so that by then a compilation of ten seconds would have been worth it."""
+PAYS_AFTER = 2**35
+"""Elements, counted in tensors of at least `SMALLEST`, after which `"auto"` compiles on CPU. On processors with wide
+vectors compiled code saves about 0.3 ns for each of them (a step of ViT-S/16 has 244 million; docs/cost.md), so that by
+then a compilation of ten seconds would have been worth it."""
 
 
 class Grid(NamedTuple):
