@@ -35,9 +35,9 @@ VARIABLE = "HF_SAQ_KERNELS"
 SMALLEST = 2**16
 """Elements from which `"auto"` may compile: below, the overhead of a compiled call (0.06 ms) eats what it saves."""
 PAYS_AFTER = 2**35
-"""Elements, counted in tensors of at least `SMALLEST`, after which `"auto"` compiles on CPU. On processors with wide
-vectors compiled code saves about 0.3 ns for each of them (a step of ViT-S/16 has 244 million; docs/cost.md), so that by
-then a compilation of ten seconds would have been worth it."""
+"""Elements, counted in tensors of at least `SMALLEST`, after which `"auto"` compiles on CPU. Where vectors are wide,
+compiled code saves 0.2 to 0.3 ns for each of them (a step of ViT-S/16 has 244 million; docs/cost.md), so that by then
+a compilation of ten seconds would have been worth it."""
 
 
 class Grid(NamedTuple):
