@@ -1,6 +1,6 @@
-"""How a process gets memory from the system, which takes a good part of a training step on CPU.
+"""How a process gets memory from the system, which can take a good part of a training step on CPU.
 
-By default glibc hands freed memory back, and the next step has every page of it made anew, one fault each.
+By default glibc hands freed memory back, and the next step may have its pages made anew, one fault each.
 """
 
 from __future__ import annotations

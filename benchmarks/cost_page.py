@@ -63,8 +63,8 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
         "## Fake quantization against float",
         "",
         "A training step of plain QAT over one of the float model. Quantization is passes over memory, and by default "
-        "glibc hands memory back to the system whenever much of it is free: every step then waits for its pages to be "
-        'made anew, a quantized step for more of them. Rows "kept" are of processes that were told to keep it '
+        "glibc hands memory back to the system whenever much of it is free: a step may then wait for its pages to be "
+        'made anew, as the last column counts them. Rows "kept" are of processes that were told to keep it '
         "(`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_`, as `make fake-quant` and `make step-cost` do).",
         "",
         "| model | freed memory | float step, ms | eager | compiled | bytes kept for backward "

@@ -204,7 +204,7 @@ def model_table(names: list[str], batch: int, meter: Meter) -> tuple[dict, dict]
             "compiled": with_backend("compiled", step),
         }
         seconds = meter.medians(steps)
-        faults = {key: statistics.median(page_faults(step) for _ in range(3)) for key, step in steps.items()}
+        faults = {key: statistics.median(page_faults(way) for _ in range(3)) for key, way in steps.items()}
         ratios = {key: seconds[key] / seconds["float"] for key in ("eager", "compiled")}
         times[name] = {"seconds": seconds, "ratio_to_float": ratios, "page_faults": faults}
         print(
