@@ -151,22 +151,28 @@ class Study:
                 for seed in self.args.seeds
                 for name in self.args.methods
             ]
-            self.check_float_model(jobs)
+            if not self.task.float_per_seed and not all(self.stored(job) for job in jobs):
+                self.check_float_model(count)
             self.outcomes(jobs)
 
-    def check_float_model(self, jobs: list[dict[str, Any]]) -> None:
+    def stored(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        return self.runs.stored(file_name(arguments, self.task))
+
+    def check_float_model(self, count: int | None) -> None:
         """Runs of one seed are compared with each other, so all of them must start from one float model.
 
         Raises:
             ValueError: If stored runs started from another one than those to come would.
         """
-        stored = [self.runs.stored(file_name(job, self.task)) for job in jobs]
-        if self.task.float_per_seed or all(stored):
-            return
+        every = [
+            self.stored(self.arguments("run", self.bits, name, seed, 0.0, None, count))  # whatever its rate and radius
+            for seed in self.args.seeds
+            for name in METHODS
+        ]
         own = fingerprint_of(float_state(self.task_name, self.paths, None, 0))
-        for record in stored:
+        for record in every:
             if record is not None and record["outcome"]["float_model"] != own:
-                used = sorted({r["arguments"]["seed"] for r in stored if r is not None})
+                used = sorted({r["arguments"]["seed"] for r in every if r is not None})
                 raise ValueError(
                     f"{record['name']}: this run is stored and started from float model "
                     f"{record['outcome']['float_model']}, found {own} in {self.paths.cache}; expected the same, as "

@@ -331,6 +331,8 @@ def test_a_sweep_does_not_mix_float_models(tiny, tmp_path, monkeypatch):
     path.write_text(json.dumps(moved))
     with pytest.raises(ValueError, match=r"digits-w2-qat-seed1: .* float model another, found .* other than \[0, 1\]"):
         script.main([*tiny, "--methods", QAT, SAQ])
+    with pytest.raises(ValueError, match="digits-w2-qat-seed1: this run is stored"):
+        script.main([*tiny, "--methods", SAQ])  # other methods alone are compared with it as well
     script.main([*tiny, "--methods", QAT])  # nothing to train, nothing to mix
     script.main([*tiny, "--methods", QAT, SAQ, "--seeds", "2"])
     assert "digits-w2-case-3-seed2" in stored(tmp_path) and "digits-w2-case-3-seed1" not in stored(tmp_path)
