@@ -7,7 +7,7 @@ from typing import Any
 
 from schedule_variants import saq_config
 
-from hf_saq.schedules import PRESETS
+from hf_saq.sharpness.schedules.schedule import PRESETS
 
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
 CASES = ("case 1", "case 2")

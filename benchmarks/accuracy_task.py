@@ -13,7 +13,7 @@ from images import Images, shuffled_batches
 from sharpness_training import Batch
 from torch import Tensor, nn
 
-from hf_saq.parameter_groups import parameter_groups
+from hf_saq.training.parameter_groups import parameter_groups
 
 SGD_MOMENTUM = 0.9
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cifar_data import Images, evaluation_batches, training_batches
 from torch import Tensor, nn
 
-from hf_saq.parameter_groups import parameter_groups
+from hf_saq.training.parameter_groups import parameter_groups
 
 MOMENTUM = 0.9
 SCALE_LR_RATIO = 0.1

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
-from hf_saq.parameter_groups import parameter_groups
+from hf_saq.training.parameter_groups import parameter_groups
 
 SPLIT_SEED = 0
 BITS = 2

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, correct_biases, quantize
-from hf_saq.parameter_groups import parameter_groups
+from hf_saq.training.parameter_groups import parameter_groups
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from image_data import DataTrainingArguments, TransformedImages, load_images, transforms  # noqa: E402

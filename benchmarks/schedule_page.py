@@ -13,7 +13,7 @@ from typing import Any
 from paired import half_width
 from schedule_variants import FULL, QAT, VARIANTS, saq_config
 
-from hf_saq.schedules import KNOBS, PRESETS
+from hf_saq.sharpness.schedules.schedule import KNOBS, PRESETS
 
 KEPT = 0.9
 """The share of full SAQ's gain that a schedule is to keep."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_saq import SAQConfig, SharpnessAwareMinimizer
-from hf_saq.scheduled_step import ScheduledStep
+from hf_saq.sharpness.schedules.step import ScheduledStep
 
 Batch = dict[str, Tensor]
 """`pixels` `(n, channels, height, width)`, float32, and `labels` `(n,)`."""

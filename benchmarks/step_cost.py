@@ -41,11 +41,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
-from hf_saq.parameter_groups import parameter_groups
 from hf_saq.quantizers import set_backend
-from hf_saq.scheduled_step import ScheduledStep
-from hf_saq.scope import quantized_weights
-from hf_saq.trigger import NormTrigger
+from hf_saq.sharpness.perturbed_tensors import quantized_weights
+from hf_saq.sharpness.schedules.step import ScheduledStep
+from hf_saq.sharpness.schedules.trigger import NormTrigger
+from hf_saq.training.parameter_groups import parameter_groups
 
 BITS = 4
 RHO = 0.05

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, HfArgumentParser, get_scheduler
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, pack, quantize
-from hf_saq.parameter_groups import parameter_groups
+from hf_saq.training.parameter_groups import parameter_groups
 
 
 @dataclass

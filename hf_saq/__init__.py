@@ -4,15 +4,15 @@ Importing the package registers `quant_method="saq"` with transformers, so that 
 quantized checkpoints.
 """
 
-from .bias_correction import correct_biases
-from .calibration import calibrate
+from .analysis.cost import Cost, cost
 from .config import SAQConfig, SAQQuantizationConfig
-from .conversion import quantize
-from .cost import Cost, cost
-from .hf_quantizer import register
-from .packed_model import dequantize, pack, unpack
-from .perturbation import SharpnessAwareMinimizer
-from .trainer import SAQTrainer
+from .conversion.bias_correction import correct_biases
+from .conversion.calibration import calibrate
+from .conversion.forms import dequantize, pack, unpack
+from .conversion.swapping import quantize
+from .sharpness.minimizer import SharpnessAwareMinimizer
+from .storage.from_pretrained import register
+from .training.trainer import SAQTrainer
 from .version import __version__
 
 register()

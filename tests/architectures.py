@@ -21,7 +21,7 @@ from transformers import TimmWrapperForImageClassification as TimmModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as MAPPING
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, pack, quantize
-from hf_saq.attention_interface import uses_interface
+from hf_saq.conversion.attention_interface import uses_interface
 from hf_saq.layers import PackedLayer, QuantizedLayer
 
 BATCH = 4

@@ -12,7 +12,7 @@ import transformers.modeling_utils
 from resume_runs import make_trainer
 from transformers import PreTrainedModel
 
-from hf_saq import staging
+from hf_saq.storage import staging
 
 SINGLE, LARGE, SMALL = "50GB", "12KB", "6KB"
 SAVES = {

@@ -13,7 +13,7 @@ from training import Images, arguments
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, cost
-from hf_saq.calibration import NEVER_RUN
+from hf_saq.conversion.calibration import NEVER_RUN
 
 # A spread of what differs from one another: kinds of layers, inputs, heads, weights that are read directly.
 FAST = (

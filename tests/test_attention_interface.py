@@ -25,13 +25,13 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, cost, pack, quantize
-from hf_saq.attention_interface import quantized_attention, uses_interface
-from hf_saq.calibration import NEVER_RUN, _PassThrough
-from hf_saq.conversion import convert
-from hf_saq.cost import LayerCost
+from hf_saq.analysis.cost import LayerCost
+from hf_saq.conversion.attention_interface import quantized_attention, uses_interface
+from hf_saq.conversion.calibration import NEVER_RUN, _PassThrough
+from hf_saq.conversion.forms import dequantize, is_packed
+from hf_saq.conversion.planning import plan
+from hf_saq.conversion.swapping import convert
 from hf_saq.layers import QuantAttentionProducts
-from hf_saq.packed_model import dequantize, is_packed
-from hf_saq.planning import plan
 from hf_saq.quantizers import QUANTIZERS, Quantizer
 
 W4A4 = SAQQuantizationConfig(quantize_attention=True)

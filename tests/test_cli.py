@@ -16,11 +16,11 @@ from tiny_models import convnext, deit_with_teacher, images, vit
 from transformers import AutoModelForImageClassification, DeiTForImageClassificationWithTeacher, ViTImageProcessor
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.cli import _parser, main
-from hf_saq.inspection import inspect_checkpoint
+from hf_saq.cli.commands import _parser, main
+from hf_saq.conversion.forms import is_packed
 from hf_saq.layers import PackedLayer, QuantizedLayer
-from hf_saq.packed_model import is_packed
-from hf_saq.packing import packed_size
+from hf_saq.layers.packing import packed_size
+from hf_saq.storage.inspection import inspect_checkpoint
 
 
 def quantized(build=vit, **fields):

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_saq import pack
-from hf_saq.packed_model import is_packed
+from hf_saq.conversion.forms import is_packed
 
 SECONDS = 30.0
 """Longer than any of these files may take, on a busy machine too; a load takes some 20 ms."""

@@ -21,8 +21,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, ViTCo
 from transformers.pytorch_utils import Conv1D
 
 from hf_saq import SAQQuantizationConfig, calibrate, dequantize, pack, quantize, unpack
+from hf_saq.conversion.forms import is_packed
 from hf_saq.layers import PackedLayer, QuantizedLayer
-from hf_saq.packed_model import is_packed
 from hf_saq.quantizers import QUANTIZERS
 
 FAMILIES = {"vit": vit, "resnet": resnet}  # layer norms and legacy names on disk; batch norms and convolutions

@@ -21,11 +21,11 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor, pip
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.calibration import is_calibrated
-from hf_saq.hf_quantizer import SAQHfQuantizer, register
-from hf_saq.packed_model import is_packed
-from hf_saq.packing import packed_size
-from hf_saq.seal import KEY, digest_of_tensor
+from hf_saq.conversion.calibration import is_calibrated
+from hf_saq.conversion.forms import is_packed
+from hf_saq.layers.packing import packed_size
+from hf_saq.storage.from_pretrained import SAQHfQuantizer, register
+from hf_saq.storage.seal import KEY, digest_of_tensor
 
 every_family = pytest.mark.parametrize("build", TRANSFORMERS_MODELS.values(), ids=TRANSFORMERS_MODELS)
 

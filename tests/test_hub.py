@@ -26,8 +26,8 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from transformers.utils import hub as transformers_hub
 
 from hf_saq import SAQConfig, SAQTrainer, pack
-from hf_saq.hub import explained
-from hf_saq.packed_model import is_packed
+from hf_saq.conversion.forms import is_packed
+from hf_saq.hub.commits import explained
 
 PUBLISHED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training_curve.png"}
 
@@ -304,7 +304,7 @@ def test_a_float_model_is_pushed_as_by_trainer(hub, tmp_path):
 
 
 def test_inspect_a_repository(hub, published, capsys):
-    from hf_saq.cli import main
+    from hf_saq.cli.commands import main
 
     assert main(["inspect", "me/published", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

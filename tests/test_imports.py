@@ -1,4 +1,4 @@
-"""The import arrows: data flows downwards, imports point one way."""
+"""The import arrows between rooms: data flows downwards, imports point one way."""
 
 from __future__ import annotations
 
@@ -12,72 +12,38 @@ import hf_saq
 PACKAGE = Path(hf_saq.__file__).parent
 ROOT = PACKAGE.name
 
-# Each unit may import from those before it. A new module takes its place here, deliberately.
+# Each room may import from those before it. A new one takes its place here, deliberately.
 ORDER = (
     "version",
-    "rng",
-    "norm_statistics",
-    "default_rho",
-    "schedules",
-    "trigger",
-    "sub_batch",
-    "packing",
+    "tables",
     "quantizers",
-    "scope",
-    "parameter_groups",
-    "sharding",
-    "kept_weights",
-    "displacement",
-    "gradients",
-    "perturbation",
-    "look_sam",
-    "scheduled_step",
-    "schedule_checkpoint",
     "layers",
-    "attention_interface",
+    "sharpness",
     "config",
-    "report",
-    "planning",
-    "first_scales",
     "conversion",
-    "calibration",
-    "bias_correction",
-    "cost",
-    "packed_model",
-    "seal",
-    "hf_quantizer",
-    "staging",
-    "checkpoints",
-    "model_card",
-    "training_curve",
-    "hub",
-    "inspection",
-    "saved_models",
-    "publishing",
-    "trainer",
+    "storage",
     "export",
     "analysis",
+    "hub",
+    "training",
     "cli",
     "__main__",
     "__init__",
 )
-KNOW_TRANSFORMERS = {"attention_interface", "config", "hf_quantizer", "model_card", "hub", "inspection"} | {
-    "publishing",
-    "trainer",
-    "cli",
+MAY_IMPORT = {
+    "quantizers": set(),
+    "layers": {"quantizers"},
+    "sharpness": {"quantizers", "layers"},
 }
-# The method itself: torch (numpy for its random state), quantizers, and one another.
-METHOD = {"scope", "rng", "norm_statistics", "schedules", "sharding", "perturbation"} | {
-    "kept_weights",
-    "displacement",
-    "gradients",
-    "look_sam",
-    "scheduled_step",
-    "sub_batch",
-    "trigger",
-}
-METHOD_MAY_IMPORT = METHOD | {"quantizers"}
+"""Rooms that know less than the order would let them."""
+METHOD = {"quantizers", "layers", "sharpness"}
 METHOD_LIBRARIES = {"torch", "numpy"}
+"""The method itself: torch, and numpy for its random state."""
+KNOW_TRANSFORMERS = {"config", "storage", "hub", "training", "cli"}
+TRANSFORMERS = {"transformers", "accelerate", "huggingface_hub"}
+AT_THE_SEAM = {"conversion.attention_interface"}
+"""Attention products can only be quantized where transformers looks its attention functions up."""
+LARGEST_ROOM = 14
 
 
 def modules() -> dict[str, Path]:
@@ -91,9 +57,8 @@ def modules() -> dict[str, Path]:
 
 def imported(name: str, path: Path) -> set[str]:
     """Absolute dotted names that a module imports, also inside functions: `hf_saq.layers`, `torch.nn`."""
-    package = [ROOT, *name.split(".")] if path.name == "__init__.py" else [ROOT, *name.split(".")[:-1]]
-    if name == "__init__":
-        package = [ROOT]
+    is_package = path.name == "__init__.py"
+    package = [ROOT, *name.split(".")] if is_package and name != "__init__" else [ROOT, *name.split(".")[:-1]]
     targets: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -101,42 +66,45 @@ def imported(name: str, path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*start, *([node.module] if node.module else [])])
-            # `from . import layers` names modules, `from .layers import QuantLinear` names what is inside one.
-            targets |= {f"{base}.{alias.name}" for alias in node.names} if base == ROOT else {base}
+            for alias in node.names:
+                # `from . import layers` names a module, `from .layers import QuantLinear` what is inside one.
+                inner = f"{base}.{alias.name}"
+                targets.add(inner if inner.removeprefix(f"{ROOT}.") in MODULES else base)
     return targets
 
 
-GRAPH = {name: imported(name, path) for name, path in modules().items()}
+MODULES = modules()
+GRAPH = {name: imported(name, path) for name, path in MODULES.items()}
 
 
 def internal(name: str) -> set[str]:
     return {target.removeprefix(f"{ROOT}.") for target in GRAPH[name] if target.split(".")[0] == ROOT}
 
 
-def unit(name: str) -> str:
+def room(name: str) -> str:
     return name.split(".")[0]
 
 
 def test_the_graph_is_seen():
     """Guards the parser itself: were it to find nothing, everything below would pass."""
     assert len(GRAPH) > 20
-    assert "quantizers" in internal("layers.linear") | internal("layers.base")
-    assert internal("layers") == {"layers.attention", "layers.base", "layers.conv", "layers.linear", "layers.packed"}
-    assert "torch" in GRAPH["perturbation"] and "norm_statistics" in internal("perturbation")
-    assert "transformers" in {unit(target) for target in GRAPH["trainer"]}
+    assert "layers.quantized" in internal("layers.linear")
+    assert "quantizers" in internal("layers.quantized")
+    assert "sharpness.sharding" in internal("sharpness.displacement")
+    assert "transformers" in {room(target) for target in GRAPH["training.trainer"]}
 
 
-def test_every_module_has_a_place():
-    unknown = {unit(name) for name in GRAPH} - set(ORDER)
+def test_every_room_has_a_place():
+    unknown = {room(name) for name in GRAPH} - set(ORDER)
     assert not unknown, f"{sorted(unknown)} have no place in the order of imports"
 
 
-def test_imports_point_to_earlier_units_only():
+def test_imports_point_to_earlier_rooms_only():
     wrong = [
         f"{name} imports {target}"
         for name in GRAPH
         for target in internal(name)
-        if unit(target) != unit(name) and ORDER.index(unit(target)) > ORDER.index(unit(name))
+        if room(target) != room(name) and ORDER.index(room(target)) > ORDER.index(room(name))
     ]
     assert not wrong
 
@@ -145,24 +113,36 @@ def test_there_is_no_cycle():
     TopologicalSorter({name: internal(name) - {name} for name in GRAPH}).prepare()  # raises CycleError
 
 
-def test_quantizers_and_layers_import_nothing_above_them():
-    allowed = {"quantizers": {"quantizers"}, "layers": {"layers", "quantizers", "packing"}}
+def test_the_method_knows_torch_and_what_is_below_it():
     for name in GRAPH:
-        if unit(name) in allowed:
-            assert {unit(target) for target in internal(name)} <= allowed[unit(name)], name
-
-
-def test_the_method_knows_torch_and_quantizers_only():
-    for name in METHOD & GRAPH.keys():
-        assert {unit(target) for target in internal(name)} <= METHOD_MAY_IMPORT, name
-        libraries = {unit(target) for target in GRAPH[name]} - {ROOT} - sys.stdlib_module_names
-        assert libraries <= METHOD_LIBRARIES, name
+        if room(name) in METHOD:
+            assert {room(target) for target in internal(name)} <= MAY_IMPORT[room(name)] | {room(name)}, name
+            libraries = {room(target) for target in GRAPH[name]} - {ROOT} - sys.stdlib_module_names
+            assert libraries <= METHOD_LIBRARIES, name
 
 
 def test_only_the_seams_know_transformers():
-    know = {
-        unit(name)
-        for name, targets in GRAPH.items()
-        if {unit(target) for target in targets} & {"transformers", "accelerate", "huggingface_hub"}
-    }
-    assert know <= KNOW_TRANSFORMERS
+    know = {name for name, targets in GRAPH.items() if {room(target) for target in targets} & TRANSFORMERS}
+    assert {room(name) for name in know - AT_THE_SEAM} <= KNOW_TRANSFORMERS
+
+
+def test_every_room_says_what_it_is_for():
+    for path in PACKAGE.rglob("__init__.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert docstring, f"{path.parent.name} has no docstring"
+        if path.parent not in (PACKAGE, *PACKAGE.glob("*/*/")):
+            assert "Comes in:" in docstring and "Goes out:" in docstring, path.parent.name
+
+
+def test_rooms_and_files_stay_small():
+    """A file above 300 lines says in its docstring why it is one."""
+    for directory in {path.parent for path in MODULES.values()}:
+        files = list(directory.glob("*.py"))
+        assert len(files) <= LARGEST_ROOM, f"{directory.name} has {len(files)} files"
+    lengths = {}
+    for path in MODULES.values():
+        text = path.read_text(encoding="utf-8")
+        lengths[path.name] = len(text.splitlines())
+        if lengths[path.name] > 300:
+            assert "One file because" in (ast.get_docstring(ast.parse(text)) or ""), path.name
+    assert sorted(lengths.values())[len(lengths) // 2] <= 120

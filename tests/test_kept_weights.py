@@ -10,11 +10,11 @@ from test_perturbation import batch, conv_net, linear_net, loss_of, quantized, t
 from torch import nn
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
-from hf_saq.kept_weights import KeptWeights
 from hf_saq.quantizers import LSQQuantizer, affine, affine_fake_quantize
-from hf_saq.scheduled_step import ScheduledStep
-from hf_saq.schedules import PerturbationSchedule
-from hf_saq.scope import quantized_weights
+from hf_saq.sharpness.kept_weights import KeptWeights
+from hf_saq.sharpness.perturbed_tensors import quantized_weights
+from hf_saq.sharpness.schedules.schedule import PerturbationSchedule
+from hf_saq.sharpness.schedules.step import ScheduledStep
 
 
 @pytest.fixture

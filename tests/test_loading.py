@@ -20,10 +20,11 @@ from tiny_models import images, resnet, vit
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from hf_saq import SAQQuantizationConfig, calibrate, dequantize, hf_quantizer, pack, quantize
+from hf_saq import SAQQuantizationConfig, calibrate, dequantize, pack, quantize
+from hf_saq.storage import from_pretrained as hf_quantizer
+from hf_saq.conversion.forms import is_packed
 from hf_saq.layers import PackedLayer
-from hf_saq.packed_model import is_packed
-from hf_saq.seal import KEY
+from hf_saq.storage.seal import KEY
 
 FORMS = {"float": lambda model: model, "packed": pack}
 either_storage = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -11,9 +11,9 @@ from PIL import Image
 from tiny_models import vit
 
 from hf_saq import SAQQuantizationConfig, quantize
-from hf_saq import training_curve as curve_module
-from hf_saq.model_card import CardFacts, ResultRow, measured, model_card
-from hf_saq.training_curve import curves, draw_training_curve
+from hf_saq.hub import training_picture as curve_module
+from hf_saq.hub.card import CardFacts, ResultRow, measured, model_card
+from hf_saq.hub.training_picture import curves, draw_training_curve
 
 LOG = [
     {"loss": 2.5, "sharpness": 0.25, "step": 10},

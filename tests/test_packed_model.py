@@ -10,9 +10,9 @@ from tiny_models import TRANSFORMERS_MODELS, conv_net, images, jitter, linear_ne
 from torch import Tensor, nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
+from hf_saq.conversion.forms import convert_to_packed, is_packed
 from hf_saq.layers import PackedLayer, QuantizedLayer
-from hf_saq.packed_model import convert_to_packed, is_packed
-from hf_saq.packing import packed_size
+from hf_saq.layers.packing import packed_size
 from hf_saq.quantizers import QUANTIZERS
 
 every_family = pytest.mark.parametrize("build", TRANSFORMERS_MODELS.values(), ids=TRANSFORMERS_MODELS)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_saq.packing import pack_codes, packed_size, unpack_codes
+from hf_saq.layers.packing import pack_codes, packed_size, unpack_codes
 
 every_bits = pytest.mark.parametrize("bits", range(2, 9), ids=lambda bits: f"{bits}bit")
 every_sign = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

@@ -29,7 +29,7 @@ def test_the_quantizer_of_the_readme_works():
     source = next(block for block in blocks("python") if "class MyQuantizer" in block)
     preamble = (
         "import torch\nfrom torch import nn\n"
-        "from hf_saq.quantizers.base import Quantizer, positive, round_straight_through\n"
+        "from hf_saq.quantizers.contract import Quantizer, positive, round_straight_through\n"
         "from hf_saq.quantizers.scale_search import mse_scale\n"
     )
     namespace: dict = {}

@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
-from hf_saq.layers import base
+from hf_saq.layers import quantized as base
 
 
 class Net(nn.Module):

@@ -14,8 +14,8 @@ from resume_runs import MODELS, MOMENTS, STEPS, make_trainer
 from transformers import TrainerCallback
 
 from hf_saq import SAQConfig
-from hf_saq.checkpoints import last_complete_checkpoint, what_is_missing
-from hf_saq.schedule_checkpoint import load_schedule
+from hf_saq.training.checkpoints import last_complete_checkpoint, what_is_missing
+from hf_saq.training.schedule_state import load_schedule
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from torch import nn
 from training import BATCH, Images, InOrder, arguments, make_trainer, quantized_model, scheduled_reference
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
-from hf_saq.scheduled_step import ScheduledStep
-from hf_saq.schedules import PerturbationSchedule
+from hf_saq.sharpness.schedules.schedule import PerturbationSchedule
+from hf_saq.sharpness.schedules.step import ScheduledStep
 
 TOLERANCE = 1e-11
 """Of float64 parameters after the steps below; they move by more than 1e-5."""

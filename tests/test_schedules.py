@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import BatchFeature
 
-from hf_saq.schedules import PRESETS, PerturbationSchedule, resolve_preset
-from hf_saq.sub_batch import batch_size, first_samples
-from hf_saq.trigger import NormTrigger
+from hf_saq.sharpness.schedules.partial_batch import batch_size, first_samples
+from hf_saq.sharpness.schedules.schedule import PRESETS, PerturbationSchedule, resolve_preset
+from hf_saq.sharpness.schedules.trigger import NormTrigger
 
 ACTIONS = [
     (dict(), "2222222222"),

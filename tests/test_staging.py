@@ -14,7 +14,7 @@ from save_runs import SAVES
 from test_hf_quantizer import load
 from transformers import PreTrainedModel
 
-from hf_saq.staging import STAGE, staged
+from hf_saq.storage.staging import STAGE, staged
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .attention import QuantAttentionProducts
-from .base import HoldsQuantizers, QuantizedLayer
 from .conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from .linear import QuantLinear, QuantTransposedLinear
 from .packed import PackedLayer
+from .quantized import HoldsQuantizers, QuantizedLayer
 
 QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantizers import Quantizer
-from .base import HoldsQuantizers
+from .quantized import HoldsQuantizers
 
 
 class QuantAttentionProducts(HoldsQuantizers):

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import QuantizedLayer
+from .quantized import QuantizedLayer
 
 
 class _QuantConv(QuantizedLayer):

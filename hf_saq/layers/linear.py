@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import QuantizedLayer
+from .quantized import QuantizedLayer
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):

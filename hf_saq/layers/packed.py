@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..packing import pack_codes, packed_size, unpack_codes
 from ..quantizers import Quantizer
-from .base import QuantizedLayer
 from .float_form import FloatForm, take_over_hooks
+from .packing import pack_codes, packed_size, unpack_codes
+from .quantized import QuantizedLayer
 
 GRID_TOLERANCE = 64
 """How far a weight may move when a layer is unpacked, in rounding errors of the layer's largest weight."""

@@ -1,7 +1,7 @@
 """Uniform quantizers: float tensors onto learned integer grids."""
 
 from .affine import affine_fake_quantize
-from .base import MAX_BITS, MIN_BITS, Observer, Quantizer, round_straight_through
+from .contract import MAX_BITS, MIN_BITS, Observer, Quantizer, round_straight_through
 from .dorefa import DoReFaQuantizer
 from .kernels import set_backend
 from .liq import LIQQuantizer

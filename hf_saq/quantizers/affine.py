@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import SCALE_FLOOR, sum_to
+from .contract import SCALE_FLOOR, sum_to
 from .kernels import Grid, quantize_backward, quantize_forward
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import SCALE_FLOOR, Role, ScaleInit, positive, round_straight_through, shared_dimensions
 from .clip import ClipQuantizer
+from .contract import SCALE_FLOOR, Role, ScaleInit, positive, round_straight_through, shared_dimensions
 
 LINEAR_PART = 4.0
 """Weights up to a quarter of the width of the tanh lose at most 2% to it."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import SCALE_FLOOR, mean_and_std, positive, shared_dimensions
 from .clip import ClipQuantizer
+from .contract import SCALE_FLOOR, mean_and_std, positive, shared_dimensions
 from .scale_search import mse_scale
 
 

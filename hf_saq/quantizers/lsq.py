@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import affine_fake_quantize
-from .base import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive, round_straight_through
+from .contract import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive, round_straight_through
 from .scale_search import mse_scale
 
 

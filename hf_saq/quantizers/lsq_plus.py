@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import affine_fake_quantize
-from .base import SCALE_FLOOR, Role, ScaleInit, mean_and_std, positive
+from .contract import SCALE_FLOOR, Role, ScaleInit, mean_and_std, positive
 from .lsq import LSQQuantizer
 from .scale_search import mse_range
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Quantizer
+from .contract import Quantizer
 from .dorefa import DoReFaQuantizer
 from .liq import LIQQuantizer
 from .lsq import LSQQuantizer

@@ -22,7 +22,7 @@ from images import Images, center_crop, crop_and_mirror, draw_per_class, shuffle
 from paired import difference  # noqa: E402
 from runs import Runs  # noqa: E402
 
-from hf_saq.schedules import PRESETS  # noqa: E402
+from hf_saq.sharpness.schedules.schedule import PRESETS  # noqa: E402
 
 
 @pytest.fixture

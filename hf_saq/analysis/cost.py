@@ -1,0 +1,193 @@
+"""What a model costs to run and to store: bit operations, weight bytes and parameters, next to float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..conversion.calibration import run_in_float
+from ..layers import PackedLayer, QuantAttentionProducts, QuantizedLayer
+from ..layers.packing import packed_size
+from ..quantizers import Quantizer
+
+FLOAT_BITS = 32
+"""Bits of whatever is not quantized, in the model itself and in the float model it is compared with."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One quantized layer: its name, multiply-accumulates, and bits of its two operands.
+
+    The products of an attention are such a layer if they are quantized; no operand of theirs is a weight, so
+    `weight_bits` are those of the activation in its place.
+    """
+
+    name: str
+    macs: int
+    weight_bits: int
+    activation_bits: int
+
+    @property
+    def bops(self) -> int:
+        """Multiply-accumulates x weight bits x activation bits."""
+        return self.macs * self.weight_bits * self.activation_bits
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What [`cost`] counts; `print` shows a table.
+
+    Attributes:
+        layers: Quantized layers, in the order of `named_modules`.
+        other_macs: Multiply-accumulates in everything else: attention products unless `quantize_attention` is set,
+            layers left in float. They count `32 x 32` bit operations each.
+        parameters: Number of parameters of the float model; the values of quantizers are not among them.
+        quantized_parameters: How many of them have fewer than 32 bits.
+        weight_bytes: All parameters as a packed checkpoint stores them, with the values of quantizers.
+    """
+
+    layers: tuple[LayerCost, ...]
+    other_macs: int
+    parameters: int
+    quantized_parameters: int
+    weight_bytes: int
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers) + self.other_macs
+
+    @property
+    def bops(self) -> int:
+        return sum(layer.bops for layer in self.layers) + self.other_macs * FLOAT_BITS**2
+
+    @property
+    def float_bops(self) -> int:
+        return self.macs * FLOAT_BITS**2
+
+    @property
+    def float_weight_bytes(self) -> int:
+        return self.parameters * FLOAT_BITS // 8
+
+    def __str__(self) -> str:
+        in_layers = self.macs - self.other_macs
+        rows = [
+            ("", "float32", "quantized", ""),
+            ("bit operations", _short(self.float_bops), _short(self.bops), _ratio(self.float_bops, self.bops)),
+            (
+                "weight bytes",
+                _short(self.float_weight_bytes),
+                _short(self.weight_bytes),
+                _ratio(self.float_weight_bytes, self.weight_bytes),
+            ),
+            ("multiply-accumulates", _short(self.macs), _short(in_layers), _share(in_layers, self.macs)),
+            (
+                "parameters",
+                _short(self.parameters),
+                _short(self.quantized_parameters),
+                _share(self.quantized_parameters, self.parameters),
+            ),
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
+        )
+
+
+def cost(model: nn.Module, inputs: Any) -> Cost:
+    """Count what `model` does for `inputs`, in one forward pass of it in evaluation mode.
+
+    Matrix products, convolutions and attention products are counted, wherever they happen, by torch's own counter;
+    what is done elementwise is not. The model may be quantized, calibrated or not, packed, or float.
+
+    Args:
+        model: Any model; it is left as it was.
+        inputs: One batch as `calibrate` takes them. Pass a single image for figures per image.
+    """
+    kinds = (QuantizedLayer, PackedLayer, QuantAttentionProducts)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    macs = dict.fromkeys(layers, 0)
+    counter = FlopCounterMode(display=False)
+    handles = []
+    for name, layer in layers.items():
+        # What the counter stands at before a layer is taken off, and what it stands at after is added. Looking names
+        # up in the counter's own table would miss layers that have several.
+        def before(module: nn.Module, args: Any, name: str = name) -> None:  # noqa: ARG001
+            macs[name] -= counter.get_total_flops() // 2
+
+        def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:  # noqa: ARG001
+            macs[name] += counter.get_total_flops() // 2
+
+        handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        with counter:
+            run_in_float(model, [inputs])
+    finally:
+        for handle in handles:
+            handle.remove()
+    counted = []
+    for name, layer in layers.items():
+        weight_bits, activation_bits = _bits(layer)
+        counted.append(LayerCost(name, macs[name], weight_bits, activation_bits))
+    return Cost(tuple(counted), counter.get_total_flops() // 2 - sum(macs.values()), *_storage(model))
+
+
+def _bits(layer: QuantizedLayer | PackedLayer | QuantAttentionProducts) -> tuple[int, int]:
+    if isinstance(layer, QuantAttentionProducts):
+        bits = {quantizer.bits for quantizer in layer.own_quantizers()} or {FLOAT_BITS}
+        assert len(bits) == 1, "all operands of an attention have the same bits"
+        return 2 * (*bits,)  # type: ignore[return-value]
+    quantizer: Any = layer if isinstance(layer, PackedLayer) else layer.weight_quantizer
+    weight_bits = FLOAT_BITS if quantizer is None else quantizer.bits
+    activation_bits = FLOAT_BITS if layer.activation_quantizer is None else layer.activation_quantizer.bits
+    return weight_bits, activation_bits
+
+
+def _storage(model: nn.Module) -> tuple[int, int, int]:
+    """Parameters, quantized parameters, and bytes of all of them with their quantizers."""
+    quantized, floats, values = 0, 0, 0  # parameters with few bits, with 32, and of quantizers
+    stored = 0
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, PackedLayer):
+            size = torch.Size(module.weight_shape).numel()
+            quantized += size
+            stored += packed_size(size, module.bits)
+            values += module.weight_scale.numel() * (1 if module.weight_offset is None else 2)
+        elif isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+            size = module.weight.numel()
+            stored += packed_size(size, module.weight_quantizer.bits)
+            values += module.weight_quantizer.grid(module.weight)[0].numel() * (1 + module.weight_quantizer.has_offset)
+            quantized += 0 if module.weight in seen else size
+            seen.add(module.weight)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            if not isinstance(module, Quantizer):
+                floats += parameter.numel()
+            elif module.role == "activation":
+                values += parameter.numel()
+    return quantized + floats, quantized, stored + (floats + values) * FLOAT_BITS // 8
+
+
+def _short(count: int) -> str:
+    """Three digits and a prefix: 12.3 G."""
+    value = float(count)
+    for prefix in ("", " k", " M", " G", " T"):
+        if value < 999.5 or prefix == " T":
+            break
+        value /= 1000
+    return f"{value:.3g}{prefix}" if value < 999.5 else f"{value:.0f}{prefix}"
+
+
+def _ratio(before: int, after: int) -> str:
+    return f"{before / after:.1f} times less" if after else ""
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%} in quantized layers" if whole else ""

@@ -1,0 +1,10 @@
+"""The two configurations that users write: how to quantize, and how to train sharpness-aware.
+
+Comes in: keyword arguments, `config.json`, command lines. Goes out: checked, JSON-plain values that stay as they were
+given. Must not know: models, layers, files.
+"""
+
+from .quantization import FORMAT_VERSION, OVERRIDABLE, QUANT_METHOD, SAQQuantizationConfig
+from .training import SAQConfig
+
+__all__ = ["FORMAT_VERSION", "OVERRIDABLE", "QUANT_METHOD", "SAQConfig", "SAQQuantizationConfig"]

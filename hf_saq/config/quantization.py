@@ -1,0 +1,174 @@
+"""`SAQQuantizationConfig`: how to quantize a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..quantizers import check_activation_mode, quantizer_class
+from .checks import check_bits, check_choice
+
+QUANT_METHOD = "saq"
+FORMAT_VERSION = 1
+OVERRIDABLE = ("weight_bits", "activation_bits", "quantizer", "weight_granularity", "activation_mode", "scale_init")
+
+
+def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
+    """Checks of the fields that hold for one layer, in the configuration itself or in an override."""
+    for name, value in values.items():
+        if name in ("weight_bits", "activation_bits"):
+            check_bits(f"{where}{name}", value)
+        elif name == "quantizer":
+            if not isinstance(value, str):
+                raise ValueError(f"{where}{name}={value!r}; expected the name of a quantizer.")
+            try:
+                quantizer_class(value)
+            except ValueError as error:
+                raise ValueError(f"{where}{error}") from None
+        elif name == "weight_granularity":
+            check_choice(f"{where}{name}", value, ("tensor", "channel"))
+        elif name == "activation_mode":
+            check_choice(f"{where}{name}", value, ("auto", "signed", "unsigned", "affine"))
+        elif name == "scale_init":
+            check_choice(f"{where}{name}", value, ("mse", "mean"))
+    if "quantizer" in values and "activation_mode" in values:  # `build` checks what overrides make of the rest
+        check_activation_mode(where, values["quantizer"], values["activation_mode"])
+
+
+@dataclass(repr=False, kw_only=True)
+class SAQQuantizationConfig(QuantizationConfigMixin):
+    """How to quantize a vision model; `quant_method` is `"saq"`.
+
+    Pass it to `from_pretrained(..., quantization_config=...)`, to `hf_saq.quantize` or to `SAQTrainer`. It is stored
+    in the `config.json` of a saved model. Everything is checked when it is built; a mistake raises `ValueError`.
+    """
+
+    weight_bits: int | None = field(default=4, metadata={"help": "Bits of a weight, 2 to 8, or None for float."})
+    activation_bits: int | None = field(
+        default=4, metadata={"help": "Bits of a layer's input, 2 to 8; None keeps activations float."}
+    )
+    quantizer: str = field(
+        default="lsq", metadata={"help": "Name of the quantizer: a key of hf_saq.quantizers.QUANTIZERS."}
+    )
+    weight_granularity: Literal["tensor", "channel"] = field(
+        default="tensor", metadata={"help": "One weight scale per tensor (the paper) or per output channel."}
+    )
+    activation_mode: Literal["auto", "signed", "unsigned", "affine"] = field(
+        default="auto",
+        metadata={
+            "help": "Sign of activation codes; auto decides from the smallest value calibrated; affine learns an "
+            "offset (lsq_plus only, which does so for auto as well)."
+        },
+    )
+    scale_init: Literal["mse", "mean"] = field(
+        default="mse", metadata={"help": "First scales by least squared error (mse) or the mean rule of LSQ."}
+    )
+    first_last_bits: int | None = field(
+        default=8, metadata={"help": "Bits of the first layer and of the heads; None treats them like the rest."}
+    )
+    quantize_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "Also quantize the operands of attention products (query, key, probabilities, value) to "
+            "activation_bits. For models whose attention goes through transformers' attention interface."
+        },
+    )
+    modules_to_not_convert: list[str] | None = field(
+        default=None, metadata={"help": "Modules to leave in float: dotted names, their prefixes, or globs."}
+    )
+    overrides: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Glob of module names -> fields that differ there; last match wins."}
+    )
+    storage: Literal["float", "packed"] = field(
+        default="float", metadata={"help": "Whether checkpoints hold latent float weights or packed integers."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the stored format."})
+    quant_method: str = field(default=QUANT_METHOD, metadata={"help": "Always saq."})  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        layer_fields = {name: getattr(self, name) for name in OVERRIDABLE}
+        _check_layer_fields("SAQQuantizationConfig.", layer_fields)
+        check_bits("SAQQuantizationConfig.first_last_bits", self.first_last_bits)
+        if not isinstance(self.quantize_attention, bool):
+            raise ValueError(
+                f"SAQQuantizationConfig.quantize_attention={self.quantize_attention!r}; expected True or False."
+            )
+        if self.quantize_attention and self.activation_bits is None:
+            raise ValueError(
+                "SAQQuantizationConfig.quantize_attention=True with activation_bits=None: both operands of an "
+                "attention product are activations. Set activation_bits, or quantize_attention=False."
+            )
+        check_choice("SAQQuantizationConfig.storage", self.storage, ("float", "packed"))
+        check_choice("SAQQuantizationConfig.quant_method", self.quant_method, (QUANT_METHOD,))
+        if type(self.format_version) is not int or self.format_version < 1:
+            raise ValueError(
+                f"SAQQuantizationConfig.format_version={self.format_version!r}; expected an integer >= 1."
+            )
+        excluded = self.modules_to_not_convert
+        if excluded is not None and (
+            not isinstance(excluded, (list, tuple)) or not all(isinstance(name, str) for name in excluded)
+        ):
+            raise ValueError(
+                f"SAQQuantizationConfig.modules_to_not_convert={excluded!r}; expected a list of module names, or None."
+            )
+        if not isinstance(self.overrides, dict) or not all(isinstance(pattern, str) for pattern in self.overrides):
+            raise ValueError(
+                f"SAQQuantizationConfig.overrides={self.overrides!r}; expected a dict of name pattern -> fields."
+            )
+        for pattern, values in self.overrides.items():
+            where = f"SAQQuantizationConfig.overrides[{pattern!r}]"
+            if not isinstance(values, dict) or not values:
+                raise ValueError(f"{where}={values!r}; expected a dict with some of {list(OVERRIDABLE)}.")
+            unknown = sorted(set(values) - set(OVERRIDABLE))
+            if unknown:
+                raise ValueError(f"{where} has unknown fields {unknown}; expected some of {list(OVERRIDABLE)}.")
+            _check_layer_fields(f"{where}.", values)
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """Build from `config.json`. Unknown keys raise, except in a file of a newer format, where they warn."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            message = (
+                f"quantization_config.format_version is {version}, but this hf_saq reads up to {FORMAT_VERSION}; "
+                "upgrade with `pip install -U hf-saq`."
+            )
+            if config_dict.get("storage") == "packed":
+                raise ValueError(message)
+            warnings.warn(f"{message} Ignored keys: {unknown}.", stacklevel=2)
+            config_dict = {**config_dict, "format_version": FORMAT_VERSION}  # what is saved from here on
+        elif unknown:
+            raise ValueError(f"quantization_config has unknown keys {unknown}; expected some of {sorted(known)}.")
+        values = {name: value for name, value in {**config_dict, **kwargs}.items() if name in known}
+        stored = values.get("overrides")
+        if isinstance(stored, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in stored):
+            values["overrides"] = {str(pattern): changes for pattern, changes in stored}
+        unused = {name: value for name, value in kwargs.items() if name not in known}
+        return (cls(**values), unused) if return_unused_kwargs else cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-plain fields. `overrides` become pairs: `config.json` sorts its keys, and here the last match wins."""
+        values = super().to_dict()
+        return {**values, "overrides": [[pattern, changes] for pattern, changes in values["overrides"].items()]}
+
+    @property
+    def tags(self) -> list[str]:
+        """What a model quantized like this is found by on the Hub, `w4a4` for example; 32 stands for float."""
+        bits = f"w{self.weight_bits or 32}a{self.activation_bits or 32}"
+        return ["quantized", QUANT_METHOD, bits, self.quantizer]
+
+    def attach_to(self, model: Any) -> None:
+        """Tell a transformers model how it is quantized now: `save_pretrained` asks the quantizer it finds there."""
+        model.config.quantization_config = self
+        model.hf_quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
+
+    def replace(self, **changes: Any) -> SAQQuantizationConfig:
+        """A checked copy with some fields changed."""
+        return type(self)(**{**copy.deepcopy(self.__dict__), **changes})

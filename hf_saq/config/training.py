@@ -1,0 +1,117 @@
+"""`SAQConfig`: how to train, that is how and when to perturb."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..sharpness.schedules.schedule import KNOBS, PerturbationSchedule, resolve_preset
+from .checks import check_choice, is_number
+
+PERTURBABLE = ("weight", "bias", "norm", "scale", "other")
+
+
+@dataclass
+class SAQConfig:
+    """How to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
+
+    A dataclass for `HfArgumentParser`, next to `TrainingArguments`. Everything is checked when it is built; a mistake
+    raises `ValueError`. `interval`, `ascent_fraction`, `reuse` and `trigger` take the values of `schedule`; with none
+    of these five given they are those of `"balanced"`. `hf_saq.schedules` says what each costs and which go together.
+    """
+
+    rho: float | None = field(
+        default=None,
+        metadata={"help": "Radius of the perturbation (one global L2 norm); None: the default of the model family."},
+    )
+    case: int | None = field(
+        default=3,
+        metadata={
+            "help": "1: L(Q(w)+eps) with the latent gradient; 2: L(Q(w+eps)), which is SAM on a quantized model; "
+            "3: L(Q(w)+eps) with the gradient at Q(w), which is SAQ; None: plain quantization-aware training."
+        },
+    )
+    adaptive: bool = field(
+        default=False, metadata={"help": "Scale the perturbation by the size of each weight (ASAM, arXiv:2102.11600)."}
+    )
+    eta: float = field(default=0.01, metadata={"help": "Added to the size of each weight when adaptive."})
+    perturb: list[str] = field(
+        default_factory=lambda: ["weight", "bias", "norm"],
+        metadata={"help": f"What to perturb: some of {', '.join(PERTURBABLE)}."},
+    )
+    schedule: Literal["full", "balanced", "free"] | None = field(
+        default=None,
+        metadata={
+            "help": "Preset for the knobs below: full perturbs with whole batches, in two passes a step; "
+            "balanced (the default if no knob is given) takes 1.125 passes, free one. Knobs given one by one are "
+            "completed by those of full."
+        },
+    )
+    interval: int | None = field(
+        default=None,
+        metadata={"help": "Perturb every k-th optimizer step (default 1), plain steps between unless reuse is set."},
+    )
+    start: float = field(default=0.0, metadata={"help": "Perturb only after this fraction of training, 0 to 1."})
+    ascent_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each micro-batch that the perturbation is made from, in (0, 1]; at least 2 images."
+        },
+    )
+    reuse: Literal["stale", "previous", "look"] | None = field(
+        default=None,
+        metadata={
+            "help": "stale: between every k-th step one pass with the last perturbation; previous: one pass in every "
+            "step, perturbed by the gradient of the step before; look: LookSAM between every k-th step."
+        },
+    )
+    trigger: bool = field(
+        default=False, metadata={"help": "Perturb when the gradient is long against its running mean (AE-SAM)."}
+    )
+    look_alpha: float = field(default=0.7, metadata={"help": "What reuse=look adds, relative to the gradient."})
+    scale_lr_ratio: float = field(
+        default=0.1,
+        metadata={"help": "Learning rate of scales, clips and offsets, relative to that of the weights."},
+    )
+    sync: Literal["local", "global"] = field(
+        default="local",
+        metadata={
+            "help": "local: each process and micro-batch perturbs with its own gradient (m-sharpness); "
+            "global: one perturbation per optimizer step, from the gradient of all of them."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.rho is not None and not is_number(self.rho):
+            raise ValueError(f"SAQConfig.rho={self.rho!r}; expected a finite number >= 0, or None for the default.")
+        check_choice("SAQConfig.case", self.case, (None, 1, 2, 3))
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"SAQConfig.adaptive={self.adaptive!r}; expected True or False.")
+        if not is_number(self.eta):
+            raise ValueError(f"SAQConfig.eta={self.eta!r}; expected a finite number >= 0.")
+        if isinstance(self.perturb, (str, tuple)):
+            self.perturb = [self.perturb] if isinstance(self.perturb, str) else list(self.perturb)
+        if not isinstance(self.perturb, list) or not self.perturb or any(k not in PERTURBABLE for k in self.perturb):
+            raise ValueError(f"SAQConfig.perturb={self.perturb!r}; expected one or more of {list(PERTURBABLE)}.")
+        given = {name: getattr(self, name) for name in KNOBS}
+        given["trigger"] = None if self.trigger is False else self.trigger  # a flag, which has no third value
+        try:
+            for name, value in resolve_preset(self.schedule, given).items():
+                setattr(self, name, value)
+            self.perturbation_schedule()
+        except ValueError as error:
+            raise ValueError(f"SAQConfig.{error}") from None
+        if not is_number(self.scale_lr_ratio):
+            raise ValueError(f"SAQConfig.scale_lr_ratio={self.scale_lr_ratio!r}; expected a finite number >= 0.")
+        check_choice("SAQConfig.sync", self.sync, ("local", "global"))
+
+    def perturbation_schedule(self) -> PerturbationSchedule:
+        """When to perturb and what to reuse."""
+        assert self.interval is not None and self.ascent_fraction is not None  # since `__post_init__`
+        return PerturbationSchedule(
+            self.interval, self.start, self.ascent_fraction, self.reuse, self.trigger, self.look_alpha
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-plain fields, in order."""
+        return asdict(self)

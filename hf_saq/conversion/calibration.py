@@ -1,0 +1,196 @@
+"""First values of activation quantizers, from real batches run through the float model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import HoldsQuantizers
+from ..quantizers import Observer, Quantizer
+from .report import note_signs
+from .swapping import leave_in_float
+
+NEVER_RUN = "the model never calls this layer: its weight is read directly, or has no part in the output"
+SAMPLES_PER_BATCH = 2**17
+"""Values kept of each activation tensor. Rare large values decide a clipping point: 131,072 draws see those that make
+up a ten-thousandth of an activation, and are still small enough for any model."""
+
+
+class _ActivationObserver(Observer):
+    """Keeps the smallest value and a random sample of all values of a quantizer's input."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.ran = False
+        self.minimum = float("inf")
+        self.samples: list[Tensor] = []
+        self.generator = torch.Generator().manual_seed(0)
+
+    def update(self, x: Tensor) -> None:
+        self.ran = True
+        flat = x.detach().reshape(-1)
+        if flat.numel():
+            smallest, largest = (bound.item() for bound in flat.aminmax())
+            if not math.isfinite(smallest) or not math.isfinite(largest):
+                raise ValueError(
+                    f"{self.path}: calibration found infinite or NaN values, so there is no range to fit; check the "
+                    "batches, and the weights of the layers before it."
+                )
+            self.minimum = min(self.minimum, smallest)
+            if flat.numel() > SAMPLES_PER_BATCH:
+                # At random: an even stride can fall into step with the layout and keep missing a channel or a place.
+                # From a seed of its own, so that every process draws alike.
+                draw = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
+                flat = flat[draw.to(flat.device)]
+            self.samples.append(flat.float())
+
+
+class _PassThrough(Observer):
+    """Lets the float weight through while activations are observed."""
+
+    ran = False
+
+    def update(self, x: Tensor) -> None:  # noqa: ARG002
+        self.ran = True
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Fit every activation quantizer of `model`, in place, to what it sees while the model runs in float.
+
+    The model runs in evaluation mode without gradients, its mode is restored afterwards. Weights run unquantized, so
+    that the ranges belong to the function that training starts from.
+
+    A quantized layer that the model never calls goes back to float, with a warning: a parent that reads
+    `layer.weight` itself passes the quantizers by, and the model would not be what its report says. This holds for
+    weight-only quantization too, which needs no calibration otherwise. Such layers are from then on listed in the
+    report and in `model.config.quantization_config.modules_to_not_convert`, so that saved models load as they are.
+
+    Args:
+        model: A quantized model.
+        batches: Model inputs, each a tensor, a tuple or list of positional inputs, or a dict of keyword inputs; they
+            are moved to the model's device. A few batches are enough.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: If the model is not quantized, if there is no batch, if a batch has another type, is empty or makes
+            activations infinite or NaN, or if no quantized layer was run.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")
+    activation_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
+    weight_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "weight"]
+    observers = {quantizer: _ActivationObserver(quantizer.path) for quantizer in activation_quantizers}
+    attached_to: dict[Quantizer, _ActivationObserver | _PassThrough] = {
+        **observers,
+        **{quantizer: _PassThrough() for quantizer in weight_quantizers},
+    }
+    if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
+        raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
+    count = _run_observed(model, batches, attached_to)
+    if count == 0:
+        raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
+    _leave_idle_layers_in_float(model, {quantizer for quantizer, observer in attached_to.items() if observer.ran})
+    remaining = set(model.modules())
+    seen = {quantizer: observer for quantizer, observer in observers.items() if quantizer in remaining}
+    empty = [q.path.removesuffix(".activation_quantizer") for q, observer in seen.items() if not observer.samples]
+    if empty:
+        raise ValueError(
+            f"calibrate: the model ran the quantized layers {empty} on no value, so their activations have no range. "
+            "Give batches that are not empty."
+        )
+    for quantizer, observer in seen.items():
+        quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
+    note_signs(model)
+    return model
+
+
+def run_in_float(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run `model` on `batches` in evaluation mode, with every quantizer that it still has passed by."""
+    _run_observed(model, batches, {m: _PassThrough() for m in model.modules() if isinstance(m, Quantizer)})
+
+
+def run_quantized(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run `model` on `batches` in evaluation mode, as it is."""
+    _run_observed(model, batches, {})
+
+
+@torch.no_grad()
+def _run_observed(model: nn.Module, batches: Iterable[Any], observers: Mapping[Quantizer, Observer]) -> int:
+    """Run in evaluation mode while each quantizer shows its input to its observer; returns the number of batches."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    count = 0
+    try:
+        for quantizer, observer in observers.items():
+            quantizer.observer = observer
+        for batch in batches:
+            _run(model, batch, device)
+            count += 1
+    finally:
+        for quantizer in observers:
+            quantizer.observer = None
+        for module, training in was_training.items():
+            module.training = training
+    return count
+
+
+def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
+    """Give up the quantization of layers and attention products with no quantizer among those that `ran`."""
+    idle = []
+    working = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, HoldsQuantizers):
+            own = layer.own_quantizers()
+            working += bool(ran.intersection(own))
+            if own and ran.isdisjoint(own):
+                idle.append(name)
+    if idle and not working:
+        raise ValueError(
+            f"calibrate: {type(model).__name__} ran none of its {len(idle)} quantized layers, for example {idle[:3]}. "
+            "Pass batches of what the model classifies, through the model that was quantized."
+        )
+    if idle:
+        leave_in_float(model, idle, NEVER_RUN)
+        warnings.warn(
+            f"calibrate: {len(idle)} of {len(idle) + working} layers stay in float, because {NEVER_RUN}. They are: "
+            f"{', '.join(idle)}. List them in modules_to_not_convert to say that this is intended.",
+            stacklevel=4,
+        )
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether a quantizer has no range yet, or no activation quantizer would tell of a layer that is never called."""
+    roles = {module.role for module in model.modules() if isinstance(module, Quantizer)}
+    return roles == {"weight"} or not is_calibrated(model)
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether every quantizer of `model` has its range."""
+    return all(module.initialized for module in model.modules() if isinstance(module, Quantizer))
+
+
+def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
+    if isinstance(batch, Tensor):
+        model(batch.to(device))
+    elif isinstance(batch, Mapping):
+        model(**{name: _to(value, device) for name, value in batch.items()})
+    elif isinstance(batch, (tuple, list)):
+        model(*[_to(value, device) for value in batch])
+    else:
+        raise ValueError(
+            f"calibrate: a batch is a {type(batch).__name__}; expected a tensor, a tuple of positional inputs, or a "
+            "dict of keyword inputs of the model."
+        )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,178 @@
+"""Whole models between their trainable, packed and plain float forms."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import SAQQuantizationConfig
+from ..layers import PackedLayer, QuantizedLayer
+from ..layers.float_form import HOOKS
+from . import attention_interface
+from .swapping import convert, replace_modules
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model whose weights are packed integers: small on disk and in memory, for inference only.
+
+    The latent float weights are dropped; keep a float-storage checkpoint to go on training.
+
+    Raises:
+        ValueError: If the model has no quantized weight.
+        RuntimeError: If a weight quantizer was never initialized.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.weight_quantizer is not None]
+    if not layers:
+        found = "is packed already" if is_packed(model) else "has no layer with quantized weights"
+        raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
+    with torch.no_grad():
+        packed = _copy_with(model, {layer: PackedLayer.from_quantized(layer) for layer in layers})
+    _set_storage(packed, "packed")
+    return packed.eval()
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """A copy of a packed model that can be trained: float weights that quantize to the very same codes.
+
+    The weights lie on the grid (with LIQ all of a layer next to it, by less than half a step); what was lost in
+    packing, where between two grid values they were, does not come back.
+
+    Raises:
+        ValueError: If the model is not packed, or if the quantizer of a layer cannot be brought back to its grid.
+    """
+    if not is_packed(model):
+        raise ValueError(
+            f"{type(model).__name__} is not packed; expected a model made by `pack` or a packed checkpoint."
+        )
+    _check_on_device(model)
+    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    unpacked = _copy_with(model, {layer: layer.to_quantized() for layer in layers})
+    _set_storage(unpacked, "float")
+    return unpacked
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """A plain float copy of a quantized or packed model, with every layer of the class it had before `quantize`.
+
+    Its weights are the quantized ones, as floats. **Inputs of layers are no longer quantized**, nor are attention
+    products, so that its outputs are those of the quantized model only where `activation_bits` was `None`. The copy
+    needs no hf_saq: what its `save_pretrained` writes is an ordinary checkpoint.
+
+    Raises:
+        ValueError: If no layer is quantized, or if two layers that the model declares as tied were quantized to
+            different weights.
+        RuntimeError: If a weight quantizer was never initialized.
+    """
+    with torch.no_grad():
+        restored = _copy_with(model, _float_layers(model))
+    _forget_quantization(restored)
+    return restored
+
+
+def dequantize_in_place(model: nn.Module) -> None:
+    """[`dequantize`] without the copy, for `model.dequantize()` of transformers."""
+    with torch.no_grad():
+        replace_modules(model, _float_layers(model))
+    _forget_quantization(model)
+
+
+def convert_to_packed(model: nn.Module, config: SAQQuantizationConfig) -> None:
+    """Swap the layers of a float `model`, in place, for packed ones whose codes are still to be loaded."""
+    convert(model, config)
+    replace_modules(
+        model,
+        {
+            layer: PackedLayer.skeleton(layer)
+            for layer in model.modules()
+            if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None
+        },
+    )
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLayer) for module in model.modules())
+
+
+def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A deep copy of `model` with other modules in place of some, and what those share with the originals copied."""
+    # What is replaced is not copied at all: it would be the bulk of the model.
+    memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
+    copied = copy.deepcopy(model, memo)
+    for old, new in replacements.items():
+        shared = {*old.parameters(recurse=False), *old.children()}
+        for tensors_or_modules in (new._parameters, new._modules):
+            for name, value in tensors_or_modules.items():
+                if value is not None and value in shared:
+                    tensors_or_modules[name] = copy.deepcopy(value, memo)  # type: ignore[assignment]
+        vars(new).update({name: copy.deepcopy(vars(new)[name], memo) for name in HOOKS})
+    return copied
+
+
+def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The float layer that stands in for each quantized one."""
+    _check_on_device(model)
+    layers = [module for module in model.modules() if isinstance(module, (QuantizedLayer, PackedLayer))]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no quantized layer; expected a model made by `quantize`, `pack` or "
+            "`from_pretrained`."
+        )
+    found: dict[nn.Module, nn.Module] = {}
+    by_latent: dict[int, nn.Parameter] = {}
+    for layer in layers:
+        latent: Any = layer.weight
+        if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is None:
+            weight = latent
+        else:
+            weight = nn.Parameter(layer.quantized_weight(), requires_grad=latent.requires_grad or is_packed(layer))
+            same = by_latent.setdefault(id(latent), weight)
+            if torch.equal(same, weight):
+                weight = same  # layers that share a weight go on sharing it
+        found[layer] = layer.float_form.build(weight, like=layer)
+    return found
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """Leave no trace of hf_saq in a model whose layers are float again."""
+    attention_interface.unroute(model)
+    for name in ("quantization_report", "hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False  # type: ignore[assignment]
+    for module in model.modules():
+        if "config" in vars(module):
+            vars(module.config).pop("_is_quantized", None)  # transformers notes it in the config of every submodel
+    config = getattr(model, "config", None)
+    if isinstance(getattr(config, "quantization_config", None), SAQQuantizationConfig):
+        del config.quantization_config  # type: ignore[union-attr]
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        _tie(model, target, source)
+
+
+def _tie(model: nn.Module, target: str, source: str) -> None:
+    """Make the parameter `target` the one called `source`, as the model declares that it is."""
+    first, second = model.get_parameter(source), model.get_parameter(target)
+    if not torch.equal(first, second):
+        raise ValueError(
+            f"{type(model).__name__} ties {target} to {source}, but the two were quantized to different weights, "
+            "which one float weight cannot be. Leave both in float (modules_to_not_convert)."
+        )
+    parent, _, name = target.rpartition(".")
+    setattr(model.get_submodule(parent), name, first)
+
+
+def _check_on_device(model: nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{type(model).__name__}: {name} has no values (device='meta'); load the model's weights first."
+            )
+
+
+def _set_storage(model: nn.Module, storage: str) -> None:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(config, SAQQuantizationConfig):
+        config.replace(storage=storage).attach_to(model)

@@ -1,0 +1,191 @@
+"""Which layers of a model are quantized and how: decided before anything is changed."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..config import OVERRIDABLE, SAQQuantizationConfig
+from ..layers import QUANTIZED_LAYERS, HoldsQuantizers, PackedLayer, quantized_form
+from . import attention_interface
+from .report import LayerPlan
+
+
+def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
+    """Decide for every layer whether and how it is quantized, in the order of `named_modules`."""
+    if any(isinstance(m, (HoldsQuantizers, PackedLayer)) for m in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has quantized layers already; start from the float model, or train on as it is."
+        )
+    names = [name for name, _ in model.named_modules() if name]
+    attentions = _attentions(model) if config.quantize_attention else {}
+    names += [products_name(name) for name in attentions]
+    excluded = config.modules_to_not_convert or []
+    _check_patterns("modules_to_not_convert", excluded, names)
+    _check_patterns("overrides", config.overrides, names)
+    edges = first_and_heads(model) if config.first_last_bits is not None else set()
+    tied = _tied_to_something_else(model)
+
+    layers: list[LayerPlan] = []
+    for name, module in model.named_modules():
+        layer = LayerPlan(name, type(module).__name__)
+        if name in attentions:
+            layers.append(_plan_products(name, module, config))
+        reason = unsupported(module)
+        if reason is None:
+            continue
+        layers.append(layer)
+        if not name:
+            layer.reason = "the model itself is a single layer; wrap it, for example in nn.Sequential"
+        elif any(_matches(pattern, name) for pattern in excluded):
+            layer.reason = "listed in modules_to_not_convert"
+        elif reason or module in tied:
+            layer.reason = reason or tied[module]
+        else:
+            settings = layer_settings(config, name, edge=name in edges)
+            if settings["weight_bits"] is None and settings["activation_bits"] is None:
+                layer.reason = "bits are None"
+            else:
+                layer.settings = settings
+                layer.reason = "first layer or head" if name in edges else ""
+    return layers
+
+
+def products_name(name: str) -> str:
+    """The name that the products of the attention module called `name` have, or would have."""
+    return f"{name}.{attention_interface.CHILD}" if name else attention_interface.CHILD
+
+
+def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules that go through the attention interface, by name; raises if none of them can be quantized."""
+    found = {name: m for name, m in model.named_modules() if attention_interface.uses_interface(m)}
+    reasons = {name: attention_interface.unsupported(m) for name, m in found.items()}
+    if not found or all(reasons.values()):
+        others = [f"{n} ({type(m).__name__})" for n, m in model.named_modules() if _sounds_like_attention(m)]
+        seen = [f"{name}: {reason}" for name, reason in reasons.items()]
+        by_hand = f"{len(others)} attention modules that do not, for example {', '.join(others[:3])}"
+        raise ValueError(
+            f"{type(model).__name__}: quantize_attention=True, but no attention of this model can be quantized. "
+            "Expected modules that go through transformers' attention interface; found "
+            f"{'; '.join(seen[:3]) or (by_hand if others else 'no attention module')}. Set quantize_attention=False."
+        )
+    return found
+
+
+def _sounds_like_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+def _plan_products(name: str, attention: nn.Module, config: SAQQuantizationConfig) -> LayerPlan:
+    """Decide whether and how the products of one attention module are quantized; patterns may name that or them."""
+    own_name = products_name(name)
+    planned = LayerPlan(own_name, type(attention).__name__)
+    planned.reason = attention_interface.unsupported(attention)
+    if any(_matches(pattern, n) for pattern in config.modules_to_not_convert or [] for n in (name, own_name)):
+        planned.reason = "listed in modules_to_not_convert"
+    if not planned.reason:
+        settings = layer_settings(config, name, own_name, edge=False)
+        del settings["weight_bits"], settings["weight_granularity"]
+        if settings["activation_bits"] is None:
+            planned.reason = "bits are None"
+        else:
+            planned.settings = settings
+    return planned
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why a weighted layer stays in float: `""` if it can be quantized, `None` if it is not such a layer at all."""
+    if quantized_form(module) is not None:
+        return "" if isinstance(module.weight, nn.Parameter) else "its weight is computed from other parameters"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its weight is read by the attention that holds it, which does not call the layer"
+    for float_type in QUANTIZED_LAYERS:
+        if isinstance(module, float_type):
+            return f"a subclass of {float_type.__name__} may compute something else"
+    if isinstance(module, nn.MultiheadAttention):
+        return "its projections are raw parameters of one fused function"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "this convolution has no quantized form"
+    return None
+
+
+def _tied_to_something_else(model: nn.Module) -> dict[nn.Module, str]:
+    """Layers that share their weight with a module that cannot be quantized, such as an embedding, and the reason."""
+    # transformers ties weights after loading them; until then it only lists which ones.
+    source_of: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            source = parameters.get(source_of.get(f"{name}.{key}", ""), parameter)
+            owners.setdefault(source, []).append((name, module))
+    tied = {}
+    for sharing in owners.values():
+        others = [name for name, module in sharing if unsupported(module) != ""]
+        if others and len(sharing) > 1:
+            reason = f"its weight is shared with {others[0]}, which has no quantized form"
+            tied.update({module: reason for _, module in sharing if unsupported(module) == ""})
+    return tied
+
+
+def layer_settings(config: SAQQuantizationConfig, *names: str, edge: bool) -> dict[str, Any]:
+    """The fields that hold for one layer: the configuration, then the first/last rule, then overrides that match one
+    of its names."""
+    settings = {key: getattr(config, key) for key in OVERRIDABLE}
+    if edge:
+        for key in ("weight_bits", "activation_bits"):
+            if settings[key] is not None:
+                settings[key] = config.first_last_bits
+    for pattern, values in config.overrides.items():
+        if any(_matches(pattern, name) for name in names):
+            settings.update(values)
+    return settings
+
+
+def first_and_heads(model: nn.Module) -> set[str]:
+    """Names of the first layer and of the classification heads, found by structure.
+
+    Heads are, in this order: what timm's `get_classifier` returns; what a transformers model keeps outside of its
+    `base_model`; the last layer.
+    """
+    candidates = {name: module for name, module in model.named_modules() if unsupported(module) == ""}
+    if not candidates:
+        return set()
+    heads = _timm_heads(model) or _outside_base_model(model)
+    in_heads = {module for head in heads for module in head.modules()}
+    names = {name for name, module in candidates.items() if module in in_heads} or {list(candidates)[-1]}
+    body = [name for name in candidates if name not in names]
+    return names | set(body[:1])
+
+
+def _timm_heads(model: nn.Module) -> list[nn.Module]:
+    for module in model.modules():
+        get_classifier = getattr(module, "get_classifier", None)
+        if callable(get_classifier):
+            found = get_classifier()
+            return [m for m in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(m, nn.Module)]
+    return []
+
+
+def _outside_base_model(model: nn.Module) -> list[nn.Module]:
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return []
+    inside = set(base.modules())
+    return [child for child in model.children() if child not in inside]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+
+
+def _check_patterns(where: str, patterns, names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in names):
+            raise ValueError(
+                f"{where}: {pattern!r} matches no module of the model. Expected a dotted module name, a prefix of "
+                f"one, or a glob such as '*.layers.0.*'; the model has for example {names[:3]}."
+            )

@@ -1,0 +1,76 @@
+"""What conversion does to each layer of a model, as a table that can be printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..layers import QuantAttentionProducts
+from ..quantizers import Quantizer
+
+
+@dataclass
+class LayerPlan:
+    """What is to happen to one layer. `settings` is empty and `reason` says why where it stays in float.
+
+    The products of an attention count as a layer, which has no weight; `layer_type` is then that of the attention.
+    `sign` is that of the activations: `auto` until they are calibrated.
+    """
+
+    name: str
+    layer_type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    sign: str = "-"
+
+
+@dataclass
+class ConversionReport:
+    """What `quantize` did, layer by layer; `print(report)` shows a table."""
+
+    layers: list[LayerPlan]
+
+    @property
+    def converted(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.settings]
+
+    @property
+    def skipped(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if not layer.settings]
+
+    def __str__(self) -> str:
+        rows = [("module", "type", "W", "A", "sign of A", "quantizer", "note")]
+        for layer in self.layers:
+            bits = [str(layer.settings.get(k) or "float") for k in ("weight_bits", "activation_bits")]
+            if layer.settings and "weight_bits" not in layer.settings:
+                bits[0] = "-"
+            quantizer = layer.settings.get("quantizer", "-")
+            rows.append((layer.name, layer.layer_type, *bits, layer.sign, quantizer, layer.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{len(self.converted)} layers quantized, {len(self.skipped)} left in float"])
+
+
+def note_signs(model: nn.Module) -> None:
+    """Write into the report of `model` which signs its activations have by now."""
+    report = getattr(model, "quantization_report", None)
+    for planned in report.converted if isinstance(report, ConversionReport) else []:
+        module = model.get_submodule(planned.name)
+        if isinstance(module, QuantAttentionProducts):
+            *others, probability = (
+                _sign(getattr(module, f"{operand}_quantizer")) for operand in ("query", "key", "value", "probability")
+            )
+            planned.sign = f"{'/'.join(dict.fromkeys(others))}, probabilities {probability}"
+        else:
+            planned.sign = _sign(module.activation_quantizer)  # type: ignore[arg-type]
+
+
+def _sign(quantizer: Quantizer | None) -> str:
+    if quantizer is None:
+        return "-"
+    if quantizer.has_offset:
+        return "affine"
+    signed = quantizer.signed if quantizer.initialized else quantizer.requested_signed
+    return {None: "auto", True: "signed", False: "unsigned"}[signed]

@@ -1,0 +1,161 @@
+"""Swap the layers of any `nn.Module` for quantized ones, in place, and report what was changed, skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import SAQQuantizationConfig
+from ..layers import QUANTIZED_LAYERS, HoldsQuantizers, QuantAttentionProducts, QuantizedLayer, quantized_form
+from ..quantizers import Quantizer, check_activation_mode, quantizer_class
+from . import attention_interface
+from .first_scales import initialize_weight_quantizers
+from .planning import plan, products_name
+from .report import ConversionReport, note_signs
+
+_SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
+
+
+def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
+    """Replace the linear and convolution layers of `model`, in place, by fake-quantized ones.
+
+    The new layers share the parameters of the old. Weight scales get their first values here; activation quantizers
+    wait for `calibrate`. Works on any module: models of transformers, timm, torchvision or your own. With both
+    `weight_bits` and `activation_bits` at `None` nothing changes. With `quantize_attention` the attention products
+    are quantized as well, wherever a model of transformers has them; its `attn_implementation` becomes `"saq"`.
+
+    Args:
+        model: The float model.
+        config: How to quantize.
+
+    Returns:
+        `model` itself. The report is kept as `model.quantization_report`.
+
+    Raises:
+        ValueError: If the model is quantized already, has no layer that can be quantized, has no attention that can be
+            and `quantize_attention` asks for it, or if a name in `modules_to_not_convert` or a pattern in `overrides`
+            matches no module.
+    """
+    if not isinstance(config, SAQQuantizationConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a SAQQuantizationConfig.")
+    report = convert(model, config)
+    initialize_weight_quantizers(model)
+    if report.converted and hasattr(getattr(model, "config", None), "model_type"):
+        # a transformers model: save_pretrained stores it, from_pretrained acts on it
+        model.config.quantization_config = config  # type: ignore[union-attr]
+    return model
+
+
+def convert(model: nn.Module, config: SAQQuantizationConfig) -> ConversionReport:
+    """Swap the modules and nothing else: also works on the meta device, before any weight is loaded."""
+    layers = plan(model, config)
+    report = ConversionReport(layers)
+    if not report.converted and (config.weight_bits is not None or config.activation_bits is not None):
+        raise ValueError(
+            f"{type(model).__name__}: no layer can be quantized. Expected at least one of "
+            f"{[t.__name__ for t in QUANTIZED_LAYERS]}; found "
+            + (", ".join(f"{p.name or p.layer_type} ({p.reason})" for p in layers) or "none of them")
+            + "."
+        )
+    settings = {p.name: p.settings for p in report.converted}
+    replacements: dict[nn.Module, nn.Module] = {
+        module: build(module, name, settings[name]) for name, module in model.named_modules() if name in settings
+    }
+    replace_modules(model, replacements)
+    if config.quantize_attention:
+        for name, module in list(model.named_modules()):
+            if products_name(name) in settings:
+                module.add_module(
+                    attention_interface.CHILD,
+                    build_products(module, products_name(name), settings[products_name(name)]),
+                )
+        attention_interface.route(model)
+    model.quantization_report = report  # type: ignore[assignment]
+    if report.converted and hasattr(model, "add_model_tags"):
+        model.add_model_tags(config.tags)  # type: ignore[operator]  # `model.push_to_hub` writes them into the card
+    note_signs(model)
+    return report
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put each replacement at every place that holds its original, so that shared modules stay shared."""
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[child_name] = replacements[child]
+
+
+def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLayer:
+    """The quantized form of one float layer, its quantizers not yet initialized."""
+    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+    make = quantizer_class(settings["quantizer"])
+    form = quantized_form(layer)
+    assert form is not None
+    per_channel = tuple(size if axis == form.channel_axis else 1 for axis, size in enumerate(weight.shape))
+    weight_quantizer: Quantizer | None = None
+    activation_quantizer: Quantizer | None = None
+    if settings["weight_bits"] is not None:
+        weight_quantizer = make(
+            settings["weight_bits"],
+            role="weight",
+            signed=True,
+            scale_shape=per_channel if settings["weight_granularity"] == "channel" else (1,),
+            scale_init=settings["scale_init"],
+        ).to(weight.device)
+        weight_quantizer.path = f"{name}.weight_quantizer"
+    if settings["activation_bits"] is not None:
+        activation_quantizer = _activation_quantizer(f"{name}.activation_quantizer", settings, weight.device)
+    return form.from_float(layer, weight_quantizer, activation_quantizer)
+
+
+def build_products(attention: nn.Module, name: str, settings: dict[str, Any]) -> QuantAttentionProducts:
+    """The products of one attention module, their quantizers not yet initialized; `name` is theirs."""
+    device = next((tensor.device for tensor in attention.parameters()), torch.device("cpu"))
+    quantizers: dict[str, Quantizer | None] = {}
+    for operand in ("query", "key", "value"):
+        path = f"{name}.{operand}_quantizer"
+        quantizers[f"{operand}_quantizer"] = _activation_quantizer(path, settings, device)
+    # A softmax has no negative values, and the zero of a grid without offset is its most common one.
+    probability = _activation_quantizer(
+        f"{name}.probability_quantizer", {**settings, "activation_mode": "unsigned"}, device
+    )
+    products = QuantAttentionProducts(**quantizers, probability_quantizer=probability)
+    products.path = name
+    return products.train(attention.training)
+
+
+def _activation_quantizer(path: str, settings: dict[str, Any], device: torch.device) -> Quantizer:
+    where = f"{path.rpartition('.')[0]}: "
+    check_activation_mode(where, settings["quantizer"], settings["activation_mode"])
+    quantizer = quantizer_class(settings["quantizer"])(
+        settings["activation_bits"],
+        role="activation",
+        signed=_SIGNED[settings["activation_mode"]],
+        scale_init=settings["scale_init"],
+    ).to(device)
+    quantizer.path = path
+    return quantizer
+
+
+def leave_in_float(model: nn.Module, names: Collection[str], reason: str) -> None:
+    """Take the quantizers of some layers away again, in place, and note it in the report and in the configuration.
+
+    What is stored with the model then names these layers in `modules_to_not_convert`, so that it loads as it is now.
+    """
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, HoldsQuantizers)
+        layer.leave_in_float()
+    report = getattr(model, "quantization_report", None)
+    for planned in report.layers if isinstance(report, ConversionReport) else []:
+        if planned.name in names:
+            planned.settings, planned.reason, planned.sign = {}, reason, "-"
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(config, SAQQuantizationConfig):
+        excluded = config.modules_to_not_convert or []
+        model.config.quantization_config = config.replace(  # type: ignore[union-attr]
+            modules_to_not_convert=[*excluded, *(name for name in names if name not in excluded)]
+        )

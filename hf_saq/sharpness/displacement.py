@@ -1,0 +1,72 @@
+"""`eps` for a whole model, and how it is put in place and taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Quantizer
+from . import sharding
+
+
+@dataclass(frozen=True, eq=False)
+class Displacement:
+    """What is added to a model while it trains at a perturbed point. An empty one adds nothing.
+
+    Attributes:
+        outputs: Added to `Q(w)`, by the quantizer that makes it.
+        in_place: Added to parameters.
+    """
+
+    outputs: dict[Quantizer, Tensor] = field(default_factory=dict)
+    in_place: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def shifted(self) -> Iterator[None]:
+        """Add `in_place` for the length of a block; afterwards parameters are put back bit for bit, from copies."""
+        if not self.in_place:
+            yield
+            return
+        with torch.no_grad():
+            parameters = [sharding.local(p) for p in self.in_place]
+            saved = [p.clone() for p in parameters]
+            torch._foreach_add_(parameters, [sharding.local(eps) for eps in self.in_place.values()])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([sharding.local(p) for p in self.in_place], saved)
+
+    def named(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of this process by the names of quantizers and parameters in `model`, to be stored."""
+        modules = {module: name for name, module in model.named_modules()}
+        parameters = {p: name for name, p in model.named_parameters()}
+        outputs = {modules[quantizer]: eps for quantizer, eps in self.outputs.items()}
+        return outputs | {parameters[p]: sharding.local(eps) for p, eps in self.in_place.items()}
+
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, Tensor], model: nn.Module) -> Displacement:
+        """What [`named`] gave, on the devices of `model`.
+
+        Raises:
+            ValueError: If a name belongs to no quantizer and no parameter of `model`.
+        """
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        outputs: dict[Quantizer, Tensor] = {}
+        in_place: dict[nn.Parameter, Tensor] = {}
+        for name, tensor in tensors.items():
+            module, parameter = modules.get(name), parameters.get(name)
+            if isinstance(module, Quantizer):
+                outputs[module] = tensor.to(module.range_state.device)
+            elif parameter is not None:
+                in_place[parameter] = sharding.with_local(parameter, tensor)
+            else:
+                raise ValueError(
+                    f"{name}: a stored perturbation is for this tensor, but {type(model).__name__} has no quantizer "
+                    "and no parameter of that name. Resume with the model and the configuration of the checkpoint."
+                )
+        return cls(outputs, in_place)

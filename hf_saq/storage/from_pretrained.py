@@ -1,0 +1,151 @@
+"""`from_pretrained` for quantized models: the `HfQuantizer` of `quant_method="saq"` and its registration."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from ..config import QUANT_METHOD, SAQQuantizationConfig
+from ..conversion import attention_interface
+from ..conversion.first_scales import initialize_weight_quantizers
+from ..conversion.forms import convert_to_packed, dequantize_in_place, is_packed
+from ..conversion.report import note_signs
+from ..conversion.swapping import convert
+from ..layers import PackedLayer
+from ..quantizers import Quantizer
+from .seal import check_seal, make_seal
+
+
+class SAQHfQuantizer(HfQuantizer):
+    """Builds the quantized layers before weights are loaded, and checks or initializes their quantizers after.
+
+    Three kinds of checkpoint come in: a float one with a `quantization_config` passed by the user, one in float
+    storage (latent weights and quantizers) and one in packed storage (integers and scales).
+    """
+
+    requires_calibration = False
+    quantization_config: SAQQuantizationConfig
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Quantized attention products come with an implementation of their own, which `config.json` does not name."""
+        if self.quantization_config.quantize_attention:
+            attention_interface.choose(config)
+        return config
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> nn.Module:
+        if self.quantization_config.storage == "packed" and not self.pre_quantized:
+            raise ValueError(
+                "SAQQuantizationConfig.storage='packed' describes a stored checkpoint, but the one to be loaded is in "
+                "float. Load it with storage='float', calibrate or train, then call `hf_saq.pack(model)`."
+            )
+        self._weights = str(checkpoint_files[0]) if checkpoint_files else "what was loaded"
+        if checkpoint_files:
+            check_seal(checkpoint_files, self.quantization_config.to_dict() if self.pre_quantized else None)
+        if self.quantization_config.storage == "packed":
+            convert_to_packed(model, self.quantization_config)
+        else:
+            convert(model, self.quantization_config)
+        if not self.pre_quantized:
+            # A float checkpoint has no quantizers; they get their values below, so the report should not list them.
+            ignored = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+            model._keys_to_ignore_on_load_missing = ignored | {r"\.\w+_quantizer\."}  # type: ignore[assignment]
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
+        quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+        if not self.pre_quantized:
+            for quantizer in quantizers:
+                quantizer.reset()
+            initialize_weight_quantizers(model)
+            return model
+        own = model.state_dict(keep_vars=True) if is_packed(model) else _own_tensors(model)
+        offloaded = [name for name, tensor in own.items() if tensor.is_meta]
+        if offloaded:
+            raise ValueError(
+                f"device_map leaves {len(offloaded)} tensor(s) of this {type(model).__name__} out of the memory they "
+                f"are used from, for example {offloaded[0]}. Quantized models cannot be offloaded: give every module "
+                "a device it runs on; packed weights take little of it."
+            )
+        missing = [name for name, tensor in own.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if missing:
+            raise ValueError(
+                f"The checkpoint of this {type(model).__name__} lacks {len(missing)} tensor(s) of the quantized "
+                f"model, for example {missing[:3]}. Its config.json says quant_method={QUANT_METHOD!r}, "
+                f"storage={self.quantization_config.storage!r}; {self._weights} is incomplete or belongs to another "
+                "model. Nothing was substituted: use the checkpoint it was saved with."
+            )
+        for quantizer in quantizers:
+            quantizer.refresh()
+        note_signs(model)
+        for module in model.modules():
+            if isinstance(module, PackedLayer):
+                module.check_size()
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """What `save_pretrained` adds to the header of weight files: the seal of a packed model, see `seal.py`."""
+        if not is_packed(model):
+            return None, {}
+        state = model.state_dict()
+        for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+            state.pop(name, None)
+        config: Any = copy.deepcopy(model.config)  # as `save_pretrained` is about to write it
+        config.dtype = str(model.dtype).removeprefix("torch.")
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        return None, make_seal(
+            revert_weight_conversion(model, state),  # type: ignore[arg-type]
+            self.quantization_config.to_dict(),
+            json.loads(config.to_json_string()),
+        )
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        dequantize_in_place(model)
+        return model if dtype is None else model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    # `Trainer` asks these before it will so much as evaluate a model. A packed one may be evaluated; that it cannot be
+    # trained is said by its layers, in a training forward.
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that only a quantized checkpoint has, by name: those of quantizers and packed layers."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, (Quantizer, PackedLayer))
+        for key, tensor in module.state_dict(keep_vars=True).items()
+    }
+
+
+def register() -> None:
+    """Make transformers know `quant_method="saq"` and the attention of that name. Safe to call again, for example when
+    the module is reloaded."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SAQQuantizationConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SAQHfQuantizer
+    attention_interface.register()

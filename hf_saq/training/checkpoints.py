@@ -1,0 +1,49 @@
+"""Which training checkpoint may be trusted after a run was killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .schedule_state import FILE_PREFIX
+
+STATE_FILE = "trainer_state.json"
+"""`Trainer` writes it last: a checkpoint that has it is complete."""
+
+
+def what_is_missing(checkpoint: str | Path) -> str | None:
+    """Why a run cannot be resumed from this directory, or `None` if it can."""
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return "it is not a directory"
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return f"{STATE_FILE} is missing or cut off, so the save was not finished"
+    tensors = sorted(checkpoint.glob("*.safetensors"))
+    holds_weights = any(not file.name.startswith(FILE_PREFIX) for file in tensors)
+    if not holds_weights and not any(checkpoint.glob("*/*.distcp")) and not any(checkpoint.glob("pytorch_model*.bin")):
+        return "it holds no weights"
+    for file in tensors:
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # opening compares the size of the file with its header
+        except (SafetensorError, OSError) as error:
+            return f"{file.name} cannot be read ({error})"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest `checkpoint-N` in `output_dir` whose save was finished, or `None`."""
+    numbered = []
+    for child in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", child.name)
+        if match and child.is_dir():
+            numbered.append((int(match[1]), child))
+    for _, child in sorted(numbered, reverse=True):
+        if what_is_missing(child) is None:
+            return str(child)
+    return None
