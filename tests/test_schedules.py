@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import BatchFeature
 
+from hf_saq.sharpness.schedules import PRESETS, PerturbationSchedule, resolve_preset
 from hf_saq.sharpness.schedules.partial_batch import batch_size, first_samples
-from hf_saq.sharpness.schedules.schedule import PRESETS, PerturbationSchedule, resolve_preset
 from hf_saq.sharpness.schedules.trigger import NormTrigger
 
 ACTIONS = [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from .schedule import ceil_of_product
+from .knobs import ceil_of_product
 
 MINIMUM = 2
 """Samples: a batch norm behind global pooling has no statistics of a single one, and torch refuses it."""
@@ -25,8 +25,19 @@ def first_samples(batch: Any, fraction: float) -> Any:
         ValueError: If no tensor in `batch` has a dimension 0.
     """
     size = batch_size(batch)
-    count = max(ceil_of_product(fraction, size), MINIMUM)
-    return batch if count >= size else _sliced(batch, size, count)
+    count = part_size(size, fraction)
+    return batch if count == size else _sliced(batch, size, count)
+
+
+def part_size(size: int, fraction: float) -> int:
+    """Count the samples that a part of a batch of `size` samples has."""
+    return min(max(ceil_of_product(fraction, size), MINIMUM), size)
+
+
+def share_of_samples(batches: Iterable[Any], fraction: float) -> float:
+    """Compute the share of all samples of `batches` that are in their parts."""
+    sizes = [batch_size(batch) for batch in batches]
+    return sum(part_size(size, fraction) for size in sizes) / max(sum(sizes), 1)
 
 
 def batch_size(batch: Any) -> int:
