@@ -15,7 +15,7 @@ from transformers import Trainer
 from ..config import SAQConfig
 from ..sharpness import SharpnessAwareMinimizer, default_rho
 from ..sharpness.schedules import KNOBS, ScheduledStep
-from .step_logs import StepLogs, over_processes
+from .step_logs import StepLogs
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,9 @@ class PerturbedSteps(Trainer):
             perturb=config.perturb,
             sync=config.sync,
         )
-        self.scheduled_step = ScheduledStep(self.minimizer, config.perturbation_schedule(), self._loss_scale)
+        self.scheduled_step = ScheduledStep(
+            self.minimizer, config.perturbation_schedule(), self._loss_scale, self._sample_names()
+        )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -105,8 +107,7 @@ class PerturbedSteps(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the quantities of the perturbation to training logs."""
         if "loss" in logs and self.minimizer is not None:
-            found = self._logs.take(self.minimizer.skipped)
-            logs = {**logs, **over_processes(self.accelerator, found)}
+            logs = {**logs, **self._logs.take(self.accelerator, self.minimizer.skipped)}
         super().log(logs, start_time)
 
     def _hyperparameters(self) -> dict[str, Any]:
@@ -116,6 +117,11 @@ class PerturbedSteps(Trainer):
         schedule = self.scheduled_step.schedule
         resolved = {name: getattr(schedule, name) for name in KNOBS}
         return {**self.saq_config.to_dict(), **resolved, "rho": self.minimizer.rho}
+
+    def _sample_names(self) -> set[str]:
+        """Name the values of a batch that have one entry a sample: the model's main input and the labels."""
+        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "pixel_values")
+        return {main_input, "pixel_values", *self.label_names}
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.accelerator, "scaler", None)

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..sharpness.schedules import Outcome
 
-
-@dataclass
-class _Mean:
-    """A running sum; it stays on the device of what is added, so that nothing waits for it before it is logged."""
-
-    total: Tensor | float = 0.0
-    count: int = 0
-
-    def add(self, value: Tensor | float) -> None:
-        self.total, self.count = self.total + value, self.count + 1
-
-    def value(self) -> Tensor | float:
-        return self.total / self.count
+QUANTITIES = ("sharpness", "ascent_norm", "perturbed_share")
 
 
-@dataclass
 class StepLogs:
-    """Sums of what the steps since the last line of the log gave; which there are is alike on every process."""
+    """Sums of what the steps since the last line of the log gave.
 
-    sharpness: _Mean = field(default_factory=_Mean)
-    ascent_norm: _Mean = field(default_factory=_Mean)
-    perturbed_share: _Mean = field(default_factory=_Mean)
+    Sums stay on the device of what is added, so that nothing waits for them before they are logged.
+    """
+
+    def __init__(self) -> None:
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self._totals: dict[str, Tensor | float] = dict.fromkeys(QUANTITIES, 0.0)
+        self._counts = dict.fromkeys(QUANTITIES, 0)
+
+    def _add(self, name: str, value: Tensor | float) -> None:
+        self._totals[name] = self._totals[name] + value
+        self._counts[name] += 1
 
     def add(self, outcome: Outcome, micro_batches: int, was_watched: bool) -> None:
         """Take in what one micro-batch gave.
@@ -40,34 +37,31 @@ class StepLogs:
             was_watched: Whether a trigger has just decided about this step.
         """
         for difference in outcome.sharpness:
-            self.sharpness.add(difference.detach() * micro_batches)
+            self._add("sharpness", difference.detach() * micro_batches)
         if outcome.ascent_norm is not None:
-            self.ascent_norm.add(outcome.ascent_norm)
+            self._add("ascent_norm", outcome.ascent_norm)
         if was_watched:
-            self.perturbed_share.add(float(outcome.ascent_norm is not None))
+            self._add("perturbed_share", float(outcome.ascent_norm is not None))
 
-    def take(self, skipped: int) -> dict[str, Tensor | float]:
-        """Return the means by their names in the log, and start anew.
+    def take(self, accelerator: Any, skipped: int) -> dict[str, float]:
+        """Return the means over all processes by their names in the log, and start anew.
+
+        Every process sends the same numbers, whatever it has seen, so that none waits for another.
 
         Args:
             skipped: How often there was no direction to perturb in, so far.
         """
-        found: dict[str, Tensor | float] = {}
-        if self.sharpness.count:
-            found["sharpness"] = self.sharpness.value()
-        if self.ascent_norm.count:
-            found["ascent_norm"] = self.ascent_norm.value()
-            found["skipped_perturbations"] = float(skipped)
-        if self.perturbed_share.count:
-            found["perturbed_share"] = self.perturbed_share.value()
-        self.sharpness, self.ascent_norm, self.perturbed_share = _Mean(), _Mean(), _Mean()
+        device = accelerator.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        own = [*self._totals.values(), *self._counts.values(), float(skipped)]
+        self._start_again()
+        sums = accelerator.gather(torch.stack([torch.as_tensor(v, device=device, dtype=wide) for v in own])[None])
+        *sums, all_skipped = sums.sum(dim=0).tolist()
+        found = {
+            name: round(total / count, 6)
+            for name, total, count in zip(QUANTITIES, sums[: len(QUANTITIES)], sums[len(QUANTITIES) :], strict=True)
+            if count
+        }
+        if "ascent_norm" in found:
+            found["skipped_perturbations"] = round(all_skipped / accelerator.num_processes, 6)
         return found
-
-
-def over_processes(accelerator, values: dict[str, Tensor | float]) -> dict[str, float]:
-    """Average each value over all processes, rounded for the log; communicates if there is any."""
-    if not values:
-        return {}
-    own = torch.stack([torch.as_tensor(v, device=accelerator.device, dtype=torch.float32) for v in values.values()])
-    means = accelerator.gather(own[None]).mean(dim=0).tolist()
-    return {name: round(mean, 6) for name, mean in zip(values, means, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from operator import add
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import sharding
-from ..minimizer import SharpnessAwareMinimizer
 from .knobs import Knobs
 from .rule import Action, MicroBatch, Outcome
 from .stale import check_renewal
@@ -27,9 +26,9 @@ class Look(TwoPasses):
     has_state = True
     needs_whole_gradients = True
 
-    def __init__(self, minimizer: SharpnessAwareMinimizer, knobs: Knobs, loss_scale: Callable[[], float]):
-        super().__init__(minimizer, knobs, loss_scale)
-        self.component = OrthogonalComponent(knobs.look_alpha)
+    def forget(self) -> None:
+        super().forget()
+        self.component = OrthogonalComponent(self.knobs.look_alpha)
         self._clean_grads: dict[nn.Parameter, Tensor] = {}
 
     @classmethod

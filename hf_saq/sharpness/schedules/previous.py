@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..displacement import Displacement
-from ..minimizer import SharpnessAwareMinimizer
 from .knobs import Knobs
 from .rule import MicroBatch, Outcome, StepRule
 
@@ -16,8 +15,7 @@ from .rule import MicroBatch, Outcome, StepRule
 class Previous(StepRule):
     """Each pass is displaced by the `eps` of the step before and records what the next `eps` is made of."""
 
-    def __init__(self, minimizer: SharpnessAwareMinimizer, knobs: Knobs, loss_scale: Callable[[], float]):
-        super().__init__(minimizer, knobs, loss_scale)
+    def forget(self) -> None:
         self.eps = Displacement()
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -77,6 +77,7 @@ class StepRule(ABC):
         minimizer: Its contexts are the parts that a step is made of.
         knobs: Those of the schedule.
         loss_scale: Returns what losses are multiplied with at the moment (fp16).
+        sample_names: Keys of a batch whose values have one entry a sample; `None` goes by their lengths alone.
 
     Attributes:
         share: Share of the samples of the step that the backward under way sees; below 1 in a first pass on parts.
@@ -87,9 +88,16 @@ class StepRule(ABC):
     needs_whole_gradients: ClassVar[bool] = True
     """Whether it reads gradients of parameters as one process computes them, which FSDP2 does not have."""
 
-    def __init__(self, minimizer: SharpnessAwareMinimizer, knobs: Knobs, loss_scale: Callable[[], float]):
-        self.minimizer, self.knobs, self.loss_scale = minimizer, knobs, loss_scale
+    def __init__(
+        self,
+        minimizer: SharpnessAwareMinimizer,
+        knobs: Knobs,
+        loss_scale: Callable[[], float] = lambda: 1.0,
+        sample_names: Collection[str] | None = None,
+    ):
+        self.minimizer, self.knobs, self.loss_scale, self.sample_names = minimizer, knobs, loss_scale, sample_names
         self.share = 1.0
+        self.forget()
 
     @classmethod  # noqa: B027 (most rules have nothing to check)
     def check(cls, knobs: Knobs) -> None:
@@ -104,6 +112,9 @@ class StepRule(ABC):
     def first_passes(cls, knobs: Knobs) -> float:  # noqa: ARG003
         """Count the first passes of a step, of whole batches, on average: what a step costs beyond a plain one."""
         return 0.0
+
+    def forget(self) -> None:  # noqa: B027
+        """Forget what earlier steps left. Called when the rule is built, too: here its state is made."""
 
     def begin_step(self) -> None:  # noqa: B027
         """Forget what belongs to the step before, which may have been stopped half-way."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..displacement import Displacement
-from ..minimizer import SharpnessAwareMinimizer
 from .knobs import Knobs
 from .rule import Action, MicroBatch, Outcome
 from .two_passes import TwoPasses
@@ -28,8 +27,8 @@ class Stale(TwoPasses):
 
     has_state = True
 
-    def __init__(self, minimizer: SharpnessAwareMinimizer, knobs: Knobs, loss_scale: Callable[[], float]):
-        super().__init__(minimizer, knobs, loss_scale)
+    def forget(self) -> None:
+        super().forget()
         self.eps = Displacement()
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,8 @@ class ScheduledStep:
         minimizer: Its hooks serve here alone from now on.
         schedule: When to perturb and what to reuse.
         loss_scale: Returns what losses are multiplied with at the moment (fp16).
+        sample_names: Keys of a batch whose values have one entry a sample, for `ascent_fraction`; a batch with others
+            is used whole. `None` goes by their lengths alone.
 
     Attributes:
         rule (`StepRule`): What runs the steps and remembers something between them.
@@ -48,9 +50,10 @@ class ScheduledStep:
         minimizer: SharpnessAwareMinimizer,
         schedule: PerturbationSchedule,
         loss_scale: Callable[[], float] = lambda: 1.0,
+        sample_names: Collection[str] | None = None,
     ):
-        self.minimizer, self.schedule, self.loss_scale = minimizer, schedule, loss_scale
-        self.rule = schedule.rule(minimizer, schedule, loss_scale)
+        self.minimizer, self.schedule = minimizer, schedule
+        self.rule = schedule.rule(minimizer, schedule, loss_scale, sample_names)
 
     def micro_batch(self, k: int, batches: Sequence[Any], backward: Backward, step: int, total_steps: int) -> Outcome:
         """Leave the gradients of micro-batch `k` of optimizer step `step` in `p.grad`.
@@ -81,7 +84,7 @@ class ScheduledStep:
     def start_again(self) -> None:
         """Forget what earlier steps left, as for a new training."""
         self.minimizer.reset()
-        self.rule = self.schedule.rule(self.minimizer, self.schedule, self.loss_scale)
+        self.rule.forget()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what the next step needs of the earlier ones, on this process: named tensors, JSON-plain values."""

@@ -4,13 +4,12 @@ arXiv:2304.14647."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .. import sharding
-from ..minimizer import SharpnessAwareMinimizer
 from .knobs import Knobs
 from .rule import Action, MicroBatch, Outcome, StepRule
 
@@ -24,8 +23,7 @@ FIRST_THRESHOLD, LAST_THRESHOLD = 1.0, -1.0
 class Triggered(StepRule):
     """A plain pass; after the last micro-batch the trigger may replace all gradients by perturbed ones."""
 
-    def __init__(self, minimizer: SharpnessAwareMinimizer, knobs: Knobs, loss_scale: Callable[[], float]):
-        super().__init__(minimizer, knobs, loss_scale)
+    def forget(self) -> None:
         self.trigger = NormTrigger()
         self._clean_losses: list[Tensor] = []
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..displacement import Displacement
-from ..minimizer import SharpnessAwareMinimizer
 from ..norm_statistics import frozen_norm_statistics
 from .knobs import Knobs
-from .partial_batch import first_samples, share_of_samples
+from .partial_batch import count_samples, first_samples, share_of_samples
 from .rule import Action, MicroBatch, Outcome, StepRule
 
 
@@ -25,10 +24,11 @@ class TwoPasses(StepRule):
 
     has_state = False
     needs_whole_gradients = False
+    _said = False
 
-    def __init__(self, minimizer: SharpnessAwareMinimizer, knobs: Knobs, loss_scale: Callable[[], float]):
-        super().__init__(minimizer, knobs, loss_scale)
+    def forget(self) -> None:
         self._clean_losses: list[Tensor] = []
+        self._share = 1.0  # of the samples that first passes of this step see
 
     @classmethod
     def action(cls, knobs: Knobs, step: int) -> Action:
@@ -63,12 +63,14 @@ class TwoPasses(StepRule):
         climbing = [micro.batch]
         if self.one_eps_for_a_step:  # its first micro-batch climbs for all
             climbing = list(micro.batches) if micro.k == 0 else []
+        if climbing:
+            self._share = self._share_of(climbing)
         # Running statistics come from the one pass that sees the whole batch: of a part they would be noise.
-        partial = self.knobs.ascent_fraction < 1
+        partial = self._share < 1
         for batch in climbing:
             kept = frozen_norm_statistics(self.minimizer.model) if partial else nullcontext()
             with kept, self.minimizer.ascent(clean):
-                self._clean_losses.append(self._first_backward(batch, climbing, micro))
+                self._clean_losses.append(self._first_backward(batch, micro))
         with self.minimizer.perturbed(update_statistics=partial) as eps:
             perturbed_loss = micro.backward(micro.batch)
         outcome = Outcome(self._clean_losses.pop(0))
@@ -78,13 +80,31 @@ class TwoPasses(StepRule):
             outcome.ascent_norm = self.norm_per_sample(len(micro.batches) / len(climbing))
         return outcome, eps
 
-    def _first_backward(self, batch: Any, climbing: list[Any], micro: MicroBatch) -> Tensor:
-        fraction = self.knobs.ascent_fraction
-        if fraction == 1:
+    def _first_backward(self, batch: Any, micro: MicroBatch) -> Tensor:
+        if self._share == 1:
             return micro.backward(batch, reduce=False)
-        # Of all batches that climb together: their losses share one divisor, also where they differ in size.
-        self.share = share_of_samples(climbing, fraction)
+        self.share = self._share
         try:
-            return micro.backward(first_samples(batch, fraction), reduce=False)
+            part = first_samples(batch, self.knobs.ascent_fraction, self.sample_names)
+            return micro.backward(part, reduce=False)
         finally:
             self.share = 1.0
+
+    def _share_of(self, batches: list[Any]) -> float:
+        """Compute the share of samples that first passes on parts of `batches`, which climb together, see.
+
+        It is one number for all of them: their losses share one divisor, also where they differ in size.
+        """
+        fraction = self.knobs.ascent_fraction
+        if fraction == 1:
+            return 1.0
+        reasons = [found.reason for found in (count_samples(b, self.sample_names) for b in batches) if found.reason]
+        if reasons and not self._said:
+            self._said = True
+            warnings.warn(
+                f"ascent_fraction={fraction}: no part of a batch can be taken, because {reasons[0]}. The perturbation "
+                "is made from whole batches, at the cost of a whole pass. Give every value of a batch one entry a "
+                'sample, or choose schedule="full" to say that this is intended.',
+                stacklevel=2,
+            )
+        return 1.0 if reasons else share_of_samples(batches, fraction, self.sample_names)
