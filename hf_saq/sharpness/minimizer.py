@@ -13,7 +13,14 @@ from . import sharding
 from .climb import Case, Climb, Gradients, climb, latent_weights_are_asked
 from .displacement import Displacement
 from .norm_statistics import frozen_norm_statistics
-from .parameter_gradients import add_gradients, recorded_gradients, set_aside, without_gradients
+from .parameter_gradients import (
+    Mark,
+    add_gradients,
+    check_nothing_steps_inside_backward,
+    recorded_gradients,
+    set_aside,
+    without_gradients,
+)
 from .perturbed_tensors import PerturbedTensors
 from .random_state import RNGState
 from .seam import Seam
@@ -140,8 +147,9 @@ class SharpnessAwareMinimizer:
         wanted = {*self._asked_of_parameters(), *(self._tensors.latent if clean is not None else ())}
         with self._pass(), set_aside(self._tensors.parameters):
             with self._seam.catching(pass_on=clean is not None or "scale" in self.perturb):
-                with without_gradients(self._tensors.costly, but=wanted):
-                    yield
+                with without_gradients(self._tensors.costly, but=wanted) as idle:
+                    with self._seam.clearing_with(Mark(idle)):
+                        yield
             add_gradients(self._asked_of_parameters(), to=grads)
             if clean is not None:  # `grads` become eps in place, so these are copies where the two overlap
                 add_gradients([*self._tensors.latent, *self._tensors.in_place], to=clean, apart_from=grads)
@@ -157,8 +165,9 @@ class SharpnessAwareMinimizer:
         sharding.check_whole(self.model, "A step that uses and records the same gradients")
         grads = self._begin_first_pass()
         with self._pass(), self._seam.catching(pass_on=True):
-            with recorded_gradients(self._asked_of_parameters(), grads):
-                yield
+            with recorded_gradients(self._asked_of_parameters(), grads) as recorder:
+                with self._seam.clearing_with(recorder):
+                    yield
 
     def _begin_first_pass(self) -> dict[nn.Parameter, Tensor]:
         """Place the leaves and note the random state; returns where the gradients of parameters are to go."""
@@ -166,6 +175,7 @@ class SharpnessAwareMinimizer:
             self.reset()
             if not self._tensors.is_current(self.model):
                 self._find_tensors()
+            check_nothing_steps_inside_backward(self._tensors.parameters)
             self._seam.place_leaves([] if latent_weights_are_asked(self.case) else self._tensors.weights)
             self._grads = {}
         self._rng.append(RNGState())

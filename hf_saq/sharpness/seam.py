@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
+from .parameter_gradients import ClearingWatch
 from .perturbed_tensors import QuantizedWeight
 
 
@@ -75,6 +76,30 @@ class Seam:
             yield
         finally:
             self._catches, self._passes_on = before
+
+    @contextmanager
+    def clearing_with(self, watch: ClearingWatch) -> Iterator[None]:
+        """Forget what leaves have caught inside the block whenever `watch` notices that gradients were cleared."""
+        caught_before = any(leaf.grad is not None for leaf in self.leaves.values())
+
+        def forget() -> None:
+            if caught_before:
+                raise RuntimeError(
+                    "zero_grad() inside of a first pass that adds to an earlier one (several micro-batches that share "
+                    'one eps): what the earlier ones gave would be lost. Use sync="local" without reuse, or do not '
+                    "clear gradients inside of the loss."
+                )
+            for leaf in self.leaves.values():
+                leaf.grad = None
+
+        watch.followers.append(forget)
+        handles = [leaf.register_hook(lambda grad: watch.check()) for leaf in self.leaves.values()]  # noqa: ARG005
+        try:
+            yield
+            watch.check()
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def adding(self, eps: Mapping[Quantizer, Tensor]) -> Iterator[None]:
