@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_python
+from quantized_models import assert_same_codes, codes, quantized, storages
 from safetensors.torch import load_file
-from test_packed_model import assert_same_codes, codes, quantized, storages
 from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from tiny_models import conv_net, images, jitter, linear_net, resnet, seeded, vectors, vit
@@ -136,10 +134,7 @@ def test_what_it_saves_is_an_ordinary_checkpoint(tmp_path):
             assert "quantization_config" not in json.loads((directory / "config.json").read_text())
             save_file({"x": x}, directory / "x.st")
             logits[directory] = model(x).logits
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", SCRIPT, *map(str, logits)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python("-c", SCRIPT, *logits)
     for directory, expected in logits.items():
         # Mapped tensors lie at odd addresses, where a convolution may round differently.
         torch.testing.assert_close(load_file(directory / "logits.st")["logits"], expected, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ import yaml
 DIRECTORY = Path(__file__).parents[2] / "examples" / "recipes"
 README = DIRECTORY / "README.md"
 RECIPES = sorted(DIRECTORY.glob("*.yaml"))
-START, END = "<!-- table: python tests/examples/recipe_table.py -->\n", "<!-- end of the table -->\n"
+START, END = "<!-- table: python tests/support/recipe_table.py -->\n", "<!-- end of the table -->\n"
 
 TRAINING_IMAGES = {
     "ILSVRC/imagenet-1k": 1_281_167,

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def test_every_code_in_every_position(bits: int, signed: bool):
     assert torch.equal(unpack_codes(packed, bits, tuple(codes.shape), signed), codes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     bits=st.integers(2, 8),
     signed=st.booleans(),

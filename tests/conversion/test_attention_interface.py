@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, inputs, logits_of
+from checkpoint_files import load
+from processes import run_python
+from quantized_models import assert_same_state
 from reference import lsq, package_name, to_reference, train_reference
-from test_hf_quantizer import assert_same_state, load
 from tiny_models import convnext, images, jitter, linear_net, vit
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -387,8 +387,7 @@ def test_loaded_in_a_fresh_process(tmp_path: Path):
         "x, y = torch.load(sys.argv[1] + '/expected.pt')\n"
         "print(model.config._attn_implementation, torch.equal(model(x).logits, y))\n"
     )
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert found.stdout == "saq True\n", found.stderr
+    assert run_python("-c", code, tmp_path).stdout == "saq True\n"
 
 
 def test_a_float_checkpoint_becomes_what_quantize_makes_of_it(tmp_path: Path):

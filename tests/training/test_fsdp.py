@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, PROCESSES, RHO, RUNS, STEPS, batch, loss_of, net
 from fsdp_trainer_runs import NOT_SHARDED
 from fsdp_trainer_runs import RUNS as TRAINER_RUNS
+from processes import SUPPORT, run_python
 from reference import package_name, to_reference, train_reference
 from training import reference_result, scheduled_reference
 
@@ -21,16 +17,7 @@ TOLERANCE = 1e-11
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("fsdp")
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
-        + [str(tests / "fsdp_worker.py"), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python(SUPPORT / "fsdp_worker.py", output, processes=PROCESSES)
     return torch.load(output / "results.pt", weights_only=True)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import SUPPORT, run_python
 from resume_runs import MODELS, MOMENTS, STEPS, make_trainer
 from transformers import TrainerCallback
 
@@ -135,15 +133,7 @@ def test_the_best_model_is_loaded_exactly(family, tmp_path):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("killed")
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(tests / "resume_runs.py"), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(SUPPORT / "resume_runs.py", directory)
     return directory
 
 

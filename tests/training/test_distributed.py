@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import SUPPORT, run_python
 from reference import largest_difference
 from training import FAMILIES, HOW, SCHEDULES, reference_result, scheduled_reference
 
@@ -18,16 +14,7 @@ TOLERANCE = 1e-11
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("distributed")
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tests / "distributed_worker.py"), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python(SUPPORT / "distributed_worker.py", output, processes=2)
     return torch.load(output / "results.pt", weights_only=True)
 
 

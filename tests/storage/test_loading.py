@@ -6,24 +6,23 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import load
+from processes import run_python
+from quantized_models import assert_same_codes, assert_same_state, codes, quantized
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_hf_quantizer import assert_same_state, load, quantized
-from test_packed_model import assert_same_codes, codes
 from tiny_models import images, resnet, vit
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hf_saq import SAQQuantizationConfig, calibrate, dequantize, pack, quantize
-from hf_saq.storage import from_pretrained as hf_quantizer
 from hf_saq.conversion.forms import is_packed
 from hf_saq.layers import PackedLayer
+from hf_saq.storage import from_pretrained as hf_quantizer
 from hf_saq.storage.seal import KEY
 
 FORMS = {"float": lambda model: model, "packed": pack}
@@ -237,10 +236,7 @@ def test_without_this_package(packed_dir: Path, tmp_path: Path):
     quantized(vit).save_pretrained(tmp_path / "float")
     directories = [packed_dir, tmp_path / "resnet", tmp_path / "timm", tmp_path / "float"]
     assert any(".encoder.layer." in name for name in load_file(packed_dir / "model.safetensors"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", SCRIPT, *map(str, directories)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", SCRIPT, *directories)
     *said, _ = re.split(r"(?<=== loaded)\n|(?<=== RuntimeError)\n", done.stderr)
     for i, text in enumerate(said):
         assert "Unknown quantization type, got saq" in text

@@ -1,9 +1,8 @@
-"""`hf-saq`: what it prints and writes, and its exit status. Repositories are in `test_hub.py`."""
+"""`hf-saq`: what it prints and writes, and its exit status. Repositories are in `hub/test_commits.py`."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import HANGS, environment
 from tiny_models import convnext, deit_with_teacher, images, vit
 from transformers import AutoModelForImageClassification, DeiTForImageClassificationWithTeacher, ViTImageProcessor
 
@@ -210,7 +210,7 @@ def test_packing_what_is_packed(saved, tmp_path, capsys):
 
 
 def test_the_commands_of_the_readme_exist():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     commands = re.findall(r"^hf-saq (.*?) *(?:#.*)?$", readme, flags=re.MULTILINE)
     parsed = [_parser().parse_args(command.split()) for command in commands]
     assert len({args.run for args in parsed}) == len(commands) == 4
@@ -228,10 +228,10 @@ def test_the_installed_script(saved):
     script = Path(sys.executable).with_name("hf-saq")
     outcome = subprocess.run(
         [script, "inspect", saved / "packed", "--json"],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert outcome.returncode == 0 and outcome.stderr == ""
     assert json.loads(outcome.stdout) == inspect_checkpoint(str(saved / "packed")).to_dict()

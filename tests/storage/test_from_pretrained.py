@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import edit_config, edit_weights, load, weights_file
 from PIL import Image
+from quantized_models import assert_same_codes, assert_same_state, codes, quantized
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_packed_model import assert_same_codes, codes
-from tiny_models import IMAGE_SIZE, TRANSFORMERS_MODELS, images, jitter, vit
+from tiny_models import IMAGE_SIZE, TRANSFORMERS_MODELS, images, vit
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
+from transformers import ViTImageProcessor, pipeline
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
@@ -25,58 +25,8 @@ from hf_saq.conversion.calibration import is_calibrated
 from hf_saq.conversion.forms import is_packed
 from hf_saq.layers.packing import packed_size
 from hf_saq.storage.from_pretrained import SAQHfQuantizer, register
-from hf_saq.storage.seal import KEY, digest_of_tensor
 
 every_family = pytest.mark.parametrize("build", TRANSFORMERS_MODELS.values(), ids=TRANSFORMERS_MODELS)
-
-
-def load(directory: Path, **kwargs):
-    """`from_pretrained`, then tensors moved out of the mapped file: there they lie at odd addresses, where
-    convolutions may round differently, and equality would be a matter of luck."""
-    found = AutoModelForImageClassification.from_pretrained(directory, **kwargs)
-    model, *info = found if isinstance(found, tuple) else (found,)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
-    return (model, *info) if info else model
-
-
-def quantized(build=vit, **fields) -> nn.Module:
-    """Quantized, calibrated, then moved away from every first value, so that no default can pass for it."""
-    return jitter(calibrate(quantize(build(), SAQQuantizationConfig(**fields)), [images()])).eval()
-
-
-def weights_file(directory: Path) -> Path:
-    return directory / "model.safetensors"
-
-
-def edit_weights(directory: Path, change, sealed: bool = False) -> None:
-    """Rewrite the tensors on disk after `change(tensors)`, a dict, in place.
-
-    Args:
-        sealed: Whether a packed file shall look as if it had been saved like that, to test what is behind the seal.
-    """
-    with safe_open(weights_file(directory), "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(weights_file(directory))
-    change(tensors)
-    if sealed:
-        seal = json.loads(metadata[KEY])
-        seal["tensors"] = {name: digest_of_tensor(tensor) for name, tensor in tensors.items()}
-        metadata[KEY] = json.dumps(seal)
-    save_file(tensors, weights_file(directory), metadata=metadata)
-
-
-def edit_config(directory: Path, **changes) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"].update(changes)
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def assert_same_state(a: nn.Module, b: nn.Module) -> None:
-    first, second = a.state_dict(), b.state_dict()
-    assert first.keys() == second.keys()
-    for name in first:
-        assert first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]), name
 
 
 @pytest.fixture(scope="module")

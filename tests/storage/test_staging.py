@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import load
+from processes import SUPPORT, run_python
 from resume_runs import make_trainer
 from save_runs import SAVES
-from test_hf_quantizer import load
 from transformers import PreTrainedModel
 
 from hf_saq.storage.staging import STAGE, staged
@@ -20,14 +18,7 @@ from hf_saq.storage.staging import STAGE, staged
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("save_runs.py")), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(SUPPORT / "save_runs.py", directory)
     return directory
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import close_session
 from PIL import Image
+from processes import HANGS, run_python
 from safetensors.torch import load as read_tensors
 from tiny_models import images, vit
 from training import Images, arguments, quantized_model
@@ -163,15 +161,8 @@ def test_a_second_process_loads_it_and_runs_the_snippet_of_the_card(hub, publish
     pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     (tmp_path / "README.md").write_bytes(hub.files("me/published")["README.md"])
-    outcome = subprocess.run(
-        [sys.executable, "-c", SECOND_PROCESS, "me/published", "README.md", "x.pt"],
-        cwd=tmp_path,
-        env={**os.environ, **hub.environment(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert outcome.returncode == 0, outcome.stderr
+    arguments = ("-c", SECOND_PROCESS, "me/published", "README.md", "x.pt")
+    outcome = run_python(*arguments, cwd=tmp_path, **hub.environment(tmp_path / "cache"))
     packed = pack(published.model)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), packed(x).logits)
@@ -245,16 +236,17 @@ def test_a_push_in_the_background_that_fails_is_logged(hub, tmp_path, caplog):
     trainer = make_trainer(tmp_path, "background")
     hub.cut_off.add("me/background")
     future = trainer.push_to_hub(blocking=False)
-    assert isinstance(future.exception(timeout=30), ConnectionError)
-    for _ in range(100):  # the log line follows the result
-        time.sleep(0 if caplog.text else 0.05)
+    assert isinstance(future.exception(timeout=HANGS), ConnectionError)
+    deadline = time.monotonic() + HANGS
+    while not caplog.text and time.monotonic() < deadline:  # the log line follows the result
+        time.sleep(0.05)
     assert "to me/background failed" in caplog.text
     trainer.model.classifier.bias.data += 1
     future = trainer.push_to_hub(blocking=False)
     packed = pack(trainer.model)
     trainer.model.classifier.bias.data += 1
     trainer.save_model(_internal_call=True)  # into the very directory, while the upload may still be running
-    future.result(timeout=30)
+    future.result(timeout=HANGS)
     with torch.no_grad():
         assert torch.equal(load("me/background")(images()).logits, packed(images()).logits)
 

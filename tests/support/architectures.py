@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quantized_models import codes
 from tiny_models import NUM_LABELS, seeded
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
@@ -22,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, pack, quantize
 from hf_saq.conversion.attention_interface import uses_interface
-from hf_saq.layers import PackedLayer, QuantizedLayer
+from hf_saq.layers import QuantizedLayer
 
 BATCH = 4
 
@@ -404,14 +405,14 @@ def _check(architecture: Architecture, model: PreTrainedModel, result: Result, *
     result.skipped = tuple(layer.reason for layer in report.skipped)
     result.without_effect = _two_steps(model, batch)
     with torch.no_grad(), tempfile.TemporaryDirectory() as directory:
-        expected, codes = logits_of(model.eval()(**batch)), weight_codes(model)
+        expected, expected_codes = logits_of(model.eval()(**batch)), codes(model)
         assert expected.isfinite().all(), "logits are not finite"
         for kind, saved in (("float", model), ("packed", pack(model))):
             saved.save_pretrained(f"{directory}/{kind}")
             loaded = type(model).from_pretrained(f"{directory}/{kind}").eval()
-            found = weight_codes(loaded)
-            assert found.keys() == codes.keys(), f"{kind}: other layers are quantized after loading"
-            assert all(torch.equal(found[name], codes[name]) for name in codes), f"{kind}: codes differ"
+            found = codes(loaded)
+            assert found.keys() == expected_codes.keys(), f"{kind}: other layers are quantized after loading"
+            assert all(torch.equal(found[name], expected_codes[name]) for name in found), f"{kind}: codes differ"
             difference = (logits_of(loaded(**batch)) - expected).abs().max().item()
             assert difference == 0, f"{kind}: logits differ by {difference:.1e}"
 
@@ -460,14 +461,3 @@ def _backward(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
 def logits_of(output: Any) -> Tensor:
     # PP-LCNet calls them its last hidden state.
     return output.logits if "logits" in output else output.last_hidden_state
-
-
-def weight_codes(model: nn.Module) -> dict[str, Tensor]:
-    """Integer weights of a quantized model in either form, by the name of the layer."""
-    codes = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, PackedLayer):
-            codes[name] = layer.codes()
-        elif isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
-            codes[name] = layer.weight_quantizer.quantize(layer.weight)
-    return codes

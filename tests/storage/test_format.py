@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_packed_model import assert_same_codes, codes
+from quantized_models import assert_same_codes, codes
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_perturbation import batch, conv_net, linear_net, loss_of, quantized, two_passes
+from minimizer_nets import batch, conv_net, linear_net, loss_of, quantized, two_passes
 from torch import nn
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize

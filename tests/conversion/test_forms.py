@@ -6,42 +6,16 @@ import copy
 
 import pytest
 import torch
+from quantized_models import assert_same_codes, codes, quantized, storages
 from tiny_models import TRANSFORMERS_MODELS, conv_net, images, jitter, linear_net, vectors, vit
-from torch import Tensor, nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.conversion.forms import convert_to_packed, is_packed
-from hf_saq.layers import PackedLayer, QuantizedLayer
+from hf_saq.layers import PackedLayer
 from hf_saq.layers.packing import packed_size
 from hf_saq.quantizers import QUANTIZERS
 
 every_family = pytest.mark.parametrize("build", TRANSFORMERS_MODELS.values(), ids=TRANSFORMERS_MODELS)
-
-
-def quantized(build, x: Tensor, **fields) -> nn.Module:
-    """Quantized, calibrated, then moved away from every first value."""
-    return jitter(calibrate(quantize(build(), SAQQuantizationConfig(**fields)), [x])).eval()
-
-
-def codes(model: nn.Module) -> dict[str, Tensor]:
-    """Integer codes of each quantized weight, of a trainable or of a packed model."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLayer):
-            found[name] = module.codes()
-        elif isinstance(module, QuantizedLayer):
-            found[name] = module.weight_quantizer.quantize(module.weight)
-    return found
-
-
-def assert_same_codes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys() and a
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def storages(model: nn.Module) -> set[int]:
-    tensors = [*model.parameters(), *model.buffers()]
-    return {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
 
 
 @every_family
