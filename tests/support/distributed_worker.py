@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def resumed_run(output: Path) -> dict:
 
 
 def main(output: Path) -> None:
+    gc.freeze()  # what is imported is no garbage; Accelerate looks for some at each start of a run
     results = {"schedules": scheduled_runs(output), "resumed": resumed_run(output)}
     for family in FAMILIES:
         for case, sync in HOW:

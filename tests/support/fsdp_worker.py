@@ -6,6 +6,7 @@ First with `SAQTrainer`, whose Accelerate makes the process group, then with the
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def plain_first_pass() -> str:
 
 
 def main(output: Path) -> None:
+    gc.freeze()  # what is imported is no garbage; Accelerate looks for some at each start of a run
     trained, accelerator = fsdp_trainer_runs.run(output)
     results = {"trainer": trained}
     for name, options in RUNS.items():

@@ -43,3 +43,15 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]), name
+
+
+def layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def bits(model: nn.Module) -> dict[str, tuple[int | None, int | None]]:
+    """`(weight bits, activation bits)` of each quantized layer, as built."""
+    return {
+        name: tuple(q and q.bits for q in (layer.weight_quantizer, layer.activation_quantizer))
+        for name, layer in layers(model).items()
+    }

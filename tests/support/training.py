@@ -5,6 +5,9 @@ Everything is float64: in float32 a difference in the last bit sooner or later m
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import torch
 from reference import to_reference, train_reference
 from schedule_reference import train_with_schedule
@@ -56,10 +59,15 @@ class InOrder(SAQTrainer):
 
 
 def quantized_model(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return copy.deepcopy(_quantized_once(family)).to(dtype)
+
+
+@cache
+def _quantized_once(family: str) -> nn.Module:
+    """The search for step sizes takes longer than a training run of these tests, and always finds the same ones."""
     model = TRANSFORMERS_MODELS[family]()
     quantize(model, SAQQuantizationConfig(weight_bits=4, activation_bits=4))
-    calibrate(model, [{"pixel_values": images(8)}])
-    return model.to(dtype)
+    return calibrate(model, [{"pixel_values": images(8)}])
 
 
 def arguments(output_dir, **changes) -> TrainingArguments:

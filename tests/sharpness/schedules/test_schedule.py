@@ -1,19 +1,12 @@
-"""When to perturb: pure functions of the step, the trigger against numpy, parts of batches."""
+"""When to perturb: pure functions of the step."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections import namedtuple
 
-import numpy as np
 import pytest
-import torch
-from transformers import BatchFeature
 
-from hf_saq.sharpness.schedules.partial_batch import batch_size, first_samples
 from hf_saq.sharpness.schedules.schedule import PRESETS, PerturbationSchedule, resolve_preset
-from hf_saq.sharpness.schedules.trigger import NormTrigger
 
 ACTIONS = [
     (dict(), "2222222222"),
@@ -88,65 +81,3 @@ def test_presets():
         resolve_preset("balanced", {"interval": 5})
     with pytest.raises(ValueError, match="schedule='cheap'; expected one of"):
         resolve_preset("cheap", {})
-
-
-def test_trigger_follows_the_running_statistics():
-    """Against the closed form of the mean and the formulas of the paper, in three phases of training."""
-    squares = np.random.default_rng(0).gamma(2.0, 1.0, 200)
-    for progress in (0.0, 0.5, 0.9):
-        trigger, fired = NormTrigger(), []
-        for square in squares:
-            fired.append(trigger.fires(float(square), progress))
-        weights = 0.9 ** np.arange(199, -1, -1) * np.r_[1, np.full(199, 0.1)]  # the mean starts at the first value
-        assert trigger.mean == pytest.approx(np.dot(weights, squares))
-        mean, variance, expected = None, 0.0, []
-        for square in squares:
-            mean = square if mean is None else 0.9 * mean + 0.1 * square
-            variance = 0.9 * variance + 0.1 * (square - mean) ** 2
-            expected.append(square >= mean + (1 - 2 * progress) * math.sqrt(variance))
-        assert fired == expected
-        assert {0.0: 0.1, 0.5: 0.3, 0.9: 0.6}[progress] < np.mean(fired) < {0.0: 0.3, 0.5: 0.6, 0.9: 0.95}[progress]
-
-
-def test_trigger_ignores_what_is_not_finite():
-    trigger = NormTrigger()
-    trigger.fires(2.0, 0.5)
-    before = (trigger.mean, trigger.variance)
-    assert not trigger.fires(math.inf, 1.0) and not trigger.fires(math.nan, 1.0)
-    assert (trigger.mean, trigger.variance) == before
-
-
-# Parts of batches ---------------------------------------------------------------------------------------------------
-
-Pair = namedtuple("Pair", "x y")
-
-
-@pytest.mark.parametrize(
-    ("size", "fraction", "count"),
-    [(8, 0.25, 2), (10, 0.3, 3), (10, 0.31, 4), (10, 0.7, 7), (3, 0.01, 2), (8, 0.125, 2), (1, 0.5, 1), (5, 1.0, 5)],
-)
-def test_the_first_samples_of_any_structure(size, fraction, count):
-    x, y = torch.randn(size, 3, 4), torch.arange(size)
-    weights, name = torch.randn(13), "batch"
-    for batch in (
-        {"pixel_values": x, "labels": y, "weights": weights, "name": name},
-        BatchFeature({"pixel_values": x, "labels": y}),
-        (x, y),
-        [x, y],
-        Pair(x, y),
-        {"inputs": {"x": x}, "targets": [y, x]},
-        x,
-    ):
-        part = first_samples(batch, fraction)
-        assert type(part) is type(batch) and batch_size(batch) == size
-        flat = torch.utils._pytree.tree_flatten(dict(part) if isinstance(part, BatchFeature) else part)[0]
-        whole = torch.utils._pytree.tree_flatten(dict(batch) if isinstance(batch, BatchFeature) else batch)[0]
-        assert len(flat) == len(whole)
-        for a, b in zip(flat, whole, strict=True):
-            assert a == b if isinstance(b, str) else torch.equal(a, b if b is weights else b[:count])
-
-
-@pytest.mark.parametrize("batch", [{"labels": [1, 2]}, {"scale": torch.tensor(1.0)}, "image", []])
-def test_a_batch_without_samples_is_refused(batch):
-    with pytest.raises(ValueError, match="ascent_fraction: the batch is a .* no tensor has a batch dimension"):
-        first_samples(batch, 0.5)
