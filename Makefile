@@ -37,16 +37,16 @@ test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
 
 test-slow: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=3600 -m slow tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=7200 -m slow tests
 
 fuzz: $(STAMP)  ## 10,000 damaged packed checkpoints, some minutes
-	$(TEST_ENV) $(BIN)/python -m pytest -p no:xdist --timeout=7200 -s -m slow tests/test_damaged_files.py
+	$(TEST_ENV) $(BIN)/python -m pytest -p no:xdist --timeout=7200 -s -m slow tests/storage/test_damaged_files.py
 
 packed-size: $(STAMP)  ## file, memory and loading time of a packed ViT-B/16, written to benchmarks/results
 	$(TEST_ENV) $(BIN)/python benchmarks/packed_size.py
 
 architectures: $(STAMP)  ## write docs/architectures.md from a run over every architecture, about ten minutes
-	$(TEST_ENV) $(BIN)/python tests/write_architectures.py docs/architectures.md
+	$(TEST_ENV) $(BIN)/python tests/support/write_architectures.py docs/architectures.md
 
 quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmarks/results/quantizers are done first
 	$(TEST_ENV) $(BIN)/python benchmarks/quantizer_table.py
