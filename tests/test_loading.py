@@ -21,9 +21,9 @@ from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hf_saq import SAQQuantizationConfig, calibrate, dequantize, pack, quantize
-from hf_saq.storage import from_pretrained as hf_quantizer
 from hf_saq.conversion.forms import is_packed
 from hf_saq.layers import PackedLayer
+from hf_saq.storage import from_pretrained as hf_quantizer
 from hf_saq.storage.seal import KEY
 
 FORMS = {"float": lambda model: model, "packed": pack}
