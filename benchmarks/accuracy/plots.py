@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..shared.paired import Difference
+from ..shared.plots import new_figure, save
+
+SALT = "results"
 
 
 def draw_gains(rows: Sequence[tuple[str, Difference | None]], path: Path) -> bool:
     """One line for each setting: the mean gain of SAQ over QAT and its interval. `False` if nothing was drawn."""
     shown = [(name, d) for name, d in rows if d is not None]
-    figure = _figure(7, 1 + 0.4 * len(shown))
+    figure = new_figure(7, 1 + 0.4 * len(shown), SALT)
     if figure is None or not shown:
         return False
     axes = figure.add_subplot()
     axes.axvline(0, color="0.6", linewidth=1)
     for y, (_, d) in enumerate(reversed(shown)):
-        axes.errorbar(d.mean, y, xerr=_error(d), fmt="o", color="C0" if d.sign > 0 else "C3" if d.sign < 0 else "0.4")
+        axes.errorbar(d.mean, y, xerr=d.error, fmt="o", color="C0" if d.sign > 0 else "C3" if d.sign < 0 else "0.4")
     axes.set_yticks(range(len(shown)), [name for name, _ in reversed(shown)])
     axes.set_xlabel("gain of SAQ over plain QAT in top-1, points, 95 % interval")
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    save(figure, path)
     return True
 
 
 def draw_sizes(studies: Sequence[tuple[str, Sequence[tuple[int, Difference | None]]]], path: Path) -> bool:
     """Gain against the number of training images, one line for each study. `False` if nothing was drawn."""
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4, SALT)
     if figure is None:
         return False
     axes = figure.add_subplot()
@@ -37,7 +39,7 @@ def draw_sizes(studies: Sequence[tuple[str, Sequence[tuple[int, Difference | Non
         axes.errorbar(
             [x for x, _ in shown],
             [d.mean for _, d in shown],
-            yerr=[_error(d) for _, d in shown],
+            yerr=[d.error for _, d in shown],
             fmt="o-",
             color=f"C{number}",
             capsize=3,
@@ -47,21 +49,5 @@ def draw_sizes(studies: Sequence[tuple[str, Sequence[tuple[int, Difference | Non
     axes.set_xlabel("training images")
     axes.set_ylabel("gain of SAQ over plain QAT in top-1, points")
     axes.legend()
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    save(figure, path)
     return True
-
-
-def _error(d: Difference) -> float:
-    return 0.0 if math.isnan(d.half_width) else d.half_width
-
-
-def _figure(width: float, height: float):
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is missing, `pip install '.[card]'`", flush=True)
-        return None
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = "results"  # the same bytes for the same results
-    return Figure(figsize=(width, height), layout="constrained")

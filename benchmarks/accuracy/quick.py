@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Train a small part of docs/results.md anew and see whether it lands where the stored runs are.
 
-    python -m benchmarks.accuracy.quick      # what `make results-quick` runs: digits at 2 bits, QAT and SAQ, 5 seeds
+    python -m benchmarks.accuracy.quick     # what `make results-quick` runs: digits at 2 bits, QAT and SAQ, 5 seeds
 
 Needs no data but what scikit-learn ships. Exits with 1 if a mean lies further from the stored one than two of the
 stored standard deviations over seeds, or the mean gain outside the stored 95 % interval.
@@ -9,33 +8,34 @@ stored standard deviations over seeds, or the mean gain outside the stored 95 % 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-from transformers import HfArgumentParser
-
+from ..shared.command_line import parsed
+from ..shared.places import RESULTS
+from ..shared.runs import records_in
+from .arguments import AccuracyArguments
 from .methods import QAT, SAQ
-from .page import Setting, settings_of
-from .sweep import AccuracyArguments, train_one, workers
+from .settings import Setting, settings_of
+from .training import train_one, workers
 
 
 @dataclass
 class QuickArguments:
     """Which stored runs to repeat."""
 
-    task: str = field(default="digits", metadata={"help": "Task of accuracy.py."})
+    task: str = field(default="digits", metadata={"help": "A task of the sweep."})
     bits: int = field(default=2, metadata={"help": "Of weights and activations."})
     seeds: list[int] = field(default_factory=lambda: list(range(5)), metadata={"help": "At least two."})
     processes: int = field(default=2, metadata={"help": "Runs at the same time, each with one thread."})
-    results: str = field(default="benchmarks/results/accuracy", metadata={"help": "The stored runs."})
+    results: str = field(default=f"{RESULTS}/accuracy", metadata={"help": "The stored runs."})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    (args,) = HfArgumentParser(QuickArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    args, _ = parsed(QuickArguments, argv, "benchmarks.accuracy.quick", __doc__)
     old = stored_setting(args)
     jobs = [old.runs[method][seed]["arguments"] for seed in args.seeds for method in (QAT, SAQ)]
     with workers(args.processes) as pool:
@@ -50,17 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def stored_setting(args: QuickArguments) -> Setting:
     """Of the task's own number of images, with the asked seeds only."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(args.results).glob("*.json"))]
-    for setting in settings_of(records):
+    for setting in settings_of(records_in(Path(args.results))):
         if (setting.task, setting.bits) == (args.task, args.bits) and setting.is_default:
             runs = {m: {s: r for s, r in setting.runs.get(m, {}).items() if s in args.seeds} for m in (QAT, SAQ)}
             missing = {m: sorted(set(args.seeds) - set(r)) for m, r in runs.items() if set(args.seeds) - set(r)}
             if missing:
                 raise ValueError(
-                    f"{args.results}: no stored runs of {missing} (method: seeds); run accuracy.py first."
+                    f"{args.results}: no stored runs of {missing} (method: seeds); run `make results` first."
                 )
             return Setting(setting.task, setting.bits, setting.images_per_class, runs)
-    raise ValueError(f"{args.results}: no stored runs of {args.task} at {args.bits} bits; run accuracy.py first.")
+    raise ValueError(f"{args.results}: no stored runs of {args.task} at {args.bits} bits; run `make results` first.")
 
 
 def compare(old: Setting, new: Setting) -> int:

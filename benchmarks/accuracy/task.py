@@ -10,13 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_saq.training.parameter_groups import parameter_groups
-
-from ..shared.images import Images, shuffled_batches
-from ..shared.training_loop import Batch
+from ..shared.images import Batch, Images, shuffled_batches
+from ..shared.training_loop import adamw, sgd
 from .methods import CASES, METHODS, SAQ
-
-SGD_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,4 @@ class Task:
 
     def optimizer_of(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """Quantizers' values in a group of their own, at a tenth of the rate; no decay but of weights."""
-        groups = parameter_groups(model, lr, self.weight_decay)
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=lr, momentum=SGD_MOMENTUM)
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
+        return (sgd if self.optimizer == "sgd" else adamw)(model, lr, self.weight_decay)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """How much of a float MobileNetV2's function survives conversion, and what training brings back at 4 bits.
 
     python -m benchmarks.float_function.measure     # what `make float-function` runs; goes on where it was interrupted
@@ -11,9 +10,6 @@ classes of the checkpoint right after conversion and calibration on two batches,
 from __future__ import annotations
 
 import copy
-import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -22,42 +18,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, HfArgumentParser
+from transformers import AutoModelForImageClassification
 
 from examples.image_data import DataTrainingArguments, TransformedImages, load_images, transforms
 from examples.image_model import has_folded_batch_norm, refit_batch_norm
-from hf_saq import SAQConfig, SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, correct_biases, quantize
+from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, correct_biases, quantize
 from hf_saq.training.parameter_groups import parameter_groups
 
+from ..shared.command_line import parsed
+from ..shared.places import FLOWERS, MOBILENET, RESULTS
 from ..shared.runs import Runs
-
-CALIBRATION_BATCHES = 2
-RHO = 0.05
-
-CONVERSIONS: dict[str, dict[str, Any]] = {
-    "W8 per tensor": {"weight_bits": 8, "activation_bits": None},
-    "W8 per channel": {"weight_bits": 8, "activation_bits": None, "weight_granularity": "channel"},
-    "A8": {"weight_bits": None, "activation_bits": 8},
-    "W8A8 per channel": {"weight_bits": 8, "activation_bits": 8, "weight_granularity": "channel"},
-    "W8A8 per channel, LSQ+": {
-        "weight_bits": 8,
-        "activation_bits": 8,
-        "weight_granularity": "channel",
-        "quantizer": "lsq_plus",
-    },
-    "W4A4 per channel": {"weight_bits": 4, "activation_bits": 4, "weight_granularity": "channel"},
-}
+from ..shared.schedule_variants import saq_config
+from ..shared.training_loop import take_steps
+from .conversions import CALIBRATION_BATCHES, CONVERSIONS, MODULE, RHO, file_name
+from .page import page
 
 
 @dataclass
 class FunctionArguments:
     """What to measure. Anything but the paths is stored with each result."""
 
-    data: str = field(default="../shared/data/flowers102", metadata={"help": "Flowers-102 as parquet files."})
-    weights: str = field(
-        default="../shared/data/mobilenet_v2-imagenet", metadata={"help": "Directory of the float MobileNetV2."}
-    )
-    results: str = field(default="benchmarks/results/float_function", metadata={"help": "Where the JSON results go."})
+    data: str = field(default=FLOWERS, metadata={"help": "Flowers-102 as parquet files."})
+    weights: str = field(default=MOBILENET, metadata={"help": "Directory of the float MobileNetV2."})
+    results: str = field(default=f"{RESULTS}/float_function", metadata={"help": "Where the JSON results go."})
     document: str = field(default="docs/float_function.md", metadata={"help": "The page to write."})
     image_size: int = field(default=224, metadata={"help": "Pixels, for the figures right after conversion."})
     images: int = field(default=300, metadata={"help": "How many test images."})
@@ -126,29 +109,14 @@ class Conversion:
 
 
 def train(
-    model: nn.Module, images: torch.utils.data.Dataset, args: FunctionArguments, epochs: int, config: SAQConfig
+    model: nn.Module, images: torch.utils.data.Dataset, args: FunctionArguments, epochs: int, saq: SAQConfig
 ) -> None:
-    """AdamW with a cosine; SAQ's second pass if `config` has a case."""
+    """AdamW with a cosine; SAQ's second pass if `saq` has a case."""
     torch.manual_seed(args.seed)
     loader = torch.utils.data.DataLoader(images, batch_size=args.batch, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate))
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
-    minimizer = None if config.case is None else SharpnessAwareMinimizer(model, rho=config.rho or 0.0)
-    model.train()
-    for _ in range(epochs):
-        for batch in loader:
-            optimizer.zero_grad()
-            if minimizer is not None:
-                with minimizer.ascent():
-                    model(**batch).loss.backward()
-                with minimizer.perturbed():
-                    model(**batch).loss.backward()
-            else:
-                model(**batch).loss.backward()
-            optimizer.step()
-            scheduler.step()
-    if minimizer is not None:
-        minimizer.detach()
+    batches = (batch for _ in range(epochs) for batch in loader)
+    take_steps(model, batches, epochs * len(loader), optimizer, saq, lambda m, batch: m(**batch).loss)
 
 
 def training(args: FunctionArguments) -> dict[str, Any]:
@@ -165,7 +133,7 @@ def training(args: FunctionArguments) -> dict[str, Any]:
     train(model, images, args, args.float_epochs, SAQConfig(case=None))
     expected = predictions(model, test, args.batch)
     outcome: dict[str, Any] = {"float top-1": agreement(expected, labels)}
-    for method, config in {"QAT": SAQConfig(case=None), "SAQ": SAQConfig(rho=RHO)}.items():
+    for method, config in {"QAT": SAQConfig(case=None), "SAQ": saq_config(RHO, {})}.items():
         quantized = quantize(copy.deepcopy(model), SAQQuantizationConfig(**CONVERSIONS["W4A4 per channel"]))
         calibrate(quantized, batches)
         before = predictions(quantized, test, args.batch)
@@ -177,54 +145,11 @@ def training(args: FunctionArguments) -> dict[str, Any]:
     return outcome
 
 
-def file_name(conversion: str) -> str:
-    return conversion.lower().replace(",", "").replace("+", "_plus").replace(" ", "-")
-
-
-def page(results: Path) -> str:
-    """docs/float_function.md from the runs stored in `results`."""
-    training = json.loads((results / "training.json").read_text(encoding="utf-8"))
-    trained, args = training["outcome"], training["arguments"]
-    rows = []
-    for name in CONVERSIONS:
-        found = json.loads((results / f"{file_name(name)}.json").read_text(encoding="utf-8"))["outcome"]
-        rows.append(f"| {name} | {found['agreement']:.1f} | {found['agreement with correct_biases']:.1f} |")
-    moments = []
-    for row in ("QAT before", "QAT after", "SAQ before", "SAQ after"):
-        moments.append(f"| {row} training | {trained[row][0]:.1f} | {trained[row][1]:.1f} |")
-    return f"""# What is left of the float function
-
-Written by `{training["command"]}` from `{results.as_posix()}`; not edited by hand.
-
-MobileNetV2 with ImageNet weights, converted and calibrated on {CALIBRATION_BATCHES} batches of {args["batch"]}
-training images of Oxford Flowers-102, no training: share of {args["images"]} test images on which its first class, of
-the 1,001 of ImageNet, is that of the float model, in percent. First layer and head at 8 bits.
-
-| | agreement % | with `correct_biases` |
-|---|---|---|
-{chr(10).join(rows)}
-
-The same checkpoint fine-tuned in float to the 102 flowers at {args["small_image_size"]} pixels
-({args["float_epochs"]} epochs, top-1 {trained["float top-1"]:.1f} %), then W4A4 per channel, {args["epochs"]} epochs,
-seed {args["seed"]}, SAQ with rho {RHO}, {args["images"]} test images:
-
-| | agreement with float % | top-1 % |
-|---|---|---|
-{chr(10).join(moments)}
-
-Versions: {", ".join(f"{k} {v}" for k, v in training["versions"].items())}.
-"""
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = HfArgumentParser(FunctionArguments, description=__doc__.splitlines()[0])  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    args, command = parsed(FunctionArguments, argv, MODULE, __doc__)
     for path in (args.data, args.weights):
         if not Path(path).is_dir():
             raise SystemExit(f"{path} is not a directory; name the data with --data and the model with --weights.")
-    command = shlex.join(
-        ["python", "-m", "benchmarks.float_function.measure", *(sys.argv[1:] if argv is None else argv)]
-    )
     stored = {k: v for k, v in vars(args).items() if k not in ("data", "weights", "results", "document")}
     runs = Runs(Path(args.results), command)
     conversion = cache(lambda: Conversion(args))

@@ -1,6 +1,6 @@
 """Size on disk, peak memory and time to load: a 4-bit packed ViT-B/16 next to the float model (random weights).
 
-    python -m benchmarks.packed_size.measure                    # writes benchmarks/results/packed_size.json
+    python -m benchmarks.packed_size.measure     # writes benchmarks/results/packed_size.json
 
 Every measurement is a process of its own that loads one checkpoint and, in a second figure, runs one image through it.
 Peak memory is what the process had in memory at most (mapped files included, as far as they were read), less what it
@@ -28,7 +28,8 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 
-RESULT = "benchmarks/results/packed_size.json"
+from ..shared.places import RESULTS
+
 ROOT = Path(__file__).resolve().parents[2]
 MB = 10**6
 
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--weight_bits", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, default=f"{RESULTS}/packed_size.json")
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure)))

@@ -1,8 +1,7 @@
-"""docs/quantizers.md, made from the stored results of `quantizer_table.py` and from nothing else."""
+"""docs/quantizers.md, made from the stored results of the sweep and from nothing else."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,8 +9,13 @@ from statistics import mean, median
 from typing import Any
 
 from ..shared.cifar_data import PADDING
-from ..shared.cifar_training import CALIBRATION_BATCH, CALIBRATION_BATCHES, MOMENTUM, SCALE_LR_RATIO
+from ..shared.cifar_training import CALIBRATION_BATCH, CALIBRATION_BATCHES
+from ..shared.markdown import head, row
+from ..shared.runs import records_in
+from ..shared.training_loop import MOMENTUM, SCALE_LR_RATIO
 
+MODULE = "benchmarks.quantizers.sweep"
+"""The script that makes the results and the page."""
 FLOAT = "float"
 FLOAT_BITS = 32
 STEADY = 0.05
@@ -19,7 +23,7 @@ STEADY = 0.05
 
 HEAD = """# Quantizers
 
-Written by `{command}` from the results in `{results}`; not edited by hand.
+Written by `python -m {module}` from the results in `{results}`; not edited by hand.
 
 ResNet-20 on CIFAR-10, every quantizer at the same bits for weights and activations (first and last layer: 8), one step
 size or clip per tensor, after the same short quantization-aware fine-tune from the same float model. The images are a
@@ -34,7 +38,7 @@ def page(results: Path) -> str:
     Raises:
         ValueError: If there is no adaptation or no run among them.
     """
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    records = records_in(results)
     by_kind: dict[str, list[dict[str, Any]]] = {"adaptation": [], "trial": [], "run": [], "grids": []}
     for record in records:
         by_kind[record["arguments"]["kind"]].append(record)
@@ -43,7 +47,7 @@ def page(results: Path) -> str:
     runs = by_kind["run"]
     (adaptation,) = by_kind["adaptation"]
     parts = [
-        HEAD.format(command=runs[-1]["command"], results=results.as_posix(), steps=runs[0]["arguments"]["steps"]),
+        HEAD.format(module=MODULE, results=results.as_posix(), steps=runs[0]["arguments"]["steps"]),
         table(runs),
         reading(runs, adaptation),
         protocol(runs, by_kind["trial"], adaptation),
@@ -58,13 +62,13 @@ def page(results: Path) -> str:
 def table(runs: list[dict[str, Any]]) -> str:
     """One row for each quantizer, one column for each number of bits: mean top-1 over seeds, after (before)."""
     widths = bits_of(runs)
-    lines = ["| quantizer | " + " | ".join(f"W{b}A{b}" for b in widths) + " |", "|---" * (len(widths) + 1) + "|"]
+    lines = head("quantizer", *(f"W{b}A{b}" for b in widths))
     for quantizer in quantizers_of(runs):
         cells = []
         for bits in widths:
             outcomes = [run["outcome"] for run in runs_of(runs, quantizer, bits)]
             cells.append(f"{percent(outcomes, 'test')} ({percent(outcomes, 'test_calibrated')})" if outcomes else "-")
-        lines.append(f"| {quantizer} | " + " | ".join(cells) + " |")
+        lines.append(row(quantizer, *cells))
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +134,7 @@ def learning_rates(trials: list[dict[str, Any]], runs: list[dict[str, Any]]) -> 
         return ""
     rates = sorted({trial["arguments"]["lr"] for trial in trials})
     lines = ["## Learning rates", "", "Top-1 on the held-out training images, in percent; chosen: bold.", ""]
-    lines += ["| quantizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    lines += head("quantizer", *(f"{rate:g}" for rate in rates))
     chosen = {run["arguments"]["quantizer"]: run["arguments"]["lr"] for run in runs}
     for quantizer in [*quantizers_of(trials), FLOAT]:
         scores = {
@@ -139,7 +143,7 @@ def learning_rates(trials: list[dict[str, Any]], runs: list[dict[str, Any]]) -> 
             if trial["arguments"]["quantizer"] == quantizer
         }
         cells = [f"**{scores[r]}**" if r == chosen.get(quantizer) else scores.get(r, "-") for r in rates if scores]
-        lines.append(f"| {quantizer} | " + " | ".join(cells) + " |")
+        lines.append(row(quantizer, *cells))
     at_edge = [quantizer for quantizer, rate in sorted(chosen.items()) if rate == rates[0]]
     if at_edge:
         lines += ["", f"{', '.join(at_edge)}: the smallest rate that was tried; smaller ones may be better still."]
@@ -164,11 +168,11 @@ def grids(records: list[dict[str, Any]]) -> str:
         return ""
     (record,) = records
     widths = record["arguments"]["bits"]
-    lines = ["| quantizer | " + " | ".join(f"{b} bits" for b in widths) + " |", "|---" * (len(widths) + 1) + "|"]
+    lines = head("quantizer", *(f"{b} bits" for b in widths))
     for quantizer in sorted(record["arguments"]["quantizers"]):
         found = [record["outcome"][f"{quantizer}-{bits}"] for bits in widths]
         cells = [f"{entry['error']:.3f} ({entry['outermost']:.1%})" for entry in found]
-        lines.append(f"| {quantizer} | " + " | ".join(cells) + " |")
+        lines.append(row(quantizer, *cells))
     return GRIDS + "\n".join(lines) + "\n"
 
 
@@ -186,9 +190,9 @@ def ranges(runs: list[dict[str, Any]]) -> str:
             if learned["weight"]:
                 cells = (f"{min(v):.2f} {median(v):.2f} {max(v):.2f}" for v in learned.values())
                 loss = mean(run["outcome"]["training_loss"] for run in own)
-                rows.append(f"| {quantizer} | {bits} | " + " | ".join(cells) + f" | {loss:.2f} |")
+                rows.append(row(quantizer, str(bits), *cells, f"{loss:.2f}"))
     steady = [abs(last / first - 1) < STEADY for first, last in _scales(runs) if first != last]
-    head = [
+    lines = [
         "## What the fine-tune did to the ranges",
         "",
         "Step size or clip after the fine-tune over its first value: smallest, median, largest of the layers. Last "
@@ -196,10 +200,9 @@ def ranges(runs: list[dict[str, Any]]) -> str:
         f"within {STEADY:.0%} of where they started: where that is nearly all of them, the table compares first grids "
         "and how weights learn on them, rather than how ranges learn.",
         "",
-        "| quantizer | bits | weights | activations | loss |",
-        "|---|---|---|---|---|",
+        *head("quantizer", "bits", "weights", "activations", "loss"),
     ]
-    return "\n".join([*head, *rows]) + "\n" if rows else ""
+    return "\n".join([*lines, *rows]) + "\n" if rows else ""
 
 
 def _scales(runs: Iterable[dict[str, Any]]) -> Iterator[list[float]]:

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Every quantizer at 4, 3 and 2 bits after the same short fine-tune: ResNet-20 on CIFAR-10.
 
-    python -m benchmarks.quantizers.sweep            # what `make quantizers` runs; goes on where it was interrupted
+    python -m benchmarks.quantizers.sweep     # what `make quantizers` runs; goes on where it was interrupted
 
 Float weights -> adapted to the images at hand -> quantized, calibrated, trained -> docs/quantizers.md. Learning rates
 are chosen on images held out from training; test images are only ever scored. "float" takes part like a quantizer: the
@@ -10,32 +9,27 @@ same fine-tune of the same model in float.
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import HfArgumentParser
 
-from hf_saq import SAQQuantizationConfig, calibrate, quantize
-from hf_saq.layers import QuantizedLayer
-from hf_saq.quantizers import QUANTIZERS, Quantizer
+from hf_saq.quantizers import QUANTIZERS
 
-from ..shared.cifar_data import DEFAULT_DATA, Cifar, Images, load_cifar
+from ..shared.cifar_data import Cifar, load_cifar
 from ..shared.cifar_resnet import CifarResNet, load_weights
-from ..shared.cifar_training import accuracy, calibration_batches, train
+from ..shared.cifar_training import accuracy, train
+from ..shared.command_line import parsed
+from ..shared.images import Images
+from ..shared.places import CIFAR, RESNET20, RESULTS
 from ..shared.runs import Runs, fingerprint_of
-from .page import FLOAT, page
+from .fine_tunes import Material, first_weight_grids, table_run, trial
+from .page import FLOAT, MODULE, page
 
 SPLIT_SEED = 0
 
@@ -44,12 +38,9 @@ SPLIT_SEED = 0
 class TableArguments:
     """What to run. Anything but the paths is stored with each result."""
 
-    data: str = field(default=DEFAULT_DATA, metadata={"help": "Directory of CIFAR-10 as parquet files."})
-    weights: str = field(
-        default="../shared/data/cifar10-resnet20/resnet20-12fca82f.th",
-        metadata={"help": "Float weights of ResNet-20."},
-    )
-    results: str = field(default="benchmarks/results/quantizers", metadata={"help": "Where the JSON results go."})
+    data: str = field(default=CIFAR, metadata={"help": "Directory of CIFAR-10 as parquet files."})
+    weights: str = field(default=RESNET20, metadata={"help": "Float weights of ResNet-20."})
+    results: str = field(default=f"{RESULTS}/quantizers", metadata={"help": "Where the JSON results go."})
     document: str = field(default="docs/quantizers.md", metadata={"help": "The page to write."})
     cache: str = field(default="outputs/cifar", metadata={"help": "Decoded images and the adapted float model."})
     quantizers: list[str] = field(
@@ -82,21 +73,9 @@ class TableArguments:
             raise ValueError("--learning_rates: found none; expected at least one.")
 
 
-@dataclass(frozen=True)
-class Material:
-    """What every run starts from: the images, and the adapted float model as a state dict."""
-
-    training: Images
-    validation: Images
-    test: Images
-    float_state: dict[str, torch.Tensor]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(TableArguments)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(given)
-    runs = Runs(Path(args.results), shlex.join(["python", "-m", "benchmarks.quantizers.sweep", *given]))
+    args, command = parsed(TableArguments, argv, MODULE, __doc__)
+    runs = Runs(Path(args.results), command)
 
     training, validation, test = split(load_cifar(args.data, args.cache), args.validation_images)
     float_state, fingerprint = adapted_float_model(args, runs, training, test)
@@ -212,73 +191,6 @@ def standard_error(scores: dict[float, float], images: int) -> float:
     """Of the best of these shares of correct `images`."""
     best = max(scores.values())
     return math.sqrt(best * (1 - best) / images)
-
-
-def trial(material: Material, arguments: dict[str, Any]) -> dict[str, Any]:
-    model = start(material, arguments)
-    loss = fine_tune(model, material, arguments)
-    return {"validation": accuracy(model, material.validation), "training_loss": loss}
-
-
-def table_run(material: Material, arguments: dict[str, Any]) -> dict[str, Any]:
-    model = start(material, arguments)
-    calibrated = accuracy(model, material.test[slice(0, arguments["calibrated_images"])])
-    first = learned_values(model)
-    loss = fine_tune(model, material, arguments)
-    return {
-        "test_calibrated": calibrated,
-        "test": accuracy(model, material.test[slice(0, arguments["test_images"])]),
-        "training_loss": loss,
-        "learned_values": {name: [first[name], value] for name, value in learned_values(model).items()},
-    }
-
-
-def first_weight_grids(material: Material, arguments: dict[str, Any]) -> dict[str, Any]:
-    """How well each quantizer's first grids fit the weights: medians over the layers that have these bits.
-
-    `error` is `||Q(w) - w||^2 / ||w||^2`; `outermost` is the share of weights on the first and last of the levels in
-    use. By quantizer and bits, under names such as `lsq-2`.
-    """
-    found = {}
-    for quantizer, bits in itertools.product(arguments["quantizers"], arguments["bits"]):
-        model = CifarResNet(20)
-        model.load_state_dict(copy.deepcopy(material.float_state))
-        quantize(model, SAQQuantizationConfig(weight_bits=bits, activation_bits=None, quantizer=quantizer))
-        errors, shares = [], []
-        for layer in model.modules():
-            if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
-                if layer.weight_quantizer.bits == bits:
-                    w, w_q = layer.weight.detach(), layer.quantized_weight().detach()
-                    errors.append(((w_q - w).square().sum() / w.square().sum()).item())
-                    shares.append(((w_q == w_q.min()) | (w_q == w_q.max())).float().mean().item())
-        found[f"{quantizer}-{bits}"] = {"error": median(errors), "outermost": median(shares)}
-    return found
-
-
-def start(material: Material, arguments: dict[str, Any]) -> nn.Module:
-    """The adapted float model, quantized and calibrated."""
-    model = CifarResNet(20)
-    model.load_state_dict(copy.deepcopy(material.float_state))
-    if arguments["quantizer"] != FLOAT:
-        bits = arguments["bits"]
-        config = SAQQuantizationConfig(weight_bits=bits, activation_bits=bits, quantizer=arguments["quantizer"])
-        calibrate(quantize(model, config), calibration_batches(material.training))
-    return model
-
-
-def fine_tune(model: nn.Module, material: Material, arguments: dict[str, Any]) -> float:
-    settings = {key: arguments[key] for key in ("steps", "batch_size", "lr", "weight_decay", "seed")}
-    return train(model, material.training, **settings)
-
-
-def learned_values(model: nn.Module) -> dict[str, float]:
-    """Step sizes, clips and offsets (one per tensor each), by name."""
-    return {
-        f"{quantizer.path}.{name}": parameter.item()
-        for quantizer in model.modules()
-        if isinstance(quantizer, Quantizer)
-        for name, parameter in quantizer.named_parameters(recurse=False)
-    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """What each schedule keeps of the accuracy that SAQ gains, and what it costs: a tiny ViT on few digits, W2A2.
 
     python -m benchmarks.schedules.sweep      # what `make schedules` runs; goes on where it was interrupted
@@ -11,18 +10,16 @@ takes the cost of a step from its results.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
+from ..shared.command_line import parsed
 from ..shared.digits_training import accuracy, load_split, quantized, tiny_vit, train
 from ..shared.images import draw
+from ..shared.places import RESULTS
 from ..shared.runs import Runs, fingerprint_of
 from ..shared.schedule_variants import FULL, QAT, VARIANTS, saq_config
 from .page import write_page
@@ -39,7 +36,7 @@ The radius of ASAM is in units of weights, and an `eps` made of other images doe
 
 
 @dataclass
-class AccuracyArguments:
+class ScheduleArguments:
     """What to run. Anything but the paths is stored with each result."""
 
     methods: list[str] = field(
@@ -60,9 +57,9 @@ class AccuracyArguments:
     float_epochs: int = field(default=30, metadata={"help": "Of the float model."})
     float_learning_rate: float = field(default=3e-3, metadata={"help": "Of the float model, not tuned."})
     epochs: int = field(default=40, metadata={"help": "Of quantized training."})
-    results: str = field(default="benchmarks/results/schedules", metadata={"help": "Where the JSON results go."})
+    results: str = field(default=f"{RESULTS}/schedules", metadata={"help": "Where the JSON results go."})
     step_cost: str = field(
-        default="benchmarks/results/step_cost/vit-small-images-batch16-processes1-cpu.json",
+        default=f"{RESULTS}/step_cost/vit-small-images-batch16-processes1-cpu.json",
         metadata={"help": "The measured cost of a step."},
     )
     document: str = field(
@@ -81,10 +78,8 @@ class AccuracyArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(AccuracyArguments)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(given)
-    runs = Runs(Path(args.results), shlex.join(["python", "-m", "benchmarks.schedules.sweep", *given]))
+    args, command = parsed(ScheduleArguments, argv, "benchmarks.schedules.sweep", __doc__)
+    runs = Runs(Path(args.results), command)
     work = Work(args)
     qat_rate, rate, radii = chosen(args, runs, work)
     for seed in args.seeds:  # seed by seed: an interrupted run has complete pairs
@@ -100,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 class Work:
     """Data, float models (made once for each seed) and runs."""
 
-    def __init__(self, args: AccuracyArguments):
+    def __init__(self, args: ScheduleArguments):
         self.args = args
         self.pool, self.validation, self.test = load_split(args.pool, args.validation_images)
         self.float_model: Callable[[int], Any] = lru_cache(maxsize=2)(self._float_model)
@@ -138,7 +133,7 @@ class Work:
         return outcome
 
 
-def chosen(args: AccuracyArguments, runs: Runs, work: Work) -> tuple[float, float, dict[str, float]]:
+def chosen(args: ScheduleArguments, runs: Runs, work: Work) -> tuple[float, float, dict[str, float]]:
     """Learning rate of plain QAT, learning rate of SAQ, and radii by method; `full` for all without their own.
 
     Each is the best in mean validation accuracy, the smaller of equals. The radius is chosen at the learning rate of

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset, Image, load_dataset
-from safetensors.torch import load_file, save_file
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from torch import Tensor
 
 from . import images
-from .images import Images
+from .images import Batch, Images
+from .stored_tensors import splits_made_once
 
-DEFAULT_DATA = "../shared/data/cifar10-jpeg"
+SPLITS = ("train", "test")
 SIZE = 32
 PADDING = 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,20 +51,17 @@ def load_cifar(directory: str | Path, cache: str | Path) -> Cifar:
             f"--data {str(directory)!r}: found no parquet files; expected CIFAR-10 as *.parquet with the splits train "
             "and test, an image column and a label column."
         )
-    stored = cache / f"cifar-{_fingerprint(files)}.safetensors"
-    if not stored.is_file():
-        splits = load_dataset(str(directory), cache_dir=str(cache / "datasets"))
-        missing = [name for name in ("train", "test") if name not in splits]
+
+    @lru_cache(maxsize=1)
+    def splits() -> DatasetDict:
+        found = load_dataset(str(directory), cache_dir=str(cache / "datasets"))
+        missing = [name for name in SPLITS if name not in found]
         if missing:
-            raise ValueError(f"--data {str(directory)!r}: no split {missing}; found {sorted(splits)}.")
-        tensors = {}
-        for split in ("train", "test"):
-            tensors[f"{split}.pixels"], tensors[f"{split}.labels"] = _decode(splits[split], f"{directory} {split}")
-        partial = stored.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(stored)  # an interrupted write leaves nothing that looks whole
-    tensors = load_file(stored)
-    return Cifar(*(Images(tensors[f"{split}.pixels"], tensors[f"{split}.labels"]) for split in ("train", "test")))
+            raise ValueError(f"--data {str(directory)!r}: no split {missing}; found {sorted(found)}.")
+        return found
+
+    stored = cache / f"cifar-{_fingerprint(files)}.safetensors"
+    return Cifar(*splits_made_once(stored, SPLITS, lambda name: _decode(splits()[name], f"{directory} {name}")))
 
 
 def _fingerprint(files: list[Path]) -> str:
@@ -71,7 +69,7 @@ def _fingerprint(files: list[Path]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _decode(split: Dataset, where: str) -> tuple[Tensor, Tensor]:
+def _decode(split: Dataset, where: str) -> Images:
     columns = []
     for kind in (Image, ClassLabel):
         found = [name for name, feature in split.features.items() if isinstance(feature, kind)]
@@ -84,7 +82,7 @@ def _decode(split: Dataset, where: str) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{where}: image {i} has {image.size} pixels; expected {(SIZE, SIZE)}.")
         pixels[i] = np.asarray(image.convert("RGB"))
     labels = torch.tensor(split[columns[1]][:], dtype=torch.int64)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels)
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -104,7 +102,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return images.crop_and_mirror(F.pad(pixels, (PADDING,) * 4), SIZE, generator)
 
 
-def training_batches(training: Images, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def training_batches(training: Images, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
     """Augmented, normalized batches without end: every epoch in a random order of its own, without its last images
     where they do not fill a batch.
 
@@ -119,11 +117,11 @@ def training_batches(training: Images, batch_size: int, generator: torch.Generat
         order = torch.randperm(len(training), generator=generator)
         for start in range(0, len(training) - batch_size + 1, batch_size):
             batch = training[order[start : start + batch_size]]
-            yield normalize(augment(batch.pixels, generator)), batch.labels
+            yield {"pixels": normalize(augment(batch.pixels, generator)), "labels": batch.labels}
 
 
-def evaluation_batches(shown: Images, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(shown: Images, batch_size: int = 500) -> Iterator[Batch]:
     """Every image once, normalized, in order."""
     for start in range(0, len(shown), batch_size):
         batch = shown[slice(start, start + batch_size)]
-        yield normalize(batch.pixels), batch.labels
+        yield {"pixels": normalize(batch.pixels), "labels": batch.labels}

@@ -10,17 +10,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
-from hf_saq.training.parameter_groups import parameter_groups
 
-from . import training_loop as sharpness_training
+from . import training_loop
 from .images import Images, shuffled_batches
-from .training_loop import Batch, fit
+from .training_loop import adamw, fit
 
 SPLIT_SEED = 0
 BITS = 2
 BATCH_SIZE = 30
 WEIGHT_DECAY = 0.05
-SCALE_LR_RATIO = 0.1
 
 
 def load_split(pool: int, validation: int) -> tuple[Images, Images, Images]:
@@ -88,17 +86,11 @@ def train(
         What [`fit`] returns, the loss averaged over the last epoch.
     """
     count = -(-len(images) // BATCH_SIZE)
-    groups = parameter_groups(model, lr, WEIGHT_DECAY, SCALE_LR_RATIO)
     batches = shuffled_batches(images, BATCH_SIZE, torch.Generator().manual_seed(seed))
-    return fit(
-        model, map(as_batch, batches), epochs * count, torch.optim.AdamW(groups, lr=lr, fused=True), saq, last=count
-    )
-
-
-def as_batch(images: Images) -> Batch:
-    return {"pixels": images.pixels, "labels": images.labels}
+    optimizer = adamw(model, lr, WEIGHT_DECAY)
+    return fit(model, map(Images.as_batch, batches), epochs * count, optimizer, saq, last=count)
 
 
 def accuracy(model: nn.Module, images: Images) -> float:
     """Share of `images` whose highest logit is that of their class, 0 to 1. Leaves `model` in evaluation mode."""
-    return sharpness_training.accuracy(model, iter([as_batch(images)]))
+    return training_loop.accuracy(model, iter([images.as_batch()]))

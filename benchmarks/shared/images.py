@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Batch = dict[str, Tensor]
+"""`pixels` `(n, channels, height, width)`, float32, and `labels` `(n,)`: what models are trained and scored on."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -26,6 +29,10 @@ class Images:
 
     def __getitem__(self, index: Tensor | slice) -> Images:
         return Images(self.pixels[index], self.labels[index])
+
+    def as_batch(self) -> Batch:
+        """All of them as they are."""
+        return {"pixels": self.pixels, "labels": self.labels}
 
 
 def draw(images: Images, count: int, seed: int) -> Images:

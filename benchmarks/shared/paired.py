@@ -27,6 +27,11 @@ class Difference:
         return mean(self.values)
 
     @property
+    def error(self) -> float:
+        """What a plot shows on both sides of the mean: nothing for a single seed."""
+        return 0.0 if math.isnan(self.half_width) else self.half_width
+
+    @property
     def sign(self) -> int:
         """1 or -1 where the whole interval lies above or below zero, else 0."""
         if math.isnan(self.half_width) or abs(self.mean) <= self.half_width:

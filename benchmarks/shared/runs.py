@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import platform
 import subprocess
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,24 @@ class Runs:
         partial.replace(path)  # an interrupted write leaves no half a record
         print(name, {k: v for k, v in outcome.items() if isinstance(v, (int, float, str))}, flush=True)
         return record
+
+
+def records_in(directory: Path, names: str = "*.json") -> list[dict[str, Any]]:
+    """Read every stored result in `directory` whose name fits the pattern `names`, in the order of the names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob(names))]
+
+
+def versions_of(records: Iterable[dict[str, Any]]) -> list[str]:
+    """List the sets of versions that records were made with, each once: `python 3.11, torch 2.9`."""
+    return sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; `None` where the package is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def versions() -> dict[str, str]:

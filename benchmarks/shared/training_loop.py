@@ -1,4 +1,4 @@
-"""The training loop that benchmarks of accuracy share: any model, any optimizer, with or without the perturbation."""
+"""The training loop that benchmarks share: any model, any optimizer, with or without the perturbation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,24 @@ from torch.nn.functional import cross_entropy
 
 from hf_saq import SAQConfig, SharpnessAwareMinimizer
 from hf_saq.sharpness.schedules.step import ScheduledStep
+from hf_saq.training.parameter_groups import parameter_groups
 
-Batch = dict[str, Tensor]
-"""`pixels` `(n, channels, height, width)`, float32, and `labels` `(n,)`."""
+from .images import Batch
+
+MOMENTUM = 0.9
+SCALE_LR_RATIO = 0.1
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD with momentum; quantizers' values at a tenth of the rate; no decay but of weights."""
+    groups = parameter_groups(model, lr, weight_decay, SCALE_LR_RATIO)
+    return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM)
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW with the groups of [`sgd`]."""
+    groups = parameter_groups(model, lr, weight_decay, SCALE_LR_RATIO)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -27,24 +42,21 @@ def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(logits_of(model, batch["pixels"]), batch["labels"])
 
 
-def fit(
+def take_steps(
     model: nn.Module,
     batches: Iterator[Batch],
     total: int,
     optimizer: torch.optim.Optimizer,
     saq: SAQConfig | None = None,
     loss_of: Callable[[nn.Module, Batch], Tensor] = plain_loss,
-    last: int = 16,
-) -> dict[str, Any]:
+) -> tuple[list[Tensor], int]:
     """Train `model` in place for `total` steps, the learning rate along a cosine to zero.
 
     Args:
         saq: When and how to perturb; `None` or `case=None`: never.
-        last: Number of last steps whose losses are averaged.
 
     Returns:
-        `steps`; `cpu_seconds` of this process; `training_loss`, the mean that the last steps reported;
-        `perturbed_share` of the steps.
+        The loss that each step reported, and how many of the steps were perturbed.
     """
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
     scheduled = None
@@ -59,7 +71,6 @@ def fit(
         return loss.detach()
 
     model.train()
-    started = time.process_time()
     losses: list[Tensor] = []
     perturbed = 0
     for step in range(total):
@@ -75,6 +86,29 @@ def fit(
         scheduler.step()
     if scheduled is not None:
         minimizer.detach()
+    return losses, perturbed
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    total: int,
+    optimizer: torch.optim.Optimizer,
+    saq: SAQConfig | None = None,
+    loss_of: Callable[[nn.Module, Batch], Tensor] = plain_loss,
+    last: int = 16,
+) -> dict[str, Any]:
+    """Train as [`take_steps`] does and sum up how it went.
+
+    Args:
+        last: Number of last steps whose losses are averaged.
+
+    Returns:
+        `steps`; `cpu_seconds` of this process; `training_loss`, the mean that the last steps reported;
+        `perturbed_share` of the steps.
+    """
+    started = time.process_time()
+    losses, perturbed = take_steps(model, batches, total, optimizer, saq, loss_of)
     return {
         "steps": total,
         "cpu_seconds": time.process_time() - started,

@@ -12,134 +12,26 @@ alike; `--clock process` counts processor time, which other programs disturb les
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.metadata
 import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hf_saq import SAQQuantizationConfig, calibrate, quantize
 from hf_saq.quantizers import set_backend
 from hf_saq.quantizers.kernels import Backend
 
+from ..shared.places import RESULTS
+from ..shared.runs import version_of
 from .allocator import allocator_settings, page_faults
-
-BITS = 4
-CONFIG = SAQQuantizationConfig(weight_bits=BITS, activation_bits=BITS, first_last_bits=None)
-
-
-def vit_small() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    size: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
-    return ViTForImageClassification(ViTConfig(**size, num_hidden_layers=12, num_labels=1000))  # type: ignore[call-arg]
-
-
-def resnet18() -> nn.Module:
-    import timm
-
-    return timm.create_model("resnet18")
-
-
-MODELS = {"vit_small_patch16_224": vit_small, "resnet18": resnet18}
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear 384-1536, 8x197 tokens": (lambda: nn.Linear(384, 1536), (8, 197, 384)),
-    "linear 1536-384, 8x197 tokens": (lambda: nn.Linear(1536, 384), (8, 197, 1536)),
-    "conv 64-64 3x3, 8x56x56": (lambda: nn.Conv2d(64, 64, 3, padding=1, bias=False), (8, 64, 56, 56)),
-    "conv 256-256 3x3, 8x14x14": (lambda: nn.Conv2d(256, 256, 3, padding=1, bias=False), (8, 256, 14, 14)),
-}
-
-
-def quantized(model: nn.Module, x: Tensor) -> nn.Module:
-    was_layer = isinstance(model, (nn.Linear, nn.Conv2d))
-    model = quantize(nn.Sequential(copy.deepcopy(model)) if was_layer else copy.deepcopy(model), CONFIG)
-    calibrate(model, [x])
-    return model.train()
-
-
-class UnfusedLSQ(nn.Module):
-    """LSQ in ordinary autograd operations, what a few lines of PyTorch would be."""
-
-    def __init__(self, layer: Any, ours: Any):
-        super().__init__()
-        self.layer: Any = copy.deepcopy(layer)
-        self.weight_scale = nn.Parameter(ours[0].weight_quantizer.scale.detach().clone())
-        self.input_scale = nn.Parameter(ours[0].activation_quantizer.scale.detach().clone())
-
-    @staticmethod
-    def quantize(x: Tensor, scale: Tensor) -> Tensor:
-        v = (x / scale).clamp(-(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1)
-        return (v + (v.round() - v).detach()) * scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.quantize(self.layer.weight, self.weight_scale)
-        return torch.func.functional_call(self.layer, {"weight": weight}, self.quantize(x, self.input_scale))
-
-
-def torchao_layer(layer: nn.Module) -> nn.Module | None:
-    """Of the same bits, but in the granularity that torchao has: inputs per token, weights per channel, none learned.
-
-    It has linear layers alone.
-    """
-    if not isinstance(layer, nn.Linear):
-        return None
-    from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
-
-    weights = IntxFakeQuantizeConfig(getattr(torch, f"int{BITS}"), "per_channel", is_symmetric=True)
-    inputs = IntxFakeQuantizeConfig(getattr(torch, f"int{BITS}"), "per_token", is_symmetric=False)
-    return FakeQuantizedLinear.from_linear(copy.deepcopy(layer), inputs, weights)
-
-
-def brevitas_layer(layer: nn.Module) -> nn.Module:
-    import brevitas.nn as qnn
-    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
-
-    how = {
-        "weight_quant": Int8WeightPerTensorFloat,
-        "weight_bit_width": BITS,
-        "input_quant": Int8ActPerTensorFloat,
-        "input_bit_width": BITS,
-        "bias": layer.bias is not None,
-    }
-    if isinstance(layer, nn.Linear):
-        return qnn.QuantLinear(layer.in_features, layer.out_features, **how)
-    return qnn.QuantConv2d(layer.in_channels, layer.out_channels, 3, padding=1, **how)
-
-
-class Meter:
-    """Interleaved medians on one clock."""
-
-    def __init__(self, clock: str, repetitions: int, device: torch.device):
-        self.now = time.process_time if clock == "process" else time.perf_counter
-        self.repetitions, self.device = repetitions, device
-
-    def medians(self, steps: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Seconds of one call of each."""
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for step in steps.values():  # what happens once: allocation, compilation, first statistics
-            step()
-            step()
-        for _ in range(self.repetitions):
-            for name, step in steps.items():
-                self.wait()
-                start = self.now()
-                step()
-                self.wait()
-                seconds[name].append(self.now() - start)
-        return {name: statistics.median(values) for name, values in seconds.items()}
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+from .layers import LAYERS, UnfusedLSQ, brevitas_layer, forward_backward, torchao_layer
+from .meter import Meter
+from .plain_steps import BITS, MODELS, quantized, training_step
 
 
 def with_backend(name: Backend, step: Callable[[], object]) -> Callable[[], None]:
@@ -149,29 +41,6 @@ def with_backend(name: Backend, step: Callable[[], object]) -> Callable[[], None
         set_backend(before)
 
     return run
-
-
-def training_step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step() -> None:
-        output = model(x)
-        loss = nn.functional.cross_entropy(output if isinstance(output, Tensor) else output.logits, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def forward_backward(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        x.grad = None
-        model.zero_grad()
-        output = model(x)
-        (output if isinstance(output, Tensor) else output.value).backward(grad)
-
-    return step
 
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
@@ -243,16 +112,9 @@ def layer_table(meter: Meter) -> dict:
     return table
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default="benchmarks/results/fake_quant.json")
+    parser.add_argument("--output", type=Path, default=f"{RESULTS}/fake_quant.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process time is for CPU only")
     parser.add_argument("--batch", type=int, default=8)
@@ -277,7 +139,7 @@ def main() -> None:
             "repetitions": args.repetitions,
             "bits": BITS,
             "allocator": allocator_settings(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "timm", "torchao", "brevitas")},
+            "versions": {name: version_of(name) for name in ("torch", "transformers", "timm", "torchao", "brevitas")},
         },
         "layers": layers,
         "training_step": times,

@@ -1,31 +1,30 @@
-#!/usr/bin/env python
-"""docs/cost.md, made of stored results of `fake_quant.py`, `step_profile.py` and `step_cost.py` and nothing else.
+"""docs/cost.md, made of stored results of `fake_quant.py`, `step_profile.py` and `sweep.py` and nothing else.
 
 python -m benchmarks.step_cost.page [results] [document]
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..shared.command_line import page_paths
+from ..shared.markdown import head, row
+from ..shared.places import RESULTS
+from ..shared.runs import records_in
+from ..shared.schedule_variants import QAT
 from .allocator import keeps_memory
 from .models import MODELS
 from .step_profile import FORWARD
-from .sweep import QAT
 
 SUMMARY = ("full", "ascent 1/8", "previous")
 """Columns of the table over models, batch sizes and processes: the presets full, balanced and free."""
 PRESETS = ("`full`", "`balanced`", "`free`")
 
 
-def main(argv: Sequence[str]) -> None:
-    results = Path(argv[0] if argv else "benchmarks/results")
-    document = Path(argv[1] if len(argv) > 1 else "docs/cost.md")
-    write_page(results, document)
+def main(argv: Sequence[str] | None = None) -> None:
+    write_page(*page_paths(argv, __doc__, RESULTS, "docs/cost.md"))
 
 
 def write_page(results: Path, document: Path) -> None:
@@ -34,17 +33,17 @@ def write_page(results: Path, document: Path) -> None:
     Raises:
         ValueError: If nothing is stored in `results`.
     """
-    fakes, parts_of_step = sorted(results.glob("fake_quant*.json")), results / "step_profile.json"
-    steps = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "step_cost").glob("*.json"))]
-    steps.sort(key=order)
+    fakes = records_in(results, "fake_quant*.json")
+    profiles = records_in(results, "step_profile.json")
+    steps = sorted(records_in(results / "step_cost"), key=order)
     if not fakes and not steps:
         raise ValueError(f"{results}: found neither fake_quant.json nor step_cost/*.json; run `make step-cost` first.")
     parts = [
         "# What quantized and sharpness-aware training cost\n\nWritten by `make step-cost` from "
         f"`{results.as_posix()}`: `fake_quant*.json` (of `make fake-quant`), `step_profile.json` and `step_cost`. "
         "Ratios are medians of what was measured side by side in one run.\n",
-        fake_quantization([json.loads(path.read_text(encoding="utf-8")) for path in fakes]) if fakes else "",
-        step_in_parts(json.loads(parts_of_step.read_text(encoding="utf-8"))) if parts_of_step.is_file() else "",
+        fake_quantization(fakes) if fakes else "",
+        *(step_in_parts(found) for found in profiles),
         summary(steps) if steps else "",
         *(one(record) for record in steps),
     ]
@@ -67,9 +66,10 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
         'made anew, as the last column counts them. Rows "kept" are of processes that were told to keep it '
         "(`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_`, as `make fake-quant` and `make step-cost` do).",
         "",
-        "| model | freed memory | float step, ms | eager | compiled | bytes kept for backward "
-        "| page faults of a step: float, eager, compiled |",
-        "|---|---|---|---|---|---|---|",
+        *head(
+            *("model", "freed memory", "float step, ms", "eager", "compiled", "bytes kept for backward"),
+            "page faults of a step: float, eager, compiled",
+        ),
     ]
     for found in runs:
         for model, step in found["training_step"].items():
@@ -77,7 +77,7 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
             kept = found["kept_for_backward"][model]["ratio"]
             cells = [f"{milliseconds:.0f}", *(f"{r:.2f}" for r in (ratios["eager"], ratios["compiled"], kept))]
             cells.append(", ".join(f"{step['page_faults'][way]:.0f}" for way in ("float", "eager", "compiled")))
-            lines.append("| " + " | ".join([model, freed_memory(found["setting"]), *cells]) + " |")
+            lines.append(row(model, freed_memory(found["setting"]), *cells))
     for found in runs:
         lines += ["", conditions(found["setting"])]
         if found["layers"]:
@@ -105,12 +105,11 @@ def layers(found: dict[str, Any]) -> list[str]:
         "",
         "Forward and backward of one layer. A dash: the library has no such layer.",
         "",
-        "| layer | " + " | ".join(kinds) + " |",
-        "|---" * (len(kinds) + 1) + "|",
+        *head("layer", *kinds),
     ]
     for name, layer in found["layers"].items():
         ratios = layer["ratio_to_float"]
-        lines.append(f"| {name} | " + " | ".join(f"{ratios[k]:.2f}" if k in ratios else "-" for k in kinds) + " |")
+        lines.append(row(name, *(f"{ratios[k]:.2f}" if k in ratios else "-" for k in kinds)))
     return lines
 
 
@@ -128,9 +127,10 @@ def step_in_parts(found: dict[str, Any]) -> str:
     ]
     for model, ways in found["milliseconds"].items():
         total = {way: sum(parts.values()) for way, parts in ways.items()}
-        lines += [f"| {model} | float | quantized | share of quantized |", "|---|---|---|---|"]
+        lines += head(model, "float", "quantized", "share of quantized")
         for part, after in ways["quantized"].items():
-            lines.append(f"| {part} | {ways['float'][part]:.0f} | {after:.0f} | {after / total['quantized']:.0%} |")
+            before, share = ways["float"][part], after / total["quantized"]
+            lines.append(row(part, f"{before:.0f}", f"{after:.0f}", f"{share:.0%}"))
         lines += [f"| all | {total['float']:.0f} | {total['quantized']:.0f} | |", ""]
     return "\n".join(lines)
 
@@ -143,19 +143,18 @@ def summary(steps: Sequence[dict[str, Any]]) -> str:
         "`qat again` is plain QAT a second time: what it differs from 1 by is the error of measurement. Memory: peak "
         "of full SAQ beyond that of QAT, in units of the quantized weights.",
         "",
-        f"| model | batch | processes | {' | '.join(PRESETS)} | qat again | memory |",
-        "|---" * (5 + len(PRESETS)) + "|",
+        *head("model", "batch", "processes", *PRESETS, "qat again", "memory"),
     ]
     for record in steps:
         a, outcome = record["arguments"], record["outcome"]
         times = outcome["times"]
         cells = [f"{times[way]['ratio']:.2f}" if way in times else "-" for way in (*SUMMARY, "qat again")]
-        more = f"{memory(outcome, 'full'):+.2f}" if "full" in outcome["bytes"] else "-"
-        lines.append("| " + " | ".join([a["model"], str(a["batch_size"]), str(a["processes"]), *cells, more]) + " |")
+        more = f"{more_memory(outcome, 'full'):+.2f}" if "full" in outcome["bytes"] else "-"
+        lines.append(row(a["model"], str(a["batch_size"]), str(a["processes"]), *cells, more))
     return "\n".join(lines) + "\n"
 
 
-def memory(outcome: dict[str, Any], way: str) -> float:
+def more_memory(outcome: dict[str, Any], way: str) -> float:
     """Peak beyond that of QAT, in units of the quantized weights."""
     return (outcome["bytes"][way] - outcome["bytes"][QAT]) / outcome["quantized_weight_bytes"]
 
@@ -174,14 +173,13 @@ def one(record: dict[str, Any]) -> str:
         "beyond that of QAT, in units of the quantized weights. The trigger is timed with every second step firing. "
         f"Commit {record['versions'].get('commit', 'unknown')}.",
         "",
-        "| way to train | time | quartiles | more memory |",
-        "|---|---|---|---|",
+        *head("way to train", "time", "quartiles", "more memory"),
     ]
     for way, t in outcome["times"].items():
         quartiles = f"{t['lower_quartile']:.2f} to {t['upper_quartile']:.2f}"
-        lines.append(f"| {way} | {t['ratio']:.2f} | {quartiles} | {memory(outcome, way):+.2f} |")
+        lines.append(row(way, f"{t['ratio']:.2f}", quartiles, f"{more_memory(outcome, way):+.2f}"))
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

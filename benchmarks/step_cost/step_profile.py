@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Where the time of a training step goes, float and quantized: the table "A step in parts" of docs/cost.md.
 
     python -m benchmarks.step_cost.step_profile --output benchmarks/results/step_profile.json
@@ -26,7 +25,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from hf_saq.quantizers import affine, set_backend
 
-from .fake_quant import BITS, MODELS, quantized, training_step, version
+from ..shared.places import RESULTS
+from ..shared.runs import version_of
+from .plain_steps import BITS, MODELS, quantized, training_step
 
 FORWARD, BACKWARD, SUMS = "quantize", "gradient of quantization", "sums for gradients of scales"
 BY_MARK = {f"part: {name}": name for name in (FORWARD, BACKWARD)} | {"FakeQuantizeBackward": SUMS}
@@ -107,7 +108,7 @@ def profile_model(name: str, batch: int, repetitions: int) -> dict[str, dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default="benchmarks/results/step_profile.json")
+    parser.add_argument("--output", type=Path, default=f"{RESULTS}/step_profile.json")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
@@ -121,7 +122,7 @@ def main() -> None:
         "batch": args.batch,
         "repetitions": args.repetitions,
         "bits": BITS,
-        "versions": {name: version(name) for name in ("torch", "transformers", "timm")},
+        "versions": {name: version_of(name) for name in ("torch", "transformers", "timm")},
     }
     for name, ways in found.items():
         total = sum(ways["quantized"].values())

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """What a training step costs under each schedule: ratios to plain QAT in time and in memory, compared within one run.
 
-    python -m benchmarks.step_cost.sweep          # what `make step-cost` runs; goes on where it was interrupted
+    python -m benchmarks.step_cost.sweep      # what `make step-cost` runs; goes on where it was interrupted
     python -m benchmarks.step_cost.sweep --models vit-tiny vit-small vit-base resnet18 resnet50 --batch_sizes 1 4
     torchrun --nproc_per_node 2 -m benchmarks.step_cost.sweep --models vit-small-images
 
@@ -12,16 +11,11 @@ is the median over rounds. A schedule with a period is timed over whole periods.
 
 from __future__ import annotations
 
-import copy
-import importlib.metadata
 import os
 import random
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,55 +23,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser
+from torch import Tensor
 
-from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
 from hf_saq.quantizers import set_backend
+from hf_saq.quantizers.kernels import Backend
 from hf_saq.sharpness.perturbed_tensors import quantized_weights
-from hf_saq.sharpness.schedules.step import ScheduledStep
-from hf_saq.sharpness.schedules.trigger import NormTrigger
-from hf_saq.training.parameter_groups import parameter_groups
 
-from ..shared.runs import Runs
-from ..shared.schedule_variants import QAT, VARIANTS, saq_config
+from ..shared.command_line import parsed
+from ..shared.places import RESULTS
+from ..shared.runs import Runs, version_of
+from ..shared.schedule_variants import QAT
 from .allocator import allocator_settings
-from .latent_sam import latent_sam_step
-from .models import CLASSES, MODELS
+from .meter import synchronize
+from .models import MODELS
+from .page import more_memory
 from .peak_memory import peak_bytes
-
-BITS = 4
-RHO = 0.05
-LEARNING_RATE = 1e-5
-TOTAL_STEPS = 10**6
-"""Far more than are run: progress stays at zero."""
-FLOAT, AGAIN, SAM = "float", "qat again", "sam on latent weights"
-WAYS: dict[str, dict[str, Any] | None] = {
-    FLOAT: None,
-    QAT: VARIANTS[QAT],
-    AGAIN: VARIANTS[QAT],
-    SAM: None,
-    # Half of the steps at cost 1, half at cost 2: that follows from `full`, and no step is of another kind.
-    **{name: config for name, config in VARIANTS.items() if name not in (QAT, "start 0.5")},
-}
-"""Fields of `SAQConfig` of each way to train, `None` for what is no SAQ. `qat again` shows how exact a ratio is.
-
-Presets are among them, under the names of what they stand for."""
-
-
-class EverySecond(NormTrigger):
-    """Decides as ever and then fires at every second step, so that the cost of one that fires can be read off."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def fires(self, squared_norm: float, progress: float) -> bool:
-        super().fires(squared_norm, progress)
-        self.count += 1
-        return self.count % 2 == 0
+from .ways import BITS, FLOAT, WAYS, Bench, one_step_of, prepare
 
 
 @dataclass
@@ -96,8 +57,8 @@ class CostArguments:
     steps: int = field(default=2, metadata={"help": "Steps in a row; one period where that is longer."})
     clock: str = field(default="process", metadata={"help": "process (processor time) or wall."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda; on cuda the clock must be wall."})
-    backend: str = field(default="eager", metadata={"help": "Of fake quantization: eager or compiled."})
-    results: str = field(default="benchmarks/results/step_cost", metadata={"help": "Where the JSON results go."})
+    backend: Backend = field(default="eager", metadata={"help": "Of fake quantization: eager or compiled."})
+    results: str = field(default=f"{RESULTS}/step_cost", metadata={"help": "Where the JSON results go."})
 
     def __post_init__(self) -> None:
         for name, found, known in (("models", self.models, MODELS), ("ways", self.ways, WAYS)):
@@ -114,14 +75,12 @@ class CostArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(CostArguments)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(given)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    args, command = parsed(CostArguments, argv, "benchmarks.step_cost.sweep", __doc__, launcher)
     if processes > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
-    runs = Runs(Path(args.results), shlex.join([*launcher.split(), "benchmarks/step_cost.py", *given]))
+    runs = Runs(Path(args.results), command)
     shared = ("rounds", "steps", "clock", "device", "backend")
     before = set_backend(args.backend)
     try:
@@ -139,102 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_backend(before)
         if processes > 1:
             dist.destroy_process_group()
-
-
-@dataclass
-class Bench:
-    """One model in float and quantized, each with its optimizer, and the batch they all train on.
-
-    Attributes:
-        wrapped: The quantized model as it is called: in DDP if there are several processes.
-    """
-
-    float_model: nn.Module
-    float_optimizer: torch.optim.Optimizer
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    wrapped: nn.Module
-    batch: dict[str, Tensor]
-
-    def backward(self, batch: dict[str, Tensor], reduce: bool = True) -> Tensor:
-        skip = not reduce and isinstance(self.wrapped, DistributedDataParallel)
-        with self.wrapped.no_sync() if skip else nullcontext():  # type: ignore[operator]
-            loss = cross_entropy(self.wrapped(batch["pixels"]), batch["labels"])
-            loss.backward()
-        return loss.detach()
-
-
-def prepare(arguments: dict[str, Any]) -> Bench:
-    """Random weights, images and labels; 4 bits, 8 in the first and last layer."""
-    torch.manual_seed(0)
-    kind, device = MODELS[arguments["model"]], torch.device(arguments["device"])
-    float_model = kind.build().to(device).train()
-    batch = {
-        "pixels": torch.randn(arguments["batch_size"], 3, kind.image_size, kind.image_size, device=device),
-        "labels": torch.randint(CLASSES, (arguments["batch_size"],), device=device),
-    }
-    model = quantize(
-        copy.deepcopy(float_model),
-        SAQQuantizationConfig(weight_bits=arguments["bits"], activation_bits=arguments["bits"]),
-    )
-    calibrate(model, [batch["pixels"]])
-    model.train()
-
-    def wrap(m: nn.Module) -> nn.Module:
-        return DistributedDataParallel(m) if arguments["processes"] > 1 else m
-
-    def adamw(m: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameter_groups(m, LEARNING_RATE), lr=LEARNING_RATE, fused=True)
-
-    float_optimizer, optimizer = adamw(float_model), adamw(model)
-    return Bench(wrap(float_model), float_optimizer, model, optimizer, wrap(model), batch)
-
-
-@contextmanager
-def one_step_of(way: str, bench: Bench) -> Iterator[tuple[Callable[[], object], int]]:
-    """A function that takes one optimizer step, and after how many of them the kinds of steps repeat.
-
-    The model is afterwards as if no minimizer had ever been there.
-    """
-    config = WAYS[way]
-    if way == FLOAT:
-
-        def float_step() -> None:
-            cross_entropy(bench.float_model(bench.batch["pixels"]), bench.batch["labels"]).backward()
-            bench.float_optimizer.step()
-            bench.float_optimizer.zero_grad()
-
-        yield float_step, 1
-    elif way == SAM:
-        backward = partial(bench.backward, bench.batch)
-        yield lambda: latent_sam_step(bench.model, bench.optimizer, RHO, backward), 1
-    elif config is None or config.get("case", 3) is None:
-
-        def plain_step() -> None:
-            bench.backward(bench.batch)
-            bench.optimizer.step()
-            bench.optimizer.zero_grad()
-
-        yield plain_step, 1
-    else:
-        saq = saq_config(RHO, config)
-        schedule = saq.perturbation_schedule()
-        minimizer = SharpnessAwareMinimizer(bench.model, RHO, saq.case, saq.adaptive)  # type: ignore[arg-type]
-        scheduled = ScheduledStep(minimizer, schedule)
-        scheduled.trigger = EverySecond()
-        taken = 0
-
-        def scheduled_step() -> None:
-            nonlocal taken
-            scheduled.micro_batch(0, [bench.batch], bench.backward, taken, TOTAL_STEPS)
-            bench.optimizer.step()
-            bench.optimizer.zero_grad()
-            taken += 1
-
-        try:
-            yield scheduled_step, 2 if schedule.trigger else schedule.interval
-        finally:
-            minimizer.detach()
 
 
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +133,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "allocator": allocator_settings(),
         "load_average_before_and_after": [load_before, os.getloadavg()],
-        "timm": importlib.metadata.version("timm"),
+        "timm": version_of("timm"),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
     return found
@@ -300,18 +163,13 @@ def memory(ways: list[str], bench: Bench, device: torch.device) -> dict[str, int
     return found
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def show(record: dict[str, Any]) -> None:
     """Print the ratios, and peak memory beyond that of plain QAT in units of the quantized weights."""
     outcome = record["outcome"]
-    for way, time_ratio in outcome["times"].items():
-        extra = (outcome["bytes"][way] - outcome["bytes"][QAT]) / outcome["quantized_weight_bytes"]
-        quartiles = f"[{time_ratio['lower_quartile']:.3f}, {time_ratio['upper_quartile']:.3f}]"
-        print(f"{record['name']}  {way:<24} {time_ratio['ratio']:.3f} {quartiles}  memory {extra:+.2f}", flush=True)
+    for way, found in outcome["times"].items():
+        quartiles = f"[{found['lower_quartile']:.3f}, {found['upper_quartile']:.3f}]"
+        memory = f"memory {more_memory(outcome, way):+.2f}"
+        print(f"{record['name']}  {way:<24} {found['ratio']:.3f} {quartiles}  {memory}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
@@ -15,6 +14,7 @@ from examples.image_model import refit_batch_norm
 
 from ...shared import images
 from ...shared.images import Images, center_crop, crop_and_mirror
+from ...shared.stored_tensors import splits_made_once
 from ...shared.training_loop import fit
 from ..task import Data, Paths, Task
 
@@ -29,17 +29,8 @@ SEED = 0
 
 def load(paths: Paths) -> Data:
     stored = paths.cache / f"flowers-{STORED_SIZE}.safetensors"
-    if not stored.is_file():
-        tensors = {}
-        for split in ("train", "validation", "test"):
-            tensors[f"{split}.pixels"], tensors[f"{split}.labels"] = _decode(paths.flowers, split)
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(stored)  # an interrupted write leaves nothing that looks whole
-    tensors = load_file(stored)
-    training, validation, test = (
-        Images(tensors[f"{split}.pixels"], tensors[f"{split}.labels"]) for split in ("train", "validation", "test")
+    training, validation, test = splits_made_once(
+        stored, ("train", "validation", "test"), lambda split: _decode(paths.flowers, split)
     )
     return Data(
         training,
@@ -54,7 +45,7 @@ def normalize(pixels: Tensor) -> Tensor:
     return images.normalize(pixels, MEAN, STD)
 
 
-def _decode(directory: Path, split: str) -> tuple[Tensor, Tensor]:
+def _decode(directory: Path, split: str) -> Images:
     """The whole split, the shorter side resized to 73 pixels and the middle kept."""
     from torchvision.transforms import v2
 
@@ -62,7 +53,7 @@ def _decode(directory: Path, split: str) -> tuple[Tensor, Tensor]:
     rows = load_images(named, SEED)["train" if split == "train" else "eval"]
     resize = v2.Compose([v2.Resize(STORED_SIZE), v2.CenterCrop(STORED_SIZE), v2.PILToTensor()])
     pixels = torch.stack([resize(row["image"].convert("RGB")) for row in rows])
-    return pixels, torch.tensor(rows["label"][:])
+    return Images(pixels, torch.tensor(rows["label"][:]))
 
 
 def build() -> nn.Module:
