@@ -106,7 +106,7 @@ def test_augment_gives_shifted_and_mirrored_images():
 
 def test_training_batches_cover_each_epoch():
     batches = training_batches(random_images(10), 4, torch.Generator().manual_seed(0))
-    epochs = [[label for _, labels in itertools.islice(batches, 2) for label in labels.tolist()] for _ in range(2)]
+    epochs = [[label for b in itertools.islice(batches, 2) for label in b["labels"].tolist()] for _ in range(2)]
     assert all(len(epoch) == len(set(epoch)) == 8 for epoch in epochs)
     assert epochs[0] != epochs[1]
 
@@ -119,5 +119,5 @@ def test_too_few_images_for_a_batch():
 def test_evaluation_batches_are_all_images_in_order():
     images = random_images(5)
     batches = list(evaluation_batches(images, 2))
-    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(torch.cat([pixels for pixels, _ in batches]), normalize(images.pixels))
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(torch.cat([batch["pixels"] for batch in batches]), normalize(images.pixels))

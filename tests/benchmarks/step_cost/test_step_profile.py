@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.step_cost import page as cost_page
 from benchmarks.step_cost import step_profile as script
-from benchmarks.step_cost.fake_quant import quantized, training_step
+from benchmarks.step_cost.plain_steps import quantized, training_step
 from hf_saq.quantizers import affine, set_backend
 
 
