@@ -304,7 +304,7 @@ def test_a_float_model_is_pushed_as_by_trainer(hub, tmp_path):
 
 
 def test_inspect_a_repository(hub, published, capsys):
-    from hf_saq.cli.commands import main
+    from hf_saq.cli import main
 
     assert main(["inspect", "me/published", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

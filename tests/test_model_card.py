@@ -12,7 +12,8 @@ from tiny_models import vit
 
 from hf_saq import SAQQuantizationConfig, quantize
 from hf_saq.hub import training_picture as curve_module
-from hf_saq.hub.card import CardFacts, ResultRow, measured, model_card
+from hf_saq.hub.card import model_card
+from hf_saq.hub.card_facts import CardFacts, ResultRow, measured
 from hf_saq.hub.training_picture import curves, draw_training_curve
 
 LOG = [
