@@ -1,8 +1,8 @@
 """Make transformers know `quant_method="saq"` as soon as it is loaded, without loading it.
 
-Importing what `from_pretrained` needs takes seconds, so `import hf_saq` does not. It leaves a finder in `sys.meta_path`
-that waits for two modules of transformers. When one of them has been loaded completely, by whatever was imported, the
-module of ours that belongs to it is imported, which registers itself at its end. The finder goes when both are done.
+Importing what `from_pretrained` needs takes seconds, so `import hf_saq` does not do it. It leaves a finder in
+`sys.meta_path` that waits for two modules of transformers. When one of them is loaded completely, whatever it was
+imported for, the module of ours that extends it is imported, which registers itself at its end. The finder then goes.
 
 Both modules of ours may also be imported first, by themselves. They then import transformers, and the finder meets a
 module that is half loaded; as that registers itself at its end, nothing is left to do.

@@ -17,7 +17,8 @@ class SAQConfig:
 
     A dataclass for `HfArgumentParser`, next to `TrainingArguments`. Everything is checked when it is built; a mistake
     raises `ValueError`. `interval`, `ascent_fraction`, `reuse` and `trigger` take the values of `schedule`; with none
-    of these five given they are those of `"balanced"`. `hf_saq.schedules` says what each costs and which go together.
+    of these five given they are those of `"balanced"`. `hf_saq.sharpness.schedules.schedule` says what each costs and
+    which go together.
     """
 
     rho: float | None = field(

@@ -1,7 +1,7 @@
 """Publish models: one commit for each push, a model card of what was measured, a picture of the training.
 
-Comes in: a `Trainer` at work, or a saved model. Goes out: commits on the Hub; `README.md` and `training_curve.png` next
-to a model. Must not know: perturbations and their schedule, other than the `SAQConfig` that a card names.
+Comes in: a `Trainer` at work, or a saved model. Goes out: commits on the Hub; `README.md` and `training_curve.png`
+next to a model. Must not know: perturbations and their schedule, other than the `SAQConfig` that a card names.
 """
 
 from typing import TYPE_CHECKING

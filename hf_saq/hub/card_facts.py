@@ -1,5 +1,7 @@
-"""Collect what a model card may say. Whatever is not known is left out, and no number is made up: each one comes from a
-measurement of the run that is described, or from the files that are published.
+"""Collect what a model card may say.
+
+Whatever is not known is left out, and no number is made up: each one comes from a measurement of the run that is
+described, or from the files that are published.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class CardFacts:
 
 
 def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Pick the finite numbers that `evaluate` measured from what it returned, without the prefix `eval_`; loss last."""
+    """Pick what was measured from what `evaluate` returned: finite numbers, without the prefix `eval_`, loss last."""
     found = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     found = dict(sorted(found.items(), key=lambda item: item[0] == "loss"))
     return {

@@ -21,7 +21,7 @@ from .commits import explained, log_failure, publish, publish_in_background
 
 
 class PublishingTrainer(CardTrainer):
-    """Does what [`SAQTrainer`] does with the Hub. A model without quantized layers is published as `Trainer` does it."""
+    """Does what [`SAQTrainer`] does with the Hub. Models without quantized layers are published as `Trainer` does."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name

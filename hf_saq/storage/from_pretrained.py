@@ -97,7 +97,7 @@ class SAQHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Give `save_pretrained` what it adds to the header of weight files: the seal of a packed model, see `seal.py`."""
+        """Give what `save_pretrained` adds to headers of weight files: the seal of a packed model, see `seal.py`."""
         from transformers.core_model_loading import revert_weight_conversion
 
         if not conversion.is_packed(model):
