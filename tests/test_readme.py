@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import hf_saq
 from hf_saq.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).parents[1]
@@ -27,13 +26,8 @@ def test_the_marked_snippet_runs(capsys):
 
 def test_the_quantizer_of_the_readme_works():
     source = next(block for block in blocks("python") if "class MyQuantizer" in block)
-    preamble = (
-        "import torch\nfrom torch import nn\n"
-        "from hf_saq.quantizers.contract import Quantizer, positive, round_straight_through\n"
-        "from hf_saq.quantizers.scale_search import mse_scale\n"
-    )
     namespace: dict = {}
-    exec(preamble + source, namespace)
+    exec(source, namespace)
     import torch
 
     quantizer, x = namespace["MyQuantizer"](4, "weight"), torch.randn(8, 8)
@@ -41,12 +35,9 @@ def test_the_quantizer_of_the_readme_works():
     torch.testing.assert_close(quantizer(x), quantizer.dequantize(quantizer.quantize(x)))
 
 
-def test_every_python_block_compiles_and_imports_what_exists():
+def test_every_python_block_compiles():
     for block in blocks("python"):
         compile(block, "README.md", "exec")
-        for names in re.findall(r"^from hf_saq import (.*)$", block, flags=re.MULTILINE):
-            for name in names.split(", "):
-                assert hasattr(hf_saq, name), name
 
 
 def test_the_table_names_the_quantizers():
@@ -55,5 +46,5 @@ def test_the_table_names_the_quantizers():
 
 
 def test_scripts_and_files_exist():
-    for path in set(re.findall(r"(?:examples|docs)/[\w./]+\.(?:py|txt|md|yaml)", README)):
+    for path in set(re.findall(r"(?:examples|docs|hf_saq)/[\w./]+\.(?:py|txt|md|yaml)", README)):
         assert (ROOT / path).exists(), path

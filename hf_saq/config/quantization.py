@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quantizers import check_activation_mode, quantizer_class
@@ -166,6 +165,8 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
 
     def attach_to(self, model: Any) -> None:
         """Tell a transformers model how it is quantized now: `save_pretrained` asks the quantizer it finds there."""
+        from transformers.quantizers.auto import AutoHfQuantizer  # not above: importing it makes hf_saq register this
+
         model.config.quantization_config = self
         model.hf_quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
 

@@ -9,7 +9,7 @@ Comes in: a model with quantized layers, and backward passes. Goes out: gradient
 Must not know: transformers, configurations, files, what a layer computes.
 """
 
-from .climb import Case, Climb, climb
+from .climb import Case
 from .default_radius import default_rho
 from .displacement import Displacement
 from .minimizer import SharpnessAwareMinimizer
@@ -19,13 +19,11 @@ from .random_state import RNGState
 
 __all__ = [
     "Case",
-    "Climb",
     "Displacement",
     "PerturbedTensors",
     "QuantizedWeight",
     "RNGState",
     "SharpnessAwareMinimizer",
-    "climb",
     "default_rho",
     "frozen_norm_statistics",
     "kinds_of_parameters",
