@@ -30,7 +30,8 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.conversion.planning import first_and_heads, plan
+from hf_saq.conversion.planning import plan
+from hf_saq.conversion.structure import first_and_heads
 from hf_saq.layers import QuantConv1d, QuantConv2d, QuantizedLayer, QuantLinear
 
 FLOAT = SAQQuantizationConfig(weight_bits=None, activation_bits=None)

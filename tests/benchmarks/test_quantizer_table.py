@@ -17,7 +17,7 @@ from generated_cifar import write_split  # noqa: E402
 from quantizer_page import page  # noqa: E402
 from runs import Runs  # noqa: E402
 
-from hf_saq.quantizers import QUANTIZERS, LSQQuantizer  # noqa: E402
+from hf_saq.quantizers import QUANTIZERS, LSQQuantizer, QuantizerSettings  # noqa: E402
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_first_weight_grids_by_hand():
 
 
 def test_learned_values_have_the_names_of_the_parameters():
-    model = torch.nn.Sequential(LSQQuantizer(4, "weight"))
+    model = torch.nn.Sequential(LSQQuantizer(QuantizerSettings(4, "weight")))
     model[0].path = "layer.weight_quantizer"
     assert script.learned_values(model) == {"layer.weight_quantizer.scale": 1.0}
 
