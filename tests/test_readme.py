@@ -37,7 +37,9 @@ def test_the_quantizer_of_the_readme_is_one_class_and_one_line(monkeypatch):
 
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
-    config = hf_saq.SAQQuantizationConfig(weight_bits=3, quantizer="mine", weight_granularity="channel")
+    config = hf_saq.SAQQuantizationConfig(
+        weight_bits=3, quantizer="mine", weight_granularity="channel", first_last_bits=None
+    )
     hf_saq.calibrate(hf_saq.quantize(model, config), [images])
     assert isinstance(model[0].weight_quantizer, namespace["MyQuantizer"])
     minimizer = hf_saq.SharpnessAwareMinimizer(model, rho=0.1)
