@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..quantizers import MAX_BITS, MIN_BITS
-
-
-def check_bits(where: str, bits: Any) -> None:
-    if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
-        raise ValueError(f"{where}={bits!r}; expected an integer from {MIN_BITS} to {MAX_BITS}, or None for float.")
-
 
 def check_choice(where: str, value: Any, choices: tuple) -> None:
     if isinstance(value, (bool, float)) or value not in choices:  # True == 1.0 == 1

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .affine import affine_fake_quantize
-from .contract import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive, round_straight_through
-from .scale_search import mse_scale
+from ..affine import LSQFactor, affine_fake_quantize
+from ..contract import Quantizer
+from ..scale_search import mse_scale
+from ..settings import QuantizerSettings
+from ..straight_through import SCALE_FLOOR, positive, round_straight_through
 
 
 def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float) -> Tensor:
@@ -47,27 +49,13 @@ class LSQQuantizer(Quantizer):
     scale: nn.Parameter
     output_can_be_given = True
 
-    def __init__(
-        self,
-        bits: int,
-        role: Role,
-        signed: bool | None = True,
-        scale_shape: tuple[int, ...] = (1,),
-        scale_init: ScaleInit = "mse",
-    ):
-        super().__init__(bits, role, signed, scale_shape, scale_init)
+    def __init__(self, settings: QuantizerSettings):
+        super().__init__(settings)
         self.scale = nn.Parameter(torch.ones(self.scale_shape, dtype=torch.float32))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return lsq_fake_quantize(
-            x, self.scale, self.qmin, self.qmax, self.gradient_factor(x), self.take_given_output(x)
-        )
-
-    def gradient_factor(self, x: Tensor) -> float:
-        """The paper's `g = 1 / sqrt(N * qmax)` on the gradient of the step size (Section 2.2)."""
-        samples = x.shape[0] if self.role == "activation" and x.ndim > 0 else 1
-        elements = max(x.numel() / (samples * self.scale.numel()), 1)
-        return 1 / math.sqrt(elements * self.qmax)
+        factor, given = LSQFactor(self.role), self.take_given_output(x)
+        return affine_fake_quantize(x, self.scale, None, self.qmin, self.qmax, factor, given=given)
 
     def fit(self, x: Tensor) -> None:
         x = x.to(self.scale.dtype)

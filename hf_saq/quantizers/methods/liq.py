@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..scale_search import mse_scale
+from ..statistics import mean_and_std, shared_dimensions
+from ..straight_through import SCALE_FLOOR, positive
 from .clip import ClipQuantizer
-from .contract import SCALE_FLOOR, mean_and_std, positive, shared_dimensions
-from .scale_search import mse_scale
 
 
 class LIQQuantizer(ClipQuantizer):

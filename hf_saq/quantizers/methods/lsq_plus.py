@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .affine import affine_fake_quantize
-from .contract import SCALE_FLOOR, Role, ScaleInit, mean_and_std, positive
+from ..affine import LSQFactor, affine_fake_quantize
+from ..scale_search import mse_range
+from ..settings import QuantizerSettings
+from ..statistics import mean_and_std
+from ..straight_through import SCALE_FLOOR, positive
 from .lsq import LSQQuantizer
-from .scale_search import mse_range
 
 
 class LSQPlusQuantizer(LSQQuantizer):
@@ -32,24 +34,19 @@ class LSQPlusQuantizer(LSQQuantizer):
     activation_modes = ("auto", "signed", "unsigned", "affine")
     offset: nn.Parameter | None
 
-    def __init__(
-        self,
-        bits: int,
-        role: Role,
-        signed: bool | None = True,
-        scale_shape: tuple[int, ...] = (1,),
-        scale_init: ScaleInit = "mse",
-    ):
-        affine = role == "activation" and signed is None
-        super().__init__(bits, role, False if affine else signed, scale_shape, scale_init)
-        self.has_offset = affine
-        offset = nn.Parameter(torch.zeros(self.scale_shape, dtype=torch.float32)) if affine else None
-        self.register_parameter("offset", offset)
+    def __init__(self, settings: QuantizerSettings):
+        super().__init__(settings)
+        zeros = torch.zeros(self.scale_shape, dtype=torch.float32)
+        self.register_parameter("offset", nn.Parameter(zeros) if self.has_offset else None)
+
+    @property
+    def has_offset(self) -> bool:
+        return self.role == "activation" and self.settings.signed is None
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         if self.offset is None:
             return super().fake_quantize(x)
-        scale, factor = positive(self.scale), self.gradient_factor(x)
+        scale, factor = positive(self.scale), LSQFactor(self.role)
         return affine_fake_quantize(x, scale, self.offset, self.qmin, self.qmax, factor)
 
     def fit(self, x: Tensor) -> None:

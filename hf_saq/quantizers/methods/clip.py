@@ -7,9 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .affine import affine_fake_quantize
-from .contract import SCALE_FLOOR, Quantizer, Role, ScaleInit, positive
-from .scale_search import mse_scale
+from ..affine import affine_fake_quantize
+from ..contract import Quantizer
+from ..scale_search import mse_scale
+from ..settings import QuantizerSettings
+from ..straight_through import SCALE_FLOOR, positive
 
 
 class ClipQuantizer(Quantizer):
@@ -29,19 +31,17 @@ class ClipQuantizer(Quantizer):
     largest_fraction: ClassVar[float] = 1.0
     """First `clip_value` of activations as a share of the largest magnitude, where `scale_init` is `"mean"`."""
 
-    def __init__(
-        self,
-        bits: int,
-        role: Role,
-        signed: bool | None = True,
-        scale_shape: tuple[int, ...] = (1,),
-        scale_init: ScaleInit = "mse",
-    ):
-        if role == "weight" and signed is not True:
-            raise ValueError(f"{type(self).__name__}: signed={signed!r}; expected True, weights have signed codes.")
-        super().__init__(bits, role, signed, scale_shape, scale_init)
-        self.has_offset = role == "weight"
+    def __init__(self, settings: QuantizerSettings):
+        super().__init__(settings)
+        if self.role == "weight" and settings.signed is not True:
+            raise ValueError(
+                f"{type(self).__name__}: signed={settings.signed!r}; expected True, weights have signed codes."
+            )
         self.clip_value = nn.Parameter(torch.ones(self.scale_shape, dtype=torch.float32))
+
+    @property
+    def has_offset(self) -> bool:
+        return self.role == "weight"
 
     def learned_grid(self, x: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """`grid(x)` with the gradient of `clip_value`."""

@@ -7,8 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..settings import QuantizerSettings
+from ..statistics import shared_dimensions
+from ..straight_through import SCALE_FLOOR, positive, round_straight_through
 from .clip import ClipQuantizer
-from .contract import SCALE_FLOOR, Role, ScaleInit, positive, round_straight_through, shared_dimensions
 
 LINEAR_PART = 4.0
 """Weights up to a quarter of the width of the tanh lose at most 2% to it."""
@@ -36,16 +38,9 @@ class DoReFaQuantizer(ClipQuantizer):
     learns_activation_clip: ClassVar[bool] = False
     tanh_width: Tensor
 
-    def __init__(
-        self,
-        bits: int,
-        role: Role,
-        signed: bool | None = True,
-        scale_shape: tuple[int, ...] = (1,),
-        scale_init: ScaleInit = "mse",
-    ):
-        super().__init__(bits, role, signed, scale_shape, scale_init)
-        if role == "weight":
+    def __init__(self, settings: QuantizerSettings):
+        super().__init__(settings)
+        if self.role == "weight":
             self.register_buffer("tanh_width", torch.ones(self.scale_shape, dtype=torch.float32))
         else:
             self.clip_value.requires_grad_(self.learns_activation_clip)

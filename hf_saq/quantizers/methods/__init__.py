@@ -1,0 +1,1 @@
+"""The quantizers of the literature, one file each: LSQ, LSQ+, LIQ, PACT and DoReFa."""
