@@ -8,7 +8,7 @@ import torch
 from benchmarks.quantizers import fine_tunes
 from benchmarks.shared.cifar_resnet import CifarResNet
 from benchmarks.shared.images import Images
-from hf_saq.quantizers import QUANTIZERS, LSQQuantizer, Quantizer
+from hf_saq.quantizers import QUANTIZERS, LSQQuantizer, Quantizer, QuantizerSettings
 
 
 @pytest.mark.parametrize("name", ["lsq", "pact"])
