@@ -197,5 +197,5 @@ def test_registration_needs_no_models():
             for library in theirs:
                 if library.split(".")[0] == "transformers":
                     assert library in allowed, f"{name} imports {library}"
-    assert {"config.quantization", "layers.linear", "quantizers.lsq", "conversion"} <= seen
+    assert {"config.quantization", "layers.linear", "quantizers.methods.lsq", "conversion"} <= seen
     assert "conversion.attention_interface" not in seen
