@@ -114,11 +114,11 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, PublishingTrainer
         finally:
             self._step_batches = []
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As in `Trainer`, which comes here whenever a training begins: also for a second `train()` and where a batch
         that was too large makes it start anew."""
         self.start_steps_again()
-        super()._load_optimizer_and_scheduler(checkpoint)
+        return super()._init_training_state(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in `Trainer`, less the values of quantizers: decaying a step size would shrink the grid."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,8 +19,8 @@ from .rule import Action, MicroBatch, Outcome, StepRule
 class TwoPasses(StepRule):
     """Perturbs in two passes. Rules that refresh something in such steps build on it.
 
-    With `sync="global"`, and where [`one_eps_for_a_step`] says so, one `eps` is made from all micro-batches before the
-    first second pass; otherwise each micro-batch has its own.
+    With `sync="global"`, and where [`one_eps_for_a_step`] says so, one `eps` is made from all micro-batches: their
+    second passes follow once the last has had its first. Otherwise each micro-batch has its own.
     """
 
     has_state = False
@@ -52,32 +53,33 @@ class TwoPasses(StepRule):
     def two_passes(
         self, micro: MicroBatch, clean: dict[nn.Parameter, Tensor] | None = None
     ) -> tuple[Outcome, Displacement]:
-        """Run both passes of one micro-batch.
+        """Run both passes of one micro-batch; or, where one `eps` serves the step, its first pass alone, and after the
+        last first pass all second ones.
 
         Args:
             clean: If given, the clean gradients are added up here.
 
         Returns:
-            What came out, and the `eps`.
+            What came out, and the `eps`, which is empty as long as there is none.
         """
-        climbing = [micro.batch]
-        if self.one_eps_for_a_step:  # its first micro-batch climbs for all
-            climbing = list(micro.batches) if micro.k == 0 else []
-        if climbing:
-            self._share = self._share_of(climbing)
+        together = self.one_eps_for_a_step
+        if micro.k == 0 or not together:
+            self._share = self._share_of(micro.batches if together else [micro.batch])
         # Running statistics come from the one pass that sees the whole batch: of a part they would be noise.
         partial = self._share < 1
-        for batch in climbing:
-            kept = frozen_norm_statistics(self.minimizer.model) if partial else nullcontext()
-            with kept, self.minimizer.ascent(clean):
-                self._clean_losses.append(self._first_backward(batch, micro))
-        with self.minimizer.perturbed(update_statistics=partial) as eps:
-            perturbed_loss = micro.backward(micro.batch)
-        outcome = Outcome(self._clean_losses.pop(0))
-        if not partial:
-            outcome.sharpness = [perturbed_loss - outcome.loss]
-        if climbing:
-            outcome.ascent_norm = self.norm_per_sample(len(micro.batches) / len(climbing))
+        with frozen_norm_statistics(self.minimizer.model) if partial else nullcontext(), self.minimizer.ascent(clean):
+            self._clean_losses.append(self._first_backward(micro.batch, micro))
+        outcome, eps = Outcome(self._clean_losses[-1]), Displacement()
+        if together and not micro.is_last:
+            return outcome, eps
+        second = micro.batches if together else [micro.batch]
+        for j, (batch, clean_loss) in enumerate(zip(second, self._clean_losses, strict=True), start=1):
+            with self.minimizer.perturbed(update_statistics=partial) as eps:
+                perturbed_loss = micro.backward(batch, reduce=j == len(second))
+            if not partial:
+                outcome.sharpness.append(perturbed_loss - clean_loss)
+        self._clean_losses = []
+        outcome.ascent_norm = self.norm_per_sample(len(micro.batches) / len(second))
         return outcome, eps
 
     def _first_backward(self, batch: Any, micro: MicroBatch) -> Tensor:
@@ -90,7 +92,7 @@ class TwoPasses(StepRule):
         finally:
             self.share = 1.0
 
-    def _share_of(self, batches: list[Any]) -> float:
+    def _share_of(self, batches: Sequence[Any]) -> float:
         """Compute the share of samples that first passes on parts of `batches`, which climb together, see.
 
         It is one number for all of them: their losses share one divisor, also where they differ in size.
