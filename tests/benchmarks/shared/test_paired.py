@@ -23,3 +23,7 @@ def test_the_interval_is_students():
     """Differences 0, 1, 2: standard deviation 1, t(0.975, 2) = 4.3027."""
     assert half_width([0.0, 1.0, 2.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert math.isnan(half_width([1.0]))
+    shared = difference({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 1.0, 2: 1.0})
+    alone = difference({0: 1.0}, {0: 0.0})
+    assert shared is not None and shared.error == shared.half_width
+    assert alone is not None and alone.error == 0 and str(alone) == "+1.00"

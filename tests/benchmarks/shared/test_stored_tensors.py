@@ -38,7 +38,7 @@ def test_what_fails_leaves_no_file(tmp_path, monkeypatch):
 def test_splits_keep_their_images_and_their_order(tmp_path):
     path = tmp_path / "a.safetensors"
     splits = {name: Images(torch.full((n, 1, 2, 2), n), torch.arange(n)) for name, n in (("train", 3), ("test", 2))}
-    splits_made_once(path, ("train", "test"), splits.__getitem__)
-    test, train = splits_made_once(path, ("test", "train"), {}.__getitem__)  # from the file: nothing to decode with
+    splits_made_once(path, ("test", "train"), splits.__getitem__)
+    train, test = splits_made_once(path, ("train", "test"), {}.__getitem__)  # from the file: nothing to decode with
     for found, name in ((test, "test"), (train, "train")):
         assert torch.equal(found.pixels, splits[name].pixels) and torch.equal(found.labels, splits[name].labels)
