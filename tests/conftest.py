@@ -24,8 +24,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # so that the end of the process takes apart what it always does
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # extensions that count what is left at the end would call all of it leaked
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What conversion does to each layer of a model, as a table that can be printed."""
+"""Report what conversion does to each layer of a model, as a table that can be printed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from ..layers import QuantAttentionProducts
 from ..quantizers import Quantizer
+from ..tables import text_table
 
 
 @dataclass
@@ -48,9 +49,7 @@ class ConversionReport:
                 bits[0] = "-"
             quantizer = layer.settings.get("quantizer", "-")
             rows.append((layer.name, layer.layer_type, *bits, layer.sign, quantizer, layer.reason))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{len(self.converted)} layers quantized, {len(self.skipped)} left in float"])
+        return f"{text_table(rows)}\n{len(self.converted)} layers quantized, {len(self.skipped)} left in float"
 
 
 def note_signs(model: nn.Module) -> None:
@@ -72,5 +71,5 @@ def _sign(quantizer: Quantizer | None) -> str:
         return "-"
     if quantizer.has_offset:
         return "affine"
-    signed = quantizer.signed if quantizer.initialized else quantizer.requested_signed
+    signed = quantizer.signed if quantizer.initialized else quantizer.settings.signed
     return {None: "auto", True: "signed", False: "unsigned"}[signed]

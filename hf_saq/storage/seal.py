@@ -1,4 +1,4 @@
-"""What a packed checkpoint says about itself, so that nothing but what was saved can be loaded.
+"""Seal a packed checkpoint with what it is, so that nothing but what was saved can be loaded.
 
 The *seal* is one entry of the metadata that a safetensors file has in its header, the same in every shard. It is JSON:
 
@@ -33,7 +33,7 @@ NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights"}
 def make_seal(
     tensors: Mapping[str, Tensor], quantization_config: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The metadata entry for a checkpoint of these `tensors`, under the names they have in the file.
+    """Make the metadata entry for a checkpoint of these `tensors`, under the names they have in the file.
 
     Args:
         config: The fields of `config.json`.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .schedule_state import FILE_PREFIX
+from ..storage.weight_files import holds_weights
 
 STATE_FILE = "trainer_state.json"
 """`Trainer` writes it last: a checkpoint that has it is complete."""
@@ -23,11 +23,9 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
         json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError):
         return f"{STATE_FILE} is missing or cut off, so the save was not finished"
-    tensors = sorted(checkpoint.glob("*.safetensors"))
-    holds_weights = any(not file.name.startswith(FILE_PREFIX) for file in tensors)
-    if not holds_weights and not any(checkpoint.glob("*/*.distcp")) and not any(checkpoint.glob("pytorch_model*.bin")):
+    if not holds_weights(checkpoint):
         return "it holds no weights"
-    for file in tensors:
+    for file in sorted(checkpoint.glob("*.safetensors")):  # also what a schedule remembers
         try:
             with safe_open(file, framework="pt"):
                 pass  # opening compares the size of the file with its header

@@ -16,7 +16,9 @@ from tiny_models import deit_with_teacher, images, vit
 from transformers import AutoModelForImageClassification, DeiTForImageClassificationWithTeacher, ViTImageProcessor
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.cli.commands import _parser, main
+from hf_saq.cli import main
+from hf_saq.cli.arguments import make_parser
+from hf_saq.cli.commands import COMMANDS
 from hf_saq.conversion.forms import is_packed
 from hf_saq.layers import PackedLayer
 from hf_saq.storage.inspection import inspect_checkpoint
@@ -181,8 +183,8 @@ def test_packing_what_is_packed(saved, tmp_path, capsys):
 def test_the_commands_of_the_readme_exist():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     commands = re.findall(r"^hf-saq (.*?) *(?:#.*)?$", readme, flags=re.MULTILINE)
-    parsed = [_parser().parse_args(command.split()) for command in commands]
-    assert len({args.run for args in parsed}) == len(commands) == 4
+    parsed = [make_parser().parse_args(command.split()) for command in commands]
+    assert {args.command for args in parsed} == set(COMMANDS) and len(commands) == len(COMMANDS)
 
 
 @pytest.mark.parametrize("argv", [[], ["shrink"], ["pack", "only-one"], ["inspect", "x", "--yaml"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import fields
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, HfArgumentParser, TrainingArguments
 
 from hf_saq import SAQConfig, SAQQuantizationConfig
 from hf_saq.config import FORMAT_VERSION
+from hf_saq.sharpness.schedules import PerturbationSchedule
 
 NAN, INF = float("nan"), float("inf")
 BITS = "expected an integer from 2 to 8, or None for float."
@@ -236,19 +238,30 @@ def test_the_argument_parser_builds_it_next_to_training_arguments(tmp_path):
     assert from_json == saq
     assert parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--trigger"])[1].trigger is True
     free = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--schedule", "free"])[1]
-    assert (free.reuse, free.interval, free.trigger) == ("previous", 1, False)
+    assert free.perturbation_schedule() == PerturbationSchedule(reuse="previous")
     assert parser.parse_dict({"output_dir": str(tmp_path), **free.to_dict()})[1] == free
 
 
 def test_a_preset_and_a_knob_that_contradict_each_other():
     with pytest.raises(ValueError, match="SAQConfig.schedule='free' means trigger=False, but trigger=True is given"):
         SAQConfig(schedule="free", trigger=True)
-    assert SAQConfig(schedule="balanced", ascent_fraction=0.125).ascent_fraction == 0.125
+    agreeing = SAQConfig(schedule="balanced", ascent_fraction=0.125)
+    assert agreeing.perturbation_schedule() == PerturbationSchedule(ascent_fraction=0.125)
+
+
+def test_what_a_preset_means_is_looked_up_where_it_is_used():
+    """Fields stay as they were given, so that setting one later, or replacing it, does what it says."""
     defaults = SAQConfig()
-    assert (defaults.interval, defaults.ascent_fraction, defaults.reuse, defaults.trigger) == (1, 0.125, None, False)
-    one_knob = SAQConfig(interval=2)
-    assert (one_knob.interval, one_knob.ascent_fraction) == (2, 1.0)
-    assert SAQConfig(start=0.5).ascent_fraction == 0.125  # goes with all presets
+    assert (defaults.schedule, defaults.interval, defaults.ascent_fraction, defaults.reuse) == (None,) * 4
+    assert defaults.perturbation_schedule() == PerturbationSchedule(ascent_fraction=0.125)
+    assert SAQConfig(interval=2).perturbation_schedule() == PerturbationSchedule(interval=2)
+    assert SAQConfig(start=0.5).perturbation_schedule() == PerturbationSchedule(start=0.5, ascent_fraction=0.125)
+    defaults.schedule = "full"
+    assert defaults.perturbation_schedule() == PerturbationSchedule()
+    assert dataclasses.replace(defaults, schedule="free").perturbation_schedule().reuse == "previous"
+    defaults.interval = 3
+    with pytest.raises(ValueError, match="SAQConfig.schedule='full' means interval=1, but interval=3 is given"):
+        defaults.perturbation_schedule()
 
 
 def test_the_argument_parser_shows_bad_values(tmp_path):

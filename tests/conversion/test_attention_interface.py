@@ -20,8 +20,8 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from hf_saq import SAQQuantizationConfig, calibrate, cost, pack, quantize
 from hf_saq.analysis.cost import LayerCost
 from hf_saq.conversion.attention_interface import quantized_attention, uses_interface
-from hf_saq.conversion.calibration import _PassThrough
 from hf_saq.conversion.forms import dequantize
+from hf_saq.conversion.observers import PassThrough
 from hf_saq.conversion.planning import plan
 from hf_saq.conversion.swapping import convert
 from hf_saq.layers import QuantAttentionProducts
@@ -66,7 +66,7 @@ def test_in_float_it_is_the_models_own_eager_attention(name: str):
     products = all_products(model)
     assert len(products) == len(attentions) and model.config._attn_implementation == "saq"
     for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
-        quantizer.observer = _PassThrough()
+        quantizer.observer = PassThrough()
     with torch.no_grad():
         torch.manual_seed(5)
         assert_close(logits_of(model(**batch)), in_training, rtol=0, atol=1e-6)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.conversion.calibration import NEVER_RUN, SAMPLES_PER_BATCH, is_calibrated
+from hf_saq.conversion.calibration import NEVER_RUN, is_calibrated
+from hf_saq.conversion.observers import SAMPLES_PER_BATCH
 from hf_saq.quantizers import Quantizer
 
 W4A4 = SAQQuantizationConfig()

@@ -21,7 +21,8 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from hf_saq import SAQQuantizationConfig, quantize
-from hf_saq.conversion.planning import first_and_heads, plan
+from hf_saq.conversion.planning import plan
+from hf_saq.conversion.structure import first_and_heads
 from hf_saq.layers import QuantConv2d
 
 FLOAT = SAQQuantizationConfig(weight_bits=None, activation_bits=None)

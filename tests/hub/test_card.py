@@ -10,7 +10,8 @@ import yaml
 from tiny_models import vit
 
 from hf_saq import SAQQuantizationConfig, quantize
-from hf_saq.hub.card import CardFacts, ResultRow, measured, model_card
+from hf_saq.hub.card import model_card
+from hf_saq.hub.card_facts import CardFacts, ResultRow, measured
 
 
 def facts(**changes) -> CardFacts:

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from transformers.utils import hub as transformers_hub
 
 from hf_saq import SAQConfig, SAQTrainer, pack
+from hf_saq.cli import main
 from hf_saq.conversion.forms import is_packed
 from hf_saq.hub.commits import explained
 
@@ -295,11 +296,14 @@ def test_a_float_model_is_pushed_as_by_trainer(hub, tmp_path):
     assert not is_packed_file(files["model.safetensors"]) and "training_args.bin" in files
 
 
-def test_inspect_a_repository(hub, published, capsys):
-    from hf_saq.cli.commands import main
-
+def test_inspect_a_repository(hub, published, capsys, tmp_path, monkeypatch):
+    """Nothing else of it is downloaded, and not the checkpoint in its folder."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert main(["inspect", "me/published", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["weight_bytes"] == len(hub.files("me/published")["model.safetensors"])
+    (snapshot,) = tmp_path.glob("*/snapshots/*")
+    downloaded = {file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()}
+    assert downloaded == {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert main(["inspect", "me/not-there"]) == 1
     assert "not-there" in capsys.readouterr().err

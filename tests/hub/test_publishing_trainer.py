@@ -10,8 +10,8 @@ from training import Images, arguments, quantized_model
 from transformers import ViTImageProcessor
 
 from hf_saq import SAQConfig, SAQTrainer, pack
-from hf_saq.hub.card import ResultRow
-from hf_saq.hub.publishing_trainer import on_the_hub
+from hf_saq.hub import ResultRow
+from hf_saq.hub.run_facts import on_the_hub
 
 
 def trainer_in(directory, model=None, saq_config=None, **changes) -> SAQTrainer:

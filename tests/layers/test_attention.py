@@ -12,7 +12,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.testing import assert_close
 
 from hf_saq.layers import QuantAttentionProducts
-from hf_saq.quantizers import LSQQuantizer
+from hf_saq.quantizers import LSQQuantizer, QuantizerSettings
 
 SCALES = {"query": 0.31, "key": 0.27, "value": 0.4, "probability": 0.06}
 BITS = 4
@@ -26,7 +26,7 @@ def operands(seed: int = 0) -> tuple[Tensor, ...]:
 
 
 def quantizer(operand: str) -> LSQQuantizer:
-    made = LSQQuantizer(BITS, "activation", signed=operand != "probability")
+    made = LSQQuantizer(QuantizerSettings(BITS, "activation", signed=operand != "probability"))
     made.initialize(torch.ones(1))
     made.double().scale.data.fill_(SCALES[operand])
     return made

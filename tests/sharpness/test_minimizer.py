@@ -2,7 +2,6 @@
 
 import copy
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
+from hf_saq.sharpness import quantized_weights
 
 CASES = (1, 2, 3)
 
@@ -72,49 +72,27 @@ def test_cases_differ():
     assert not torch.allclose(grads[1], grads[3]) and not torch.allclose(grads[2], grads[3])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_first_pass_without_the_context(case):
-    """The three-line form: an ordinary backward serves as the first pass."""
-    net, other = quantized(conv_net), quantized(conv_net)
-    data = batch(net)
-    two_passes(net, SharpnessAwareMinimizer(net, rho=0.3, case=case), data)
-    minimizer = SharpnessAwareMinimizer(other, rho=0.3, case=case)
-    loss_of(other, data).backward()
-    with minimizer.perturbed():
-        loss_of(other, data).backward()
-    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad), name
-
-
-def test_a_plain_first_pass_may_be_left_unused():
-    """Steps that are not perturbed, and evaluation, leave nothing behind for the next perturbed step."""
+def test_steps_that_are_not_perturbed_leave_nothing_behind():
+    """Plain steps and evaluation run as if there were no minimizer, and the next perturbed step as if it were the
+    first."""
     net, fresh = quantized(linear_net), quantized(linear_net)
     minimizer = SharpnessAwareMinimizer(net, rho=0.3)
     loss_of(net, batch(net, seed=5)).backward()
     net.zero_grad()
     net.eval()(batch(net)[0])
     net.train()
-    loss_of(net, batch(net)).backward()
-    with minimizer.perturbed():
-        loss_of(net, batch(net)).backward()
+    assert not minimizer._seam.leaves and not minimizer._rng
+    two_passes(net, minimizer, batch(net))
     two_passes(fresh, SharpnessAwareMinimizer(fresh, rho=0.3), batch(fresh))
     for p, q in zip(net.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
 
 
-def test_plain_first_pass_over_older_gradients_is_refused():
+def test_a_plain_backward_is_no_first_pass():
     net = quantized(linear_net)
     minimizer = SharpnessAwareMinimizer(net, rho=0.3)
     loss_of(net, batch(net)).backward()
-    loss_of(net, batch(net, seed=1)).backward()
-    with pytest.raises(RuntimeError, match=r"with minimizer\.ascent\(\)"):
-        with minimizer.perturbed():
-            pass
-
-
-def test_perturbed_without_first_pass_is_refused():
-    minimizer = SharpnessAwareMinimizer(quantized(linear_net), rho=0.3)
-    with pytest.raises(RuntimeError, match="without a first pass"):
+    with pytest.raises(RuntimeError, match=r"without a first pass: .* `with minimizer\.ascent\(\):`"):
         with minimizer.perturbed():
             pass
 
@@ -149,7 +127,7 @@ def test_eps_has_norm_rho_and_is_gone_afterwards(case):
         loss_of(net, data).backward()
     assert torch.stack(squares).sum().sqrt().item() == pytest.approx(0.7, rel=1e-5)
     assert_same_state(net, updated)
-    assert minimizer._eps is None and minimizer._added is None and not minimizer._leaf
+    assert minimizer._eps is None and not minimizer._seam._added and not minimizer._seam.leaves
 
 
 def test_earlier_gradients_are_set_aside():
@@ -296,9 +274,10 @@ def test_a_layer_that_runs_twice(case):
         minimizer.detach()
         steepest = SharpnessAwareMinimizer(net, rho=1.0, perturb=["weight"])
         net.zero_grad()
-        loss_of(net, (x, y)).backward()
-        g_w = {entry.quantizer: entry.weight.grad for entry in steepest._weights}
-        g_q = {quantizer: leaf.grad for quantizer, leaf in steepest._leaf.items()}
+        with steepest.recorded():
+            loss_of(net, (x, y)).backward()
+        g_w = {entry.quantizer: entry.weight.grad for entry in quantized_weights(net)}
+        g_q = {quantizer: leaf.grad for quantizer, leaf in steepest._seam.leaves.items()}
         slope = sum((g_w[q] * g_q[q]).sum() for q in g_q) / torch.stack([g.norm() for g in g_w.values()]).norm()
         assert rise == pytest.approx(slope.item(), rel=1e-3) and rise > 0
     elif case == 2:  # rounding swallows so small an eps
@@ -366,14 +345,14 @@ def test_scope_selects_one_kind(kind):
 
 
 def test_step_sizes_of_weights_climb_along_with_weights():
-    """Theirs lie behind `w_q`, whose gradient is caught: both ways to do the first pass must let it through."""
+    """Theirs lie behind `w_q`, whose gradient is caught: both kinds of first pass must let it through."""
     net, data = quantized(linear_net), batch(quantized(linear_net))
     reference = copy.deepcopy(net)
     loss_of(reference, data).backward()
     minimizer = SharpnessAwareMinimizer(net, rho=0.5, perturb=["weight", "scale"])
     scales = {n for n, _ in net.named_parameters() if "quantizer" in n}
     found = []
-    for context in (minimizer.ascent, nullcontext):
+    for context in (minimizer.ascent, minimizer.recorded):
         with context():
             loss_of(net, data).backward()
         with minimizer.perturbed() as eps:
@@ -431,11 +410,13 @@ def test_copies_and_detach_leave_no_trace():
     minimizer = SharpnessAwareMinimizer(net, rho=0.3)
     assert not any("eps" in key or "leaf" in key for key in net.state_dict())
     twin = copy.deepcopy(net)
-    loss_of(twin, batch(net)).backward()  # a copy is not observed
-    assert not minimizer._leaf
+    with minimizer.ascent():
+        loss_of(twin, batch(net)).backward()  # a copy is not observed
+        assert all(leaf.grad is None for leaf in minimizer._seam.leaves.values())
     minimizer.detach()
+    before = len(net[0].weight_quantizer._forward_hooks)
     loss_of(net, batch(net)).backward()
-    assert not minimizer._leaf and not minimizer._rng
+    assert before == 0 and not minimizer._seam.leaves and not minimizer._rng
 
 
 def test_eps_takes_one_buffer():
@@ -444,7 +425,7 @@ def test_eps_takes_one_buffer():
     minimizer = SharpnessAwareMinimizer(net, rho=0.3)
     with minimizer.ascent():
         loss_of(net, batch(net)).backward()
-    leaf = next(iter(minimizer._leaf.values()))
+    leaf = next(iter(minimizer._seam.leaves.values()))
     assert leaf.untyped_storage().nbytes() == leaf.element_size()
     pointer = leaf.grad.data_ptr()
     with minimizer.perturbed() as added:
@@ -510,7 +491,6 @@ def test_eps_is_the_only_buffer_of_the_size_of_the_weights(adaptive):
     weights = layers * sizes * sizes * 4
     x = torch.randn(2, sizes)
     minimizer = SharpnessAwareMinimizer(net, rho=0.3, adaptive=adaptive)
-    minimizer.armed = False
     peaks = []
     for step in (lambda: net(x).square().mean().backward(), lambda: two_passes_on_squares(net, minimizer, x)):
         net.zero_grad()
@@ -567,7 +547,6 @@ def test_a_recorded_pass_is_an_ordinary_one_and_a_first_pass_at_once(case):
 def test_displaced_is_the_perturbed_point_and_leaves_no_trace():
     net = quantized(linear_net)
     minimizer, data = SharpnessAwareMinimizer(net, rho=0.3), batch(net)
-    minimizer.armed = False
     with minimizer.ascent():
         loss_of(net, data).backward()
     with minimizer.perturbed() as eps:

@@ -19,10 +19,9 @@ from tiny_models import images, resnet, vit
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from hf_saq import SAQQuantizationConfig, calibrate, dequantize, pack, quantize
-from hf_saq.conversion.forms import is_packed
+from hf_saq import SAQQuantizationConfig, calibrate, conversion, dequantize, pack, quantize
+from hf_saq.conversion import is_packed
 from hf_saq.layers import PackedLayer
-from hf_saq.storage import from_pretrained as hf_quantizer
 from hf_saq.storage.seal import KEY
 
 FORMS = {"float": lambda model: model, "packed": pack}
@@ -170,8 +169,8 @@ def test_memory_is_not_allocated_for_float_weights(packed_dir: Path, monkeypatch
         original(model, config)
         seen.append({tensor.device.type for tensor in [*model.parameters(), *model.buffers()]})
 
-    original = hf_quantizer.convert_to_packed
-    monkeypatch.setattr(hf_quantizer, "convert_to_packed", convert_to_packed)
+    original = conversion.convert_to_packed
+    monkeypatch.setattr(conversion, "convert_to_packed", convert_to_packed)
     load(packed_dir)
     assert seen == [{"meta"}]
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from hf_saq.sharpness.schedules.schedule import PRESETS, PerturbationSchedule, resolve_preset
+from hf_saq.sharpness.schedules import PRESETS, PerturbationSchedule, resolve_preset
 
 ACTIONS = [
     (dict(), "2222222222"),

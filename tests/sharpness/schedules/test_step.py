@@ -11,8 +11,7 @@ from torch import nn
 from training import BATCH, Images, InOrder, arguments, make_trainer, quantized_model, scheduled_reference
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
-from hf_saq.sharpness.schedules.schedule import PerturbationSchedule
-from hf_saq.sharpness.schedules.step import ScheduledStep
+from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
 
 TOLERANCE = 1e-11
 """Of float64 parameters after the steps below; they move by more than 1e-5."""
@@ -181,7 +180,8 @@ def test_a_loss_scale_is_divided_out():
                     p.grad = None if p.grad is None else p.grad / now[0]
                 optimizer.step()
                 optimizer.zero_grad()
-            results.append((norms, step.trigger.mean or 0.0, [p.detach().clone() for p in net.parameters()]))
+            mean = step.rule.trigger.mean if knobs == dict(trigger=True) else 0.0
+            results.append((norms, mean, [p.detach().clone() for p in net.parameters()]))
         (norms, mean, parameters), (scaled_norms, scaled_mean, scaled_parameters) = results[-2:]
         assert norms == pytest.approx(scaled_norms, rel=1e-12) and mean == pytest.approx(scaled_mean, rel=1e-12)
         for a, b in zip(parameters, scaled_parameters, strict=True):
