@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from matrices import matrix
 from processes import run_python
 from quantized_models import assert_same_codes, codes, quantized, storages
 from safetensors.torch import load_file
@@ -253,9 +254,7 @@ def test_a_dequantized_model_can_be_quantized_again():
 # To trainable ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("bits", range(2, 9), ids=lambda bits: f"{bits}bit")
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@matrix(5, quantizer=QUANTIZERS.keys(), bits={f"{n}bit": n for n in range(2, 9)}, granularity=["tensor", "channel"])
 def test_unpacked_weights_have_the_same_codes(quantizer: str, bits: int, granularity: str):
     model = quantized(
         conv_net,

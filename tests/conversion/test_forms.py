@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from matrices import matrix
 from quantized_models import assert_same_codes, codes, quantized, storages
 from tiny_models import TRANSFORMERS_MODELS, conv_net, images, jitter, linear_net, vectors, vit
 
@@ -27,9 +28,7 @@ def test_codes_and_outputs_are_equal(build):
     assert torch.equal(packed(images(seed=1)).logits, model(images(seed=1)).logits)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("bits", range(2, 9), ids=lambda bits: f"{bits}bit")
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@matrix(5, quantizer=QUANTIZERS.keys(), bits={f"{n}bit": n for n in range(2, 9)}, granularity=["tensor", "channel"])
 def test_every_quantizer_and_width(quantizer: str, bits: int, granularity: str):
     model = quantized(
         conv_net,

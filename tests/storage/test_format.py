@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matrices import matrix
 from quantized_models import assert_same_codes, codes
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -73,9 +74,12 @@ def packed_model(shape: dict, seed: int, **fields) -> tuple[nn.Module, nn.Module
 
 
 @pytest.mark.filterwarnings("ignore:.*one weight scale for a whole tensor")  # layers of any size, on any scale
-@pytest.mark.parametrize("mode", ["signed", "unsigned", "affine"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("bits", range(2, 9), ids=lambda bits: f"{bits}bit")
+@matrix(
+    3,
+    bits={f"{n}bit": n for n in range(2, 9)},
+    granularity=["tensor", "channel"],
+    mode=["signed", "unsigned", "affine"],
+)
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shape=SHAPES, seed=st.integers(0, 2**31))
 def test_codes_come_back_and_take_their_bits(bits: int, granularity: str, mode: str, shape: dict, seed: int):

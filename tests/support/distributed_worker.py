@@ -1,4 +1,4 @@
-"""Started by torchrun: trains every combination of `test_distributed.py`; rank 0 leaves the results in a file."""
+"""Started by torchrun: trains what `test_distributed.py` asks for; rank 0 leaves the results in a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from training import FAMILIES, HOW, SCHEDULES, make_trainer
+from training import HOW, SCHEDULES, make_trainer
 
 
 def all_of(*values: float) -> torch.Tensor:
@@ -50,18 +50,13 @@ def resumed_run(output: Path) -> dict:
 def main(output: Path) -> None:
     gc.freeze()  # what is imported is no garbage; Accelerate looks for some at each start of a run
     results = {"schedules": scheduled_runs(output), "resumed": resumed_run(output)}
-    for family in FAMILIES:
-        for case, sync in HOW:
-            for accumulation in (1, 2):
-                trainer = make_trainer(family, case, accumulation, sync, output / "runs", processes=2)
-                trainer.train()
-                logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-                state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-                results[family, case, accumulation, sync] = {"state": state, "logs": logs}
-                gathered = [torch.zeros(1, dtype=torch.float64) for _ in range(2)]
-                own = sum(p.detach().sum() for p in trainer.model.parameters()).reshape(1)
-                torch.distributed.all_gather(gathered, own)
-                results[family, case, accumulation, sync]["replicas"] = torch.cat(gathered)
+    for family, how, accumulation in torch.load(output / "runs.pt"):
+        trainer = make_trainer(family, HOW[how][0], accumulation, HOW[how][1], output / "runs", processes=2)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        total = float(sum(p.detach().sum() for p in trainer.model.parameters()))
+        results[family, how, accumulation] = {"state": state, "logs": logs, "replicas": all_of(total)}
     if torch.distributed.get_rank() == 0:
         torch.save(results, output / "results.pt")
     Accelerator().end_training()

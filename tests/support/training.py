@@ -19,8 +19,8 @@ from transformers import TrainingArguments
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, quantize
 
 FAMILIES = ("vit", "convnext", "resnet", "mobilenet_v2")
-HOW = [(None, "local"), *((case, sync) for case in (1, 2, 3) for sync in ("local", "global"))]
-"""Pairs of `case` and `sync`."""
+HOW = {"plain": (None, "local"), **{f"{c}-{sync}": (c, sync) for c in (1, 2, 3) for sync in ("local", "global")}}
+"""`case` and `sync` by a name of the two."""
 
 SCHEDULES = [
     ("vit", 3, 2, "local", dict(reuse="previous")),

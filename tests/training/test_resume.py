@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrices import matrix
 from processes import SUPPORT, run_python
 from resume_runs import MODELS, MOMENTS, STEPS, make_trainer
 from transformers import TrainerCallback
@@ -44,8 +45,7 @@ def interrupted(family, output_dir, step, **how):
     return second
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("sync", ["local", "global"])
+@matrix(2, family=MODELS.keys(), sync=["local", "global"])
 def test_resume_is_exact(family, sync, tmp_path):
     how = {"saq_config": SAQConfig(rho=0.1, sync=sync, interval=2 if sync == "global" else 1)}
     whole = make_trainer(family, tmp_path / "whole", **how)

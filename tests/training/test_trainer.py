@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrices import matrix
 from reference import largest_difference
 from torch import nn
 from training import FAMILIES, HOW, RHO, Images, InOrder, arguments, make_trainer, quantized_model, reference_result
@@ -15,10 +16,9 @@ TOLERANCE = 1e-11
 """Of float64 parameters after three steps; they move by more than 1e-5."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("case", "sync"), HOW)
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_equals_the_reference(family, case, accumulation, sync, tmp_path):
+@matrix(4, family=FAMILIES, how=HOW.keys(), accumulation=[1, 2])
+def test_training_equals_the_reference(family, how, accumulation, tmp_path):
+    case, sync = HOW[how]
     trainer = make_trainer(family, case, accumulation, sync, tmp_path)
     start = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
