@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .analysis import Cost, cost
     from .config import SAQConfig, SAQQuantizationConfig
     from .conversion import calibrate, correct_biases, dequantize, pack, quantize, unpack
-    from .sharpness.minimizer import SharpnessAwareMinimizer
+    from .sharpness import SharpnessAwareMinimizer
     from .training import SAQTrainer, parameter_groups
 
 __getattr__, __dir__ = lazy_exports(
@@ -23,7 +23,7 @@ __getattr__, __dir__ = lazy_exports(
         "analysis": ("Cost", "cost"),
         "config": ("SAQConfig", "SAQQuantizationConfig"),
         "conversion": ("calibrate", "correct_biases", "dequantize", "pack", "quantize", "unpack"),
-        "sharpness.minimizer": ("SharpnessAwareMinimizer",),
+        "sharpness": ("SharpnessAwareMinimizer",),
         "training": ("SAQTrainer", "parameter_groups"),
     },
     modules=(

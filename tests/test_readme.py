@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+from torch import nn
+
+import hf_saq
 from hf_saq.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).parents[1]
@@ -24,15 +28,32 @@ def test_the_marked_snippet_runs(capsys):
     assert namespace["small"](namespace["images"]).shape == (16, 10)
 
 
-def test_the_quantizer_of_the_readme_works():
+def test_the_quantizer_of_the_readme_is_one_class_and_one_line(monkeypatch):
+    """Everything else of the package takes it as it is: calibration, training, packing, a float copy."""
     source = next(block for block in blocks("python") if "class MyQuantizer" in block)
     namespace: dict = {}
     exec(source, namespace)
-    import torch
+    monkeypatch.setitem(QUANTIZERS, "mine", namespace["MyQuantizer"])
 
-    quantizer, x = namespace["MyQuantizer"](4, "weight"), torch.randn(8, 8)
-    quantizer.initialize(x)
-    torch.testing.assert_close(quantizer(x), quantizer.dequantize(quantizer.quantize(x)))
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    config = hf_saq.SAQQuantizationConfig(
+        weight_bits=3, quantizer="mine", weight_granularity="channel", first_last_bits=None
+    )
+    hf_saq.calibrate(hf_saq.quantize(model, config), [images])
+    assert isinstance(model[0].weight_quantizer, namespace["MyQuantizer"])
+    minimizer = hf_saq.SharpnessAwareMinimizer(model, rho=0.1)
+    with minimizer.ascent():
+        model(images).square().mean().backward()
+    with minimizer.perturbed():
+        model(images).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    expected = model.eval()(images)
+    packed = hf_saq.pack(model)
+    torch.testing.assert_close(packed(images), expected)
+    weight = model[0].quantized_weight()
+    assert torch.equal(hf_saq.dequantize(model)[0].weight, weight)
+    assert weight[0].unique().numel() <= 8
 
 
 def test_every_python_block_compiles():

@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..quantizers import MAX_BITS, MIN_BITS
-
-
-def check_bits(where: str, bits: Any) -> None:
-    if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
-        raise ValueError(f"{where}={bits!r}; expected an integer from {MIN_BITS} to {MAX_BITS}, or None for float.")
-
 
 def check_choice(where: str, value: Any, choices: tuple) -> None:
     if isinstance(value, (bool, float)) or value not in choices:  # True == 1.0 == 1
@@ -18,6 +11,6 @@ def check_choice(where: str, value: Any, choices: tuple) -> None:
 
 
 def is_number(value: Any, maximum: float = float("inf")) -> bool:
-    """Whether `value` is a finite number from 0 to `maximum`."""
+    """Tell whether `value` is a finite number from 0 to `maximum`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and 0 <= value <= maximum and value != float("inf")

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..quantizers import check_activation_mode, quantizer_class
-from .checks import check_bits, check_choice
+from ..quantizers import check_activation_mode, check_bits, quantizer_class
+from .checks import check_choice
 
 QUANT_METHOD = "saq"
 FORMAT_VERSION = 1
@@ -21,7 +21,7 @@ def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
     """Checks of the fields that hold for one layer, in the configuration itself or in an override."""
     for name, value in values.items():
         if name in ("weight_bits", "activation_bits"):
-            check_bits(f"{where}{name}", value)
+            check_bits(f"{where}{name}", value, none_is_float=True)
         elif name == "quantizer":
             if not isinstance(value, str):
                 raise ValueError(f"{where}{name}={value!r}; expected the name of a quantizer.")
@@ -92,7 +92,7 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         layer_fields = {name: getattr(self, name) for name in OVERRIDABLE}
         _check_layer_fields("SAQQuantizationConfig.", layer_fields)
-        check_bits("SAQQuantizationConfig.first_last_bits", self.first_last_bits)
+        check_bits("SAQQuantizationConfig.first_last_bits", self.first_last_bits, none_is_float=True)
         if not isinstance(self.quantize_attention, bool):
             raise ValueError(
                 f"SAQQuantizationConfig.quantize_attention={self.quantize_attention!r}; expected True or False."

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import QuantizedLayer
-from .calibration import is_calibrated, run_in_float, run_quantized
+from .calibration import is_calibrated
+from .running import run_in_float, run_quantized
 
 
 class _Correction:

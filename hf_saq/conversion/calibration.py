@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,52 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import HoldsQuantizers
-from ..quantizers import Observer, Quantizer
+from ..quantizers import Quantizer
+from .observers import ActivationObserver, PassThrough
 from .report import note_signs
+from .running import run_observed
 from .swapping import leave_in_float
 
 NEVER_RUN = "the model never calls this layer: its weight is read directly, or has no part in the output"
-SAMPLES_PER_BATCH = 2**17
-"""Values kept of each activation tensor. Rare large values decide a clipping point: 131,072 draws see those that make
-up a ten-thousandth of an activation, and are still small enough for any model."""
-
-
-class _ActivationObserver(Observer):
-    """Keeps the smallest value and a random sample of all values of a quantizer's input."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.ran = False
-        self.minimum = float("inf")
-        self.samples: list[Tensor] = []
-        self.generator = torch.Generator().manual_seed(0)
-
-    def update(self, x: Tensor) -> None:
-        self.ran = True
-        flat = x.detach().reshape(-1)
-        if flat.numel():
-            smallest, largest = (bound.item() for bound in flat.aminmax())
-            if not math.isfinite(smallest) or not math.isfinite(largest):
-                raise ValueError(
-                    f"{self.path}: calibration found infinite or NaN values, so there is no range to fit; check the "
-                    "batches, and the weights of the layers before it."
-                )
-            self.minimum = min(self.minimum, smallest)
-            if flat.numel() > SAMPLES_PER_BATCH:
-                # At random: an even stride can fall into step with the layout and keep missing a channel or a place.
-                # From a seed of its own, so that every process draws alike.
-                draw = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
-                flat = flat[draw.to(flat.device)]
-            self.samples.append(flat.float())
-
-
-class _PassThrough(Observer):
-    """Lets the float weight through while activations are observed."""
-
-    ran = False
-
-    def update(self, x: Tensor) -> None:  # noqa: ARG002
-        self.ran = True
 
 
 @torch.no_grad()
@@ -87,14 +47,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")
     activation_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
     weight_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "weight"]
-    observers = {quantizer: _ActivationObserver(quantizer.path) for quantizer in activation_quantizers}
-    attached_to: dict[Quantizer, _ActivationObserver | _PassThrough] = {
+    observers = {quantizer: ActivationObserver(quantizer.path) for quantizer in activation_quantizers}
+    attached_to: dict[Quantizer, ActivationObserver | PassThrough] = {
         **observers,
-        **{quantizer: _PassThrough() for quantizer in weight_quantizers},
+        **{quantizer: PassThrough() for quantizer in weight_quantizers},
     }
     if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
-    count = _run_observed(model, batches, attached_to)
+    count = run_observed(model, batches, attached_to)
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
     _leave_idle_layers_in_float(model, {quantizer for quantizer, observer in attached_to.items() if observer.ran})
@@ -110,37 +70,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
     note_signs(model)
     return model
-
-
-def run_in_float(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Run `model` on `batches` in evaluation mode, with every quantizer that it still has passed by."""
-    _run_observed(model, batches, {m: _PassThrough() for m in model.modules() if isinstance(m, Quantizer)})
-
-
-def run_quantized(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Run `model` on `batches` in evaluation mode, as it is."""
-    _run_observed(model, batches, {})
-
-
-@torch.no_grad()
-def _run_observed(model: nn.Module, batches: Iterable[Any], observers: Mapping[Quantizer, Observer]) -> int:
-    """Run in evaluation mode while each quantizer shows its input to its observer; returns the number of batches."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    count = 0
-    try:
-        for quantizer, observer in observers.items():
-            quantizer.observer = observer
-        for batch in batches:
-            _run(model, batch, device)
-            count += 1
-    finally:
-        for quantizer in observers:
-            quantizer.observer = None
-        for module, training in was_training.items():
-            module.training = training
-    return count
 
 
 def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
@@ -176,21 +105,3 @@ def needs_calibration(model: nn.Module) -> bool:
 def is_calibrated(model: nn.Module) -> bool:
     """Whether every quantizer of `model` has its range."""
     return all(module.initialized for module in model.modules() if isinstance(module, Quantizer))
-
-
-def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
-    if isinstance(batch, Tensor):
-        model(batch.to(device))
-    elif isinstance(batch, Mapping):
-        model(**{name: _to(value, device) for name, value in batch.items()})
-    elif isinstance(batch, (tuple, list)):
-        model(*[_to(value, device) for value in batch])
-    else:
-        raise ValueError(
-            f"calibrate: a batch is a {type(batch).__name__}; expected a tensor, a tuple of positional inputs, or a "
-            "dict of keyword inputs of the model."
-        )
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

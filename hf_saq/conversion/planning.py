@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import OVERRIDABLE, SAQQuantizationConfig
-from ..layers import QUANTIZED_LAYERS, HoldsQuantizers, PackedLayer, quantized_form
+from ..layers import HoldsQuantizers, PackedLayer
 from . import attention_interface
 from .report import LayerPlan
+from .structure import first_and_heads, tied_to_something_else, unsupported
 
 
 def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
@@ -27,7 +27,7 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
     _check_patterns("modules_to_not_convert", excluded, names)
     _check_patterns("overrides", config.overrides, names)
     edges = first_and_heads(model) if config.first_last_bits is not None else set()
-    tied = _tied_to_something_else(model)
+    tied = tied_to_something_else(model)
 
     layers: list[LayerPlan] = []
     for name, module in model.named_modules():
@@ -96,41 +96,6 @@ def _plan_products(name: str, attention: nn.Module, config: SAQQuantizationConfi
     return planned
 
 
-def unsupported(module: nn.Module) -> str | None:
-    """Why a weighted layer stays in float: `""` if it can be quantized, `None` if it is not such a layer at all."""
-    if quantized_form(module) is not None:
-        return "" if isinstance(module.weight, nn.Parameter) else "its weight is computed from other parameters"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "its weight is read by the attention that holds it, which does not call the layer"
-    for float_type in QUANTIZED_LAYERS:
-        if isinstance(module, float_type):
-            return f"a subclass of {float_type.__name__} may compute something else"
-    if isinstance(module, nn.MultiheadAttention):
-        return "its projections are raw parameters of one fused function"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "this convolution has no quantized form"
-    return None
-
-
-def _tied_to_something_else(model: nn.Module) -> dict[nn.Module, str]:
-    """Layers that share their weight with a module that cannot be quantized, such as an embedding, and the reason."""
-    # transformers ties weights after loading them; until then it only lists which ones.
-    source_of: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            source = parameters.get(source_of.get(f"{name}.{key}", ""), parameter)
-            owners.setdefault(source, []).append((name, module))
-    tied = {}
-    for sharing in owners.values():
-        others = [name for name, module in sharing if unsupported(module) != ""]
-        if others and len(sharing) > 1:
-            reason = f"its weight is shared with {others[0]}, which has no quantized form"
-            tied.update({module: reason for _, module in sharing if unsupported(module) == ""})
-    return tied
-
-
 def layer_settings(config: SAQQuantizationConfig, *names: str, edge: bool) -> dict[str, Any]:
     """The fields that hold for one layer: the configuration, then the first/last rule, then overrides that match one
     of its names."""
@@ -143,39 +108,6 @@ def layer_settings(config: SAQQuantizationConfig, *names: str, edge: bool) -> di
         if any(_matches(pattern, name) for name in names):
             settings.update(values)
     return settings
-
-
-def first_and_heads(model: nn.Module) -> set[str]:
-    """Names of the first layer and of the classification heads, found by structure.
-
-    Heads are, in this order: what timm's `get_classifier` returns; what a transformers model keeps outside of its
-    `base_model`; the last layer.
-    """
-    candidates = {name: module for name, module in model.named_modules() if unsupported(module) == ""}
-    if not candidates:
-        return set()
-    heads = _timm_heads(model) or _outside_base_model(model)
-    in_heads = {module for head in heads for module in head.modules()}
-    names = {name for name, module in candidates.items() if module in in_heads} or {list(candidates)[-1]}
-    body = [name for name in candidates if name not in names]
-    return names | set(body[:1])
-
-
-def _timm_heads(model: nn.Module) -> list[nn.Module]:
-    for module in model.modules():
-        get_classifier = getattr(module, "get_classifier", None)
-        if callable(get_classifier):
-            found = get_classifier()
-            return [m for m in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(m, nn.Module)]
-    return []
-
-
-def _outside_base_model(model: nn.Module) -> list[nn.Module]:
-    base = getattr(model, "base_model", None)
-    if not isinstance(base, nn.Module) or base is model:
-        return []
-    inside = set(base.modules())
-    return [child for child in model.children() if child not in inside]
 
 
 def _matches(pattern: str, name: str) -> bool:

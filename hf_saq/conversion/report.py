@@ -71,5 +71,5 @@ def _sign(quantizer: Quantizer | None) -> str:
         return "-"
     if quantizer.has_offset:
         return "affine"
-    signed = quantizer.signed if quantizer.initialized else quantizer.requested_signed
+    signed = quantizer.signed if quantizer.initialized else quantizer.settings.signed
     return {None: "auto", True: "signed", False: "unsigned"}[signed]

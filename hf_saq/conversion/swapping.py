@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import SAQQuantizationConfig
-from ..layers import QUANTIZED_LAYERS, HoldsQuantizers, QuantAttentionProducts, QuantizedLayer, quantized_form
-from ..quantizers import Quantizer, check_activation_mode, quantizer_class
+from ..layers import QUANTIZED_LAYERS, HoldsQuantizers
 from . import attention_interface
+from .building import build, build_products
 from .first_scales import initialize_weight_quantizers
 from .planning import plan, products_name
 from .report import ConversionReport, note_signs
-
-_SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
 
 
 def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
@@ -86,58 +82,6 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
         for child_name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[child_name] = replacements[child]
-
-
-def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLayer:
-    """The quantized form of one float layer, its quantizers not yet initialized."""
-    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-    make = quantizer_class(settings["quantizer"])
-    form = quantized_form(layer)
-    assert form is not None
-    per_channel = tuple(size if axis == form.channel_axis else 1 for axis, size in enumerate(weight.shape))
-    weight_quantizer: Quantizer | None = None
-    activation_quantizer: Quantizer | None = None
-    if settings["weight_bits"] is not None:
-        weight_quantizer = make(
-            settings["weight_bits"],
-            role="weight",
-            signed=True,
-            scale_shape=per_channel if settings["weight_granularity"] == "channel" else (1,),
-            scale_init=settings["scale_init"],
-        ).to(weight.device)
-        weight_quantizer.path = f"{name}.weight_quantizer"
-    if settings["activation_bits"] is not None:
-        activation_quantizer = _activation_quantizer(f"{name}.activation_quantizer", settings, weight.device)
-    return form.from_float(layer, weight_quantizer, activation_quantizer)
-
-
-def build_products(attention: nn.Module, name: str, settings: dict[str, Any]) -> QuantAttentionProducts:
-    """The products of one attention module, their quantizers not yet initialized; `name` is theirs."""
-    device = next((tensor.device for tensor in attention.parameters()), torch.device("cpu"))
-    quantizers: dict[str, Quantizer | None] = {}
-    for operand in ("query", "key", "value"):
-        path = f"{name}.{operand}_quantizer"
-        quantizers[f"{operand}_quantizer"] = _activation_quantizer(path, settings, device)
-    # A softmax has no negative values, and the zero of a grid without offset is its most common one.
-    probability = _activation_quantizer(
-        f"{name}.probability_quantizer", {**settings, "activation_mode": "unsigned"}, device
-    )
-    products = QuantAttentionProducts(**quantizers, probability_quantizer=probability)
-    products.path = name
-    return products.train(attention.training)
-
-
-def _activation_quantizer(path: str, settings: dict[str, Any], device: torch.device) -> Quantizer:
-    where = f"{path.rpartition('.')[0]}: "
-    check_activation_mode(where, settings["quantizer"], settings["activation_mode"])
-    quantizer = quantizer_class(settings["quantizer"])(
-        settings["activation_bits"],
-        role="activation",
-        signed=_SIGNED[settings["activation_mode"]],
-        scale_init=settings["scale_init"],
-    ).to(device)
-    quantizer.path = path
-    return quantizer
 
 
 def leave_in_float(model: nn.Module, names: Collection[str], reason: str) -> None:

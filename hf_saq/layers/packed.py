@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import Quantizer
+from ..quantizers import Quantizer, QuantizerSettings
+from ..quantizers.precision import without_narrowing
 from .float_form import FloatForm, take_over_hooks
 from .packing import pack_codes, packed_size, unpack_codes
 from .quantized import QuantizedLayer
@@ -21,15 +22,12 @@ class PackedLayer(nn.Module):
         functional: A quantized layer on the meta device: its hyperparameters, `compute` and weight quantizer, without
             memory.
         bias: `(out,)` or `None`.
-        bits: Width of a weight code, 2 to 8.
-        scale_shape: `(1,)`, or `(out, 1, ...)` for one scale per output channel.
-        has_offset: Whether the grid is `code * scale + offset` rather than `code * scale`.
         dtype: Floating point type that the weight is decoded to.
 
-    Buffers: `packed_weight` uint8 `(bytes,)`; `weight_scale` and, if `has_offset`, `weight_offset` float32
-    `scale_shape`; `weight`, an empty float tensor. The last has two jobs: code that asks for `layer.weight.dtype` or
-    `.device` gets a sensible answer, and a loader that does not know this format stops at a shape mismatch instead of
-    leaving the weight at random values.
+    Buffers: `packed_weight` uint8 `(bytes,)`; `weight_scale` and, if the grid has one, `weight_offset`, float32 of the
+    quantizer's `scale_shape`; `weight`, an empty float tensor. The last has two jobs: code that asks for
+    `layer.weight.dtype` or `.device` gets a sensible answer, and a loader that does not know this format stops at a
+    shape mismatch instead of leaving the weight at random values.
     """
 
     weight: Tensor
@@ -43,25 +41,33 @@ class PackedLayer(nn.Module):
         self,
         functional: QuantizedLayer,
         bias: nn.Parameter | None,
-        bits: int,
-        scale_shape: tuple[int, ...],
-        has_offset: bool,
         activation_quantizer: Quantizer | None,
         dtype: torch.dtype,
     ):
         super().__init__()
-        self.bits = bits
         self.weight_shape = tuple(functional.weight.shape)
         self.path = ""
         # Kept out of the submodules: it has no state of its own.
         object.__setattr__(self, "_functional", functional)
-        size = packed_size(functional.weight.numel(), bits)
+        assert functional.weight_quantizer is not None
+        has_offset, scale_shape = functional.weight_quantizer.has_offset, self.settings.scale_shape
+        size = packed_size(functional.weight.numel(), self.bits)
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
         self.register_buffer("packed_weight", torch.zeros(size, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(scale_shape, dtype=torch.float32))
         self.register_buffer("weight_offset", torch.zeros(scale_shape, dtype=torch.float32) if has_offset else None)
         self.bias = bias
         self.activation_quantizer = activation_quantizer
+
+    @property
+    def settings(self) -> QuantizerSettings:
+        """The settings of the weight quantizer."""
+        assert self._functional.weight_quantizer is not None
+        return self._functional.weight_quantizer.settings
+
+    @property
+    def bits(self) -> int:
+        return self.settings.bits
 
     @classmethod
     def skeleton(cls, layer: QuantizedLayer) -> PackedLayer:
@@ -71,15 +77,7 @@ class PackedLayer(nn.Module):
         with torch.device("meta"):
             functional = type(layer)(**layer.constructor_arguments(layer))
             functional.weight_quantizer = quantizer.blank_copy()
-        packed = cls(
-            functional,
-            layer.bias,
-            quantizer.bits,
-            quantizer.scale_shape,
-            quantizer.has_offset,
-            layer.activation_quantizer,
-            layer.weight.dtype,
-        ).to(layer.weight.device)
+        packed = cls(functional, layer.bias, layer.activation_quantizer, layer.weight.dtype).to(layer.weight.device)
         for name, value in layer.constructor_arguments(layer).items():
             if name != "bias":
                 setattr(packed, name, value)  # models read `stride`, `in_features` and the like of their layers
@@ -167,13 +165,10 @@ class PackedLayer(nn.Module):
         return self._functional.compute(x, self.quantized_weight(), self.bias)
 
     def _apply(self, fn, recurse=True):
-        """As for any module, but `.to(torch.bfloat16)` and the like leave the grid in float32, as loading does."""
-        before = {name: getattr(self, name) for name in ("weight_scale", "weight_offset")}
-        super()._apply(fn, recurse)
-        for name, grid in before.items():
-            if grid is not None and getattr(self, name).dtype != grid.dtype:
-                setattr(self, name, grid.to(getattr(self, name).device))
-        return self
+        """As for any module, but `.to(torch.bfloat16)` and the like leave codes and grid as they are."""
+        kept = [buffer for name, buffer in self._buffers.items() if name != "weight"]
+        keeping = without_narrowing(fn)
+        return super()._apply(lambda t: keeping(t) if any(t is one for one in kept) else fn(t), recurse)
 
     def extra_repr(self) -> str:
         kind = type(self._functional).__name__.removeprefix("Quant")

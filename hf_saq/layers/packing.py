@@ -15,12 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..quantizers import check_bits
+
 CODES_PER_GROUP = 8
-
-
-def _check_bits(bits: int) -> None:
-    if type(bits) is not int or not 2 <= bits <= 8:
-        raise ValueError(f"bits={bits!r}; expected an integer from 2 to 8.")
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -34,7 +31,7 @@ def pack_codes(codes: Tensor, bits: int, signed: bool) -> Tensor:
     Raises:
         ValueError: If `bits` is not 2 to 8, `codes` are not integers or one of them does not fit into `bits` bits.
     """
-    _check_bits(bits)
+    check_bits("bits", bits)
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"codes are {codes.dtype}; expected an integer type.")
     stored = codes.reshape(-1).to(torch.int64) + (2 ** (bits - 1) if signed else 0)
@@ -58,7 +55,7 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...], signed: bool
     Raises:
         ValueError: If `bits` is not 2 to 8, or `packed` not uint8 of the size that `shape` and `bits` ask for.
     """
-    _check_bits(bits)
+    check_bits("bits", bits)
     count = torch.Size(shape).numel()
     size = packed_size(count, bits)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):

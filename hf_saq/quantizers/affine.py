@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .contract import SCALE_FLOOR, sum_to
 from .kernels import Grid, quantize_backward, quantize_forward
+from .settings import Role
+from .statistics import sum_to
+from .straight_through import SCALE_FLOOR
+
+
+class LSQFactor(NamedTuple):
+    """The factor `g = 1 / sqrt(N * qmax)` of LSQ on the gradient of a step size (Section 2.2, arXiv:1902.08153).
+
+    `N` counts the elements that share one step size (of one sample, for activations: the mean over the batch is
+    already in the loss). It is a recipe rather than a number, followed in the backward pass: a forward that is traced
+    with sizes left open has no use for it.
+    """
+
+    role: Role
+
+    def value(self, x: Tensor, scale: Tensor, grid: Grid) -> float:
+        sizes = x.shape[1:] if self.role == "activation" else x.shape
+        return 1 / math.sqrt(max(math.prod(sizes) / scale.numel(), 1) * grid.qmax)
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -17,7 +35,13 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, factor: float, given: Tensor | None
+        ctx,
+        x: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        grid: Grid,
+        factor: float | LSQFactor,
+        given: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, offset)
         ctx.grid, ctx.factor = grid, factor
@@ -34,11 +58,12 @@ class FakeQuantize(torch.autograd.Function):
         x, scale, offset = ctx.saved_tensors
         _, of_scale, of_offset, *_ = ctx.needs_input_grad
         grad_x, terms = quantize_backward(grad, x, scale.clamp_min(SCALE_FLOOR), offset, ctx.grid, of_scale)
+        factor = ctx.factor.value(x, scale, ctx.grid) if isinstance(ctx.factor, LSQFactor) else ctx.factor
         grad_scale = grad_offset = None
         if terms is not None:
-            grad_scale = (sum_to(terms, scale.shape) * ctx.factor).to(scale.dtype)
+            grad_scale = (sum_to(terms, scale.shape) * factor).to(scale.dtype)
         if of_offset:  # outside alone
-            grad_offset = (sum_to(grad - grad_x, offset.shape) * ctx.factor).to(offset.dtype)
+            grad_offset = (sum_to(grad - grad_x, offset.shape) * factor).to(offset.dtype)
         return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_offset, None, None, None
 
 
@@ -67,7 +92,7 @@ def affine_fake_quantize(
     offset: Tensor | None,
     qmin: int,
     qmax: int,
-    grad_scale: float = 1.0,
+    grad_scale: float | LSQFactor = 1.0,
     through_rounding: bool = True,
     given: Tensor | None = None,
 ) -> Tensor:
@@ -83,7 +108,7 @@ def affine_fake_quantize(
         x: Any shape.
         scale: Step size `s`, `(1,)` or broadcastable against `x`; used as `max(s, SCALE_FLOOR)`.
         offset: Grid value of code 0, the shape of `scale`; `None` for a grid through zero.
-        grad_scale: Factor on the gradients of `scale` and `offset`.
+        grad_scale: Factor on the gradients of `scale` and `offset`: a number, or how LSQ finds it.
         through_rounding: Whether the rounding error counts in `d x_q / d s`; if not it is 0 inside, as in PACT.
         given: Returned in place of `x_q`, with the gradients of `x_q`; the shape and dtype of `x`.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .contract import Quantizer
-from .dorefa import DoReFaQuantizer
-from .liq import LIQQuantizer
-from .lsq import LSQQuantizer
-from .lsq_plus import LSQPlusQuantizer
-from .pact import PACTQuantizer
+from .methods.dorefa import DoReFaQuantizer
+from .methods.liq import LIQQuantizer
+from .methods.lsq import LSQQuantizer
+from .methods.lsq_plus import LSQPlusQuantizer
+from .methods.pact import PACTQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "lsq": LSQQuantizer,

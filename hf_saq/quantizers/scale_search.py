@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import shared_dimensions
+from .statistics import shared_dimensions
 
 CANDIDATES = 100
 QUANTILES = 2**16

@@ -89,7 +89,7 @@ class SAQHfQuantizer(HfQuantizer):
                 "model. Nothing was substituted: use the checkpoint it was saved with."
             )
         for quantizer in quantizers:
-            quantizer.refresh()
+            quantizer.check_state()
         conversion.note_signs(model)
         for module in model.modules():
             if isinstance(module, PackedLayer):

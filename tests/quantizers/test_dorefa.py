@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hf_saq.quantizers import DoReFaQuantizer, round_straight_through
+from hf_saq.quantizers import DoReFaQuantizer, QuantizerSettings, round_straight_through
 
 every_granularity = pytest.mark.parametrize("scale_shape", [(1,), (6, 1)], ids=["tensor", "channel"])
 
@@ -33,7 +33,7 @@ def dorefa_weight(w: Tensor, c: Tensor, t: Tensor, bits: int, dims: tuple[int, .
 @every_granularity
 def test_weights_are_the_transcription_with_its_gradients(bits: int, largest: float, scale_shape):
     w = weight(largest).requires_grad_()
-    quantizer = DoReFaQuantizer(bits, "weight", scale_shape=scale_shape).double()
+    quantizer = DoReFaQuantizer(QuantizerSettings(bits, "weight", scale_shape=scale_shape)).double()
     quantizer.initialize(w)
     with torch.no_grad():
         quantizer.clip_value.mul_(0.9)
@@ -54,7 +54,7 @@ def test_weights_are_the_transcription_with_its_gradients(bits: int, largest: fl
 def test_tanh_is_the_papers_for_small_weights_and_wider_for_large_ones(scale_shape):
     for largest in (0.2, 3.0):
         w = weight(largest).float()
-        quantizer = DoReFaQuantizer(4, "weight", scale_shape=scale_shape)
+        quantizer = DoReFaQuantizer(QuantizerSettings(4, "weight", scale_shape=scale_shape))
         quantizer.initialize(w)
         shared = w.abs().max() if scale_shape == (1,) else w.abs().amax(1, keepdim=True)
         assert_close(quantizer.tanh_width, (4 * shared).clamp_min(1).reshape(scale_shape))
@@ -64,7 +64,7 @@ def test_tanh_is_the_papers_for_small_weights_and_wider_for_large_ones(scale_sha
 @pytest.mark.parametrize("scale_init", ["mse", "mean"])
 def test_large_weights_keep_their_values_at_load(largest: float, scale_init):
     w = weight(largest).float()
-    quantizer = DoReFaQuantizer(8, "weight", scale_init=scale_init)
+    quantizer = DoReFaQuantizer(QuantizerSettings(8, "weight", scale_init=scale_init))
     quantizer.initialize(w)
     # Half a step, 0.4% of the largest, and 2% of itself for the largest.
     assert (quantizer(w) - w).abs().max() < 0.026 * largest
@@ -74,7 +74,7 @@ def test_large_weights_keep_their_values_at_load(largest: float, scale_init):
 @every_granularity
 def test_mse_initialization_is_least_squares(bits: int, scale_shape):
     w = weight()
-    quantizer = DoReFaQuantizer(bits, "weight", scale_shape=scale_shape).double()
+    quantizer = DoReFaQuantizer(QuantizerSettings(bits, "weight", scale_shape=scale_shape)).double()
     quantizer.initialize(w)
     (quantizer(w) - w).square().sum().backward()
     assert_close(quantizer.clip_value.grad, torch.zeros(scale_shape, dtype=torch.float64), rtol=0, atol=1e-10)
@@ -82,7 +82,7 @@ def test_mse_initialization_is_least_squares(bits: int, scale_shape):
 
 def test_mean_initialization_keeps_small_weights():
     w = weight()
-    quantizer = DoReFaQuantizer(8, "weight", scale_init="mean").double()
+    quantizer = DoReFaQuantizer(QuantizerSettings(8, "weight", scale_init="mean")).double()
     quantizer.initialize(w)
     assert_close(quantizer.clip_value.detach(), torch.tanh(w.abs().max()).reshape(1))
     assert_close(quantizer.squash(w) * quantizer.clip_value.detach(), torch.tanh(w))
@@ -92,7 +92,7 @@ def test_mean_initialization_keeps_small_weights():
 def test_activations_are_clipped_to_a_range_that_stays(bits: int):
     x = torch.rand(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = (x / x.max() * 3).requires_grad_()
-    quantizer = DoReFaQuantizer(bits, "activation", signed=None, scale_init="mean").double()
+    quantizer = DoReFaQuantizer(QuantizerSettings(bits, "activation", signed=None, scale_init="mean")).double()
     quantizer.initialize(x.detach() / 2)
     c = quantizer.clip_value
     assert_close(c.detach(), torch.tensor([1.5], dtype=torch.float64))
@@ -105,7 +105,7 @@ def test_activations_are_clipped_to_a_range_that_stays(bits: int):
 
 def test_negative_activations_take_the_signed_grid_through_zero():
     x = torch.linspace(-1, 3, 402)
-    quantizer = DoReFaQuantizer(4, "activation", signed=None, scale_init="mean")
+    quantizer = DoReFaQuantizer(QuantizerSettings(4, "activation", signed=None, scale_init="mean"))
     quantizer.initialize(x)
     assert quantizer.signed and not quantizer.has_offset
     assert_close(quantizer(x), (x / (3 / 7)).round().clamp(-8, 7) * (3 / 7))

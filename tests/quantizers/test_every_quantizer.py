@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_saq.layers import PackedLayer, QuantConv2d, QuantLinear
-from hf_saq.quantizers import QUANTIZERS, DoReFaQuantizer, Quantizer, quantizer_class
+from hf_saq.quantizers import QUANTIZERS, DoReFaQuantizer, Quantizer, QuantizerSettings, quantizer_class
 
 BITS = [2, 3, 4, 5, 6, 7, 8]
 NAMES = sorted(QUANTIZERS)
@@ -45,13 +45,13 @@ def activation_of(data: str, seed: int = 0) -> Tensor:
 
 def weight_quantizer(name: str, bits: int, granularity: str, weight: Tensor, scale_init="mean") -> Quantizer:
     shape = GRANULARITIES[granularity]
-    quantizer = quantizer_class(name)(bits, role="weight", scale_shape=shape, scale_init=scale_init)
+    quantizer = quantizer_class(name)(QuantizerSettings(bits, role="weight", scale_shape=shape, scale_init=scale_init))
     quantizer.initialize(weight)
     return quantizer
 
 
 def activation_quantizer(name: str, bits: int, signed: bool | None, x: Tensor, scale_init="mean") -> Quantizer:
-    quantizer = quantizer_class(name)(bits, role="activation", signed=signed, scale_init=scale_init)
+    quantizer = quantizer_class(name)(QuantizerSettings(bits, role="activation", signed=signed, scale_init=scale_init))
     quantizer.initialize(x.reshape(-1))
     return quantizer
 
@@ -188,7 +188,7 @@ def test_a_state_dict_carries_altered_weight_quantizers(name: str, granularity: 
     w = weight_of() * 3
     quantizer = weight_quantizer(name, 4, granularity, w)
     alter(quantizer)
-    fresh = quantizer_class(name)(4, role="weight", scale_shape=GRANULARITIES[granularity])
+    fresh = quantizer_class(name)(QuantizerSettings(4, role="weight", scale_shape=GRANULARITIES[granularity]))
     fresh.load_state_dict(copy.deepcopy(quantizer.state_dict()))
     assert fresh.initialized
     assert torch.equal(fresh(w), quantizer(w))
@@ -201,7 +201,7 @@ def test_a_state_dict_carries_altered_activation_quantizers(name: str, signed: b
     x = activation_of(data)
     quantizer = activation_quantizer(name, 4, signed, x)
     alter(quantizer)
-    fresh = quantizer_class(name)(4, role="activation", signed=signed)
+    fresh = quantizer_class(name)(QuantizerSettings(4, role="activation", signed=signed))
     fresh.load_state_dict(copy.deepcopy(quantizer.state_dict()))
     assert fresh.initialized and fresh.signed == quantizer.signed
     assert torch.equal(fresh(x), quantizer(x))
@@ -250,7 +250,7 @@ def test_packing_keeps_codes_and_values(name: str, bits: int, granularity: str):
 def test_packing_keeps_low_precision_convolutions(name: str, dtype: torch.dtype, bits: int):
     layer = nn.Conv2d(3, 6, 3, dtype=dtype)
     layer.weight.data.copy_(torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 0.1)
-    quantizer = quantizer_class(name)(bits, role="weight", scale_shape=(6, 1, 1, 1))
+    quantizer = quantizer_class(name)(QuantizerSettings(bits, role="weight", scale_shape=(6, 1, 1, 1)))
     quantizer.initialize(layer.weight)
     quantized = QuantConv2d.from_float(layer, quantizer, None)
     w_q = quantized.quantized_weight()
@@ -315,13 +315,13 @@ def test_autocast_types_pass_through(name: str, signed: bool | None, data: str):
 @pytest.mark.parametrize("bits", [1, 9])
 def test_bits_out_of_range(name: str, bits: int):
     with pytest.raises(ValueError, match=rf"bits={bits}; expected an integer from 2 to 8"):
-        quantizer_class(name)(bits, role="weight")
+        quantizer_class(name)(QuantizerSettings(bits, role="weight"))
 
 
 @every_name
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_no_range_from_values_that_are_not_finite(name: str, bad: float):
-    quantizer = quantizer_class(name)(4, role="weight")
+    quantizer = quantizer_class(name)(QuantizerSettings(4, role="weight"))
     quantizer.path = "layer.weight_quantizer"
     with pytest.raises(ValueError, match="layer.weight_quantizer: cannot fit a range to infinite or NaN values"):
         quantizer.initialize(torch.tensor([1.0, bad]))
@@ -330,7 +330,7 @@ def test_no_range_from_values_that_are_not_finite(name: str, bad: float):
 @every_name
 def test_double_precision_is_kept(name: str):
     w = weight_of(dtype=torch.float64)
-    quantizer = quantizer_class(name)(4, role="weight").double()
+    quantizer = quantizer_class(name)(QuantizerSettings(4, role="weight")).double()
     quantizer.initialize(w)
     assert quantizer(w).dtype == torch.float64
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_saq.quantizers import affine_fake_quantize, kernels, set_backend
-from hf_saq.quantizers.kernels import Grid, gradient_terms, quantize_backward, quantize_forward
+from hf_saq.quantizers import affine_fake_quantize, set_backend
+from hf_saq.quantizers.kernels import Grid, compiled, quantize_backward, quantize_forward
+from hf_saq.quantizers.kernels import backend as choice
+from hf_saq.quantizers.kernels.formulas import gradient_terms
 
 GRIDS = {
     "signed-2bit": Grid(-2, 1),
@@ -150,7 +152,7 @@ def test_double_backward_differentiates_the_formula():
 def backend(monkeypatch):
     """Whatever a test does to the choice of the backend is undone."""
     for name in ("_backend", "_quantized_elements", "_impossible"):
-        monkeypatch.setattr(kernels, name, getattr(kernels, name))
+        monkeypatch.setattr(choice, name, getattr(choice, name))
 
 
 @pytest.fixture
@@ -158,11 +160,11 @@ def calls(monkeypatch, backend) -> list[str]:
     """Names of the formulas that were asked for in compiled form; they run uncompiled."""
     names: list[str] = []
 
-    def compiled(function):
+    def uncompiled(function):
         names.append(function.__name__)
         return function
 
-    monkeypatch.setattr(kernels, "_compiled", compiled)
+    monkeypatch.setattr(compiled, "_compiled", uncompiled)
     return names
 
 
@@ -172,9 +174,9 @@ def quantize_once(x: Tensor) -> Tensor:
 
 def test_auto_compiles_large_tensors_once_it_has_seen_enough(calls, monkeypatch):
     set_backend("auto")
-    large, small = torch.randn(kernels.SMALLEST), torch.randn(kernels.SMALLEST - 1)
-    monkeypatch.setattr(kernels, "_quantized_elements", 0)
-    monkeypatch.setattr(kernels, "PAYS_AFTER", 2 * kernels.SMALLEST)
+    large, small = torch.randn(choice.SMALLEST), torch.randn(choice.SMALLEST - 1)
+    monkeypatch.setattr(choice, "_quantized_elements", 0)
+    monkeypatch.setattr(choice, "PAYS_AFTER", 2 * choice.SMALLEST)
     for expected in (0, 0, 1):
         quantize_once(small)
         quantize_once(large)
@@ -214,7 +216,7 @@ def test_without_a_compiler_eager_goes_on_with_one_warning(monkeypatch, backend)
     def broken(function):
         raise RuntimeError("no g++ here")
 
-    monkeypatch.setattr(kernels, "_compiled", broken)
+    monkeypatch.setattr(compiled, "_compiled", broken)
     set_backend("eager")
     x = torch.randn(100)
     expected = quantize_once(x)
@@ -229,11 +231,11 @@ def test_without_a_compiler_eager_goes_on_with_one_warning(monkeypatch, backend)
 def test_an_unknown_backend_is_refused(backend, monkeypatch):
     with pytest.raises(ValueError, match=r"set_backend\('fast'\): expected one of \['auto', 'eager', 'compiled'\]"):
         set_backend("fast")
-    monkeypatch.setenv(kernels.VARIABLE, "fast")
+    monkeypatch.setenv(choice.VARIABLE, "fast")
     with pytest.raises(ValueError, match="HF_SAQ_KERNELS='fast'; expected one of"):
-        kernels._initial()
-    monkeypatch.setenv(kernels.VARIABLE, "eager")
-    assert kernels._initial() == "eager"
+        choice._initial()
+    monkeypatch.setenv(choice.VARIABLE, "eager")
+    assert choice._initial() == "eager"
 
 
 def both_backends(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype, offset: bool):
@@ -251,10 +253,10 @@ def test_compiled_is_eager_to_the_bit(backend):
     """One compilation of each of the two formulas serves bits, signs, sizes and layouts."""
     for grid in GRIDS.values():
         if grid.through_rounding:
-            for eager, compiled in both_backends(grid, (1,), torch.float32, offset=False):
-                assert torch.equal(eager, compiled)
+            for eager, fast in both_backends(grid, (1,), torch.float32, offset=False):
+                assert torch.equal(eager, fast)
     check_layouts()
-    assert not kernels._impossible
+    assert not choice._impossible
 
 
 @pytest.mark.slow
@@ -264,6 +266,6 @@ def test_compiled_is_eager_to_the_bit(backend):
 def test_compiled_is_eager_to_the_bit_everywhere(shape, dtype: torch.dtype, offset: bool, backend):
     torch._dynamo.reset()
     for grid in GRIDS.values():
-        for eager, compiled in both_backends(grid, shape, dtype, offset):
-            assert torch.equal(eager, compiled)
-    assert not kernels._impossible
+        for eager, fast in both_backends(grid, shape, dtype, offset):
+            assert torch.equal(eager, fast)
+    assert not choice._impossible

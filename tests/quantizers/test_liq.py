@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hf_saq.quantizers import LIQQuantizer, round_straight_through
+from hf_saq.quantizers import LIQQuantizer, QuantizerSettings, round_straight_through
 
 every_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8], ids=lambda b: f"{b}bit")
 every_granularity = pytest.mark.parametrize("scale_shape", [(1,), (6, 1)], ids=["tensor", "channel"])
@@ -38,7 +38,7 @@ def liq_activation(x: Tensor, clip_value: Tensor, bits: int) -> Tensor:
 @every_granularity
 def test_weights_are_the_transcription_with_its_gradients(bits: int, scale_shape):
     w = weight().requires_grad_()
-    quantizer = LIQQuantizer(bits, "weight", scale_shape=scale_shape).double()
+    quantizer = LIQQuantizer(QuantizerSettings(bits, "weight", scale_shape=scale_shape)).double()
     quantizer.initialize(w)
     with torch.no_grad():
         quantizer.clip_value.mul_(torch.linspace(0.7, 0.9, quantizer.clip_value.numel()).reshape(scale_shape))
@@ -56,7 +56,7 @@ def test_weights_are_the_transcription_with_its_gradients(bits: int, scale_shape
 @every_bits
 def test_activations_are_the_transcription_with_its_gradients(bits: int):
     x = torch.rand(8, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    quantizer = LIQQuantizer(bits, "activation", signed=None).double()
+    quantizer = LIQQuantizer(QuantizerSettings(bits, "activation", signed=None)).double()
     quantizer.initialize(x.detach().reshape(-1) * 0.8)
     clip_value = quantizer.clip_value.detach().clone().requires_grad_()
     expected, x_q = liq_activation(x, clip_value, bits), quantizer(x)
@@ -73,7 +73,7 @@ def test_activations_are_the_transcription_with_its_gradients(bits: int):
 @every_bits
 def test_levels_are_evenly_spaced_around_the_mean_and_leave_it_out(bits: int):
     w = torch.linspace(-1, 3, 10001)
-    quantizer = LIQQuantizer(bits, "weight", scale_init="mean")
+    quantizer = LIQQuantizer(QuantizerSettings(bits, "weight", scale_init="mean"))
     quantizer.initialize(w)
     levels = torch.unique(quantizer.dequantize(quantizer.quantize(w), w))
     assert levels.numel() == 2**bits
@@ -85,18 +85,18 @@ def test_levels_are_evenly_spaced_around_the_mean_and_leave_it_out(bits: int):
 
 def test_shifting_and_scaling_the_weight_does_the_same_to_its_quantized_form():
     w = weight().float()
-    quantizer = LIQQuantizer(3, "weight")
+    quantizer = LIQQuantizer(QuantizerSettings(3, "weight"))
     quantizer.initialize(w)
     assert_close(quantizer(w * 5 - 2), quantizer(w) * 5 - 2, rtol=1e-4, atol=1e-5)
 
 
 def test_first_clip_values():
     w = weight().float()
-    quantizer = LIQQuantizer(4, "weight", scale_shape=(6, 1), scale_init="mean")
+    quantizer = LIQQuantizer(QuantizerSettings(4, "weight", scale_shape=(6, 1), scale_init="mean"))
     quantizer.initialize(w)
     w_hat = (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True)
     assert_close(quantizer.clip_value.detach(), 0.8 * w_hat.abs().amax(1, keepdim=True))
-    activation = LIQQuantizer(4, "activation", signed=None, scale_init="mean")
+    activation = LIQQuantizer(QuantizerSettings(4, "activation", signed=None, scale_init="mean"))
     activation.initialize(torch.tensor([0.0, 1.0, 5.0]))
     assert_close(activation.clip_value.detach(), torch.tensor([4.0]))
 
@@ -104,7 +104,7 @@ def test_first_clip_values():
 @pytest.mark.parametrize("bits", [2, 4])
 def test_mse_initialization_beats_other_clip_values(bits: int):
     w = weight().float()
-    quantizer = LIQQuantizer(bits, "weight")
+    quantizer = LIQQuantizer(QuantizerSettings(bits, "weight"))
     quantizer.initialize(w)
     best, clip_value = (quantizer(w) - w).square().mean(), quantizer.clip_value.detach().clone()
     for fraction in (0.5, 0.8, 0.9, 1.1, 1.2, 1.5):
@@ -115,7 +115,7 @@ def test_mse_initialization_beats_other_clip_values(bits: int):
 
 def test_negative_activations_take_the_signed_grid_through_zero():
     x = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)).clamp_min(-1)
-    quantizer = LIQQuantizer(4, "activation", signed=None)
+    quantizer = LIQQuantizer(QuantizerSettings(4, "activation", signed=None))
     quantizer.initialize(x.reshape(-1))
     assert quantizer.signed and not quantizer.has_offset
     x_q = quantizer(x)
@@ -128,13 +128,13 @@ def test_negative_activations_take_the_signed_grid_through_zero():
 
 def test_unsigned_activations_cut_negative_values():
     x = torch.linspace(-1, 1, 101)
-    quantizer = LIQQuantizer(4, "activation", signed=False)
+    quantizer = LIQQuantizer(QuantizerSettings(4, "activation", signed=False))
     quantizer.initialize(x)
     assert (quantizer(x)[x <= 0] == 0).all()
 
 
 def test_the_grid_of_a_weight_asks_for_the_weight():
-    quantizer = LIQQuantizer(4, "weight")
+    quantizer = LIQQuantizer(QuantizerSettings(4, "weight"))
     quantizer.path = "0.weight_quantizer"
     w = weight().float()
     quantizer.initialize(w)
@@ -144,12 +144,12 @@ def test_the_grid_of_a_weight_asks_for_the_weight():
 
 def test_weights_have_signed_codes():
     with pytest.raises(ValueError, match="LIQQuantizer: signed=False; expected True"):
-        LIQQuantizer(4, "weight", signed=False)
+        LIQQuantizer(QuantizerSettings(4, "weight", signed=False))
 
 
 def test_a_constant_weight_can_still_learn():
     w = torch.zeros(4, 8)
-    quantizer = LIQQuantizer(4, "weight")
+    quantizer = LIQQuantizer(QuantizerSettings(4, "weight"))
     quantizer.initialize(w)
     moved = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     quantizer(moved).sum().backward()

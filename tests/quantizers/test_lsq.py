@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hf_saq.quantizers import LSQQuantizer, lsq_fake_quantize
-from hf_saq.quantizers.lsq import lsq_reference
-from hf_saq.quantizers.scale_search import mse_scale
+from hf_saq.quantizers import LSQQuantizer, QuantizerSettings, lsq_fake_quantize, mse_scale
+from hf_saq.quantizers.methods.lsq import lsq_reference
 
 GRIDS = {"signed-2bit": (-2, 1), "signed-4bit": (-8, 7), "unsigned-4bit": (0, 15), "signed-8bit": (-128, 127)}
 every_grid = pytest.mark.parametrize(("qmin", "qmax"), list(GRIDS.values()), ids=list(GRIDS))
@@ -82,7 +81,7 @@ def test_scale_gradient_outside_the_grid_is_the_slope_itself():
 )
 def test_gradient_factor_counts_the_elements_of_one_scale(role, scale_shape, elements):
     x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    quantizer = LSQQuantizer(4, role, signed=True, scale_shape=scale_shape)
+    quantizer = LSQQuantizer(QuantizerSettings(4, role, signed=True, scale_shape=scale_shape))
     quantizer.initialize(x)
     quantizer(x).sum().backward()
     _, expected = closed_form(x, quantizer.scale.detach(), -8, 7, 1 / math.sqrt(elements * 7), torch.ones_like(x))
@@ -103,7 +102,7 @@ def test_frozen_operands_get_no_gradient():
 @every_shape
 def test_mean_initialization(scale_shape):
     w = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    quantizer = LSQQuantizer(4, "weight", scale_shape=scale_shape, scale_init="mean")
+    quantizer = LSQQuantizer(QuantizerSettings(4, "weight", scale_shape=scale_shape, scale_init="mean"))
     quantizer.initialize(w)
     mean = w.abs().mean() if scale_shape == (1,) else w.abs().mean(dim=1, keepdim=True)
     assert_close(quantizer.scale.detach(), (2 * mean / math.sqrt(7)).reshape(scale_shape))
@@ -113,7 +112,7 @@ def test_mean_initialization(scale_shape):
 @every_shape
 def test_mse_initialization_is_near_the_best_of_a_finer_grid(bits: int, scale_shape):
     w = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    quantizer = LSQQuantizer(bits, "weight", scale_shape=scale_shape, scale_init="mse")
+    quantizer = LSQQuantizer(QuantizerSettings(bits, "weight", scale_shape=scale_shape, scale_init="mse"))
     quantizer.initialize(w)
 
     def error(scale: Tensor) -> Tensor:
@@ -147,7 +146,7 @@ def test_mse_scale_of_a_shifted_grid_finds_it():
     ids=["auto-nonnegative", "auto-negative", "signed", "unsigned"],
 )
 def test_sign_decision(requested: bool | None, smallest: float, expected: bool):
-    quantizer = LSQQuantizer(4, "activation", signed=requested)
+    quantizer = LSQQuantizer(QuantizerSettings(4, "activation", signed=requested))
     quantizer.initialize(torch.tensor([smallest, 1.0, 2.0]))
     assert quantizer.signed is expected
     assert (quantizer.qmin, quantizer.qmax) == ((-8, 7) if expected else (0, 15))
@@ -155,13 +154,13 @@ def test_sign_decision(requested: bool | None, smallest: float, expected: bool):
 
 
 def test_sign_decision_sees_the_minimum_outside_of_the_sample():
-    quantizer = LSQQuantizer(4, "activation", signed=None)
+    quantizer = LSQQuantizer(QuantizerSettings(4, "activation", signed=None))
     quantizer.initialize(torch.tensor([0.5, 1.0]), minimum=-0.2)
     assert quantizer.signed
 
 
 def test_no_forward_before_a_range():
-    quantizer = LSQQuantizer(4, "activation", signed=None)
+    quantizer = LSQQuantizer(QuantizerSettings(4, "activation", signed=None))
     quantizer.path = "encoder.0.activation_quantizer"
     with pytest.raises(RuntimeError, match=r"encoder\.0\.activation_quantizer: this activation quantizer has no"):
         quantizer(torch.ones(3))
@@ -169,11 +168,11 @@ def test_no_forward_before_a_range():
 
 def test_no_range_from_nothing():
     with pytest.raises(ValueError, match="LSQQuantizer: cannot fit a range to an empty tensor"):
-        LSQQuantizer(4, "weight").initialize(torch.empty(0))
+        LSQQuantizer(QuantizerSettings(4, "weight")).initialize(torch.empty(0))
 
 
 def test_a_damaged_range_state_is_named():
-    quantizer = LSQQuantizer(4, "weight")
+    quantizer = LSQQuantizer(QuantizerSettings(4, "weight"))
     quantizer.path = "head.weight_quantizer"
     quantizer.initialize(torch.randn(3, 3))
     state = quantizer.state_dict()

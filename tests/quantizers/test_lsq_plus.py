@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
-from hf_saq.quantizers import LSQPlusQuantizer, LSQQuantizer, affine_fake_quantize, round_straight_through
+from hf_saq.quantizers import (
+    LSQPlusQuantizer,
+    LSQQuantizer,
+    QuantizerSettings,
+    affine_fake_quantize,
+    round_straight_through,
+)
 from hf_saq.quantizers.scale_search import mse_range
 
 
@@ -61,7 +67,7 @@ def test_offset_gradient_outside_the_grid_is_the_slope_itself():
 @pytest.mark.parametrize("data", ["negative", "nonnegative"])
 def test_auto_is_affine_whatever_the_data(data: str):
     x = gelu_output() if data == "negative" else gelu_output().abs()
-    quantizer = LSQPlusQuantizer(4, "activation", signed=None)
+    quantizer = LSQPlusQuantizer(QuantizerSettings(4, "activation", signed=None))
     assert set(dict(quantizer.named_parameters())) == {"scale", "offset"}  # before any data
     quantizer.initialize(x.reshape(-1))
     assert quantizer.has_offset and not quantizer.signed and (quantizer.qmin, quantizer.qmax) == (0, 15)
@@ -74,8 +80,8 @@ def test_auto_is_affine_whatever_the_data(data: str):
 @pytest.mark.parametrize("scale_init", ["mse", "mean"])
 def test_other_modes_are_lsq(signed: bool, scale_init):
     x = gelu_output()
-    quantizer = LSQPlusQuantizer(4, "activation", signed=signed, scale_init=scale_init)
-    lsq = LSQQuantizer(4, "activation", signed=signed, scale_init=scale_init)
+    quantizer = LSQPlusQuantizer(QuantizerSettings(4, "activation", signed=signed, scale_init=scale_init))
+    lsq = LSQQuantizer(QuantizerSettings(4, "activation", signed=signed, scale_init=scale_init))
     for q in (quantizer, lsq):
         q.initialize(x.reshape(-1))
     assert not quantizer.has_offset and set(quantizer.state_dict()) == set(lsq.state_dict())
@@ -85,7 +91,7 @@ def test_other_modes_are_lsq(signed: bool, scale_init):
 def test_weights_start_by_three_standard_deviations():
     w = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.03
     for shape, dim in (((1,), (0, 1)), ((6, 1), (1,))):
-        quantizer = LSQPlusQuantizer(4, "weight", scale_shape=shape, scale_init="mean")
+        quantizer = LSQPlusQuantizer(QuantizerSettings(4, "weight", scale_shape=shape, scale_init="mean"))
         quantizer.initialize(w)
         mean, std = w.mean(dim), w.std(dim)
         expected = torch.maximum((mean - 3 * std).abs(), (mean + 3 * std).abs()) / 8
@@ -95,7 +101,7 @@ def test_weights_start_by_three_standard_deviations():
 
 def test_mean_initialization_spans_the_extremes():
     x = gelu_output()
-    quantizer = LSQPlusQuantizer(4, "activation", signed=None, scale_init="mean")
+    quantizer = LSQPlusQuantizer(QuantizerSettings(4, "activation", signed=None, scale_init="mean"))
     quantizer.initialize(x.reshape(-1))
     assert_close(quantizer.offset.detach(), x.min().reshape(1))
     assert_close(quantizer.scale.detach(), ((x.max() - x.min()) / 15).reshape(1))
@@ -124,7 +130,7 @@ def test_the_offset_beats_lsq_on_gelu_outputs():
     x = gelu_output()
     errors = {}
     for kind in (LSQQuantizer, LSQPlusQuantizer):
-        quantizer = kind(3, "activation", signed=None)
+        quantizer = kind(QuantizerSettings(3, "activation", signed=None))
         quantizer.initialize(x.reshape(-1))
         errors[kind] = (quantizer(x) - x).square().mean()
     assert errors[LSQPlusQuantizer] < 0.5 * errors[LSQQuantizer]
@@ -133,14 +139,14 @@ def test_the_offset_beats_lsq_on_gelu_outputs():
 def test_constant_activations_stay_what_they_are():
     x = torch.full((4, 10), 3.0)
     for scale_init in ("mse", "mean"):
-        quantizer = LSQPlusQuantizer(4, "activation", signed=None, scale_init=scale_init)
+        quantizer = LSQPlusQuantizer(QuantizerSettings(4, "activation", signed=None, scale_init=scale_init))
         quantizer.initialize(x.reshape(-1))
         assert_close(quantizer(x), x, rtol=1e-6, atol=0)
 
 
 def test_gradients_of_scale_and_offset_have_the_factor_of_lsq():
     x = gelu_output()
-    quantizer = LSQPlusQuantizer(4, "activation", signed=None)
+    quantizer = LSQPlusQuantizer(QuantizerSettings(4, "activation", signed=None))
     quantizer.initialize(x.reshape(-1) * 0.9)
     s, o = (p.detach().clone().requires_grad_() for p in (quantizer.scale, quantizer.offset))
     affine_reference(x, s, o, 0, 15).sum().backward()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hf_saq.quantizers import DoReFaQuantizer, PACTQuantizer
+from hf_saq.quantizers import DoReFaQuantizer, PACTQuantizer, QuantizerSettings
 
 
 def activation(minimum: float = -1.0) -> Tensor:
@@ -16,7 +16,7 @@ def activation(minimum: float = -1.0) -> Tensor:
 
 
 def fitted(bits: int, signed: bool | None, alpha: float) -> PACTQuantizer:
-    quantizer = PACTQuantizer(bits, "activation", signed=signed).double()
+    quantizer = PACTQuantizer(QuantizerSettings(bits, "activation", signed=signed)).double()
     quantizer.initialize(activation().reshape(-1))
     with torch.no_grad():
         quantizer.clip_value.fill_(alpha)
@@ -57,7 +57,7 @@ def test_signed_activations_use_the_grid_through_zero():
 @pytest.mark.parametrize("minimum", [0.0, -1.0])
 def test_auto_follows_the_smallest_value(minimum: float):
     x = activation(minimum)
-    quantizer = PACTQuantizer(4, "activation", signed=None, scale_init="mean")
+    quantizer = PACTQuantizer(QuantizerSettings(4, "activation", signed=None, scale_init="mean"))
     quantizer.initialize(x.reshape(-1))
     assert quantizer.signed is (minimum < 0)
     assert_close(quantizer.clip_value.detach(), x.max().float().reshape(1))
@@ -66,7 +66,9 @@ def test_auto_follows_the_smallest_value(minimum: float):
 def test_weights_are_those_of_dorefa():
     w = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 0.2
     for shape in ((1,), (6, 1)):
-        pact, dorefa = (kind(3, "weight", scale_shape=shape) for kind in (PACTQuantizer, DoReFaQuantizer))
+        pact, dorefa = (
+            kind(QuantizerSettings(3, "weight", scale_shape=shape)) for kind in (PACTQuantizer, DoReFaQuantizer)
+        )
         for quantizer in (pact, dorefa):
             quantizer.initialize(w)
         assert torch.equal(pact(w), dorefa(w))

@@ -1,0 +1,60 @@
+"""Build one quantized layer, or the quantized products of one attention, from the settings planned for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import QuantAttentionProducts, QuantizedLayer, quantized_form
+from ..quantizers import Quantizer, QuantizerSettings, check_activation_mode, quantizer_class
+
+_SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
+
+
+def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLayer:
+    """The quantized form of one float layer, its quantizers not yet initialized."""
+    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+    form = quantized_form(layer)
+    assert form is not None
+    per_channel = tuple(size if axis == form.channel_axis else 1 for axis, size in enumerate(weight.shape))
+    weight_quantizer: Quantizer | None = None
+    activation_quantizer: Quantizer | None = None
+    if settings["weight_bits"] is not None:
+        scale_shape = per_channel if settings["weight_granularity"] == "channel" else (1,)
+        wanted = QuantizerSettings(settings["weight_bits"], "weight", True, scale_shape, settings["scale_init"])
+        weight_quantizer = _make(settings["quantizer"], wanted, f"{name}.weight_quantizer", weight.device)
+    if settings["activation_bits"] is not None:
+        activation_quantizer = _activation_quantizer(f"{name}.activation_quantizer", settings, weight.device)
+    return form.from_float(layer, weight_quantizer, activation_quantizer)
+
+
+def build_products(attention: nn.Module, name: str, settings: dict[str, Any]) -> QuantAttentionProducts:
+    """The products of one attention module, their quantizers not yet initialized; `name` is theirs."""
+    device = next((tensor.device for tensor in attention.parameters()), torch.device("cpu"))
+    quantizers: dict[str, Quantizer | None] = {}
+    for operand in ("query", "key", "value"):
+        path = f"{name}.{operand}_quantizer"
+        quantizers[f"{operand}_quantizer"] = _activation_quantizer(path, settings, device)
+    # A softmax has no negative values, and the zero of a grid without offset is its most common one.
+    probability = _activation_quantizer(
+        f"{name}.probability_quantizer", {**settings, "activation_mode": "unsigned"}, device
+    )
+    products = QuantAttentionProducts(**quantizers, probability_quantizer=probability)
+    products.path = name
+    return products.train(attention.training)
+
+
+def _activation_quantizer(path: str, settings: dict[str, Any], device: torch.device) -> Quantizer:
+    where = f"{path.rpartition('.')[0]}: "
+    check_activation_mode(where, settings["quantizer"], settings["activation_mode"])
+    signed = _SIGNED[settings["activation_mode"]]
+    wanted = QuantizerSettings(settings["activation_bits"], "activation", signed, scale_init=settings["scale_init"])
+    return _make(settings["quantizer"], wanted, path, device)
+
+
+def _make(kind: str, settings: QuantizerSettings, path: str, device: torch.device) -> Quantizer:
+    quantizer = quantizer_class(kind)(settings).to(device)
+    quantizer.path = path
+    return quantizer

@@ -1,0 +1,61 @@
+"""Run a model on batches in evaluation mode: as it is, in float, or with observers in place of its quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Observer, Quantizer
+from .observers import PassThrough
+
+
+def run_in_float(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run `model` on `batches` in evaluation mode, with every quantizer that it still has passed by."""
+    run_observed(model, batches, {m: PassThrough() for m in model.modules() if isinstance(m, Quantizer)})
+
+
+def run_quantized(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run `model` on `batches` in evaluation mode, as it is."""
+    run_observed(model, batches, {})
+
+
+@torch.no_grad()
+def run_observed(model: nn.Module, batches: Iterable[Any], observers: Mapping[Quantizer, Observer]) -> int:
+    """Run in evaluation mode while each quantizer shows its input to its observer; returns the number of batches."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    count = 0
+    try:
+        for quantizer, observer in observers.items():
+            quantizer.observer = observer
+        for batch in batches:
+            _run(model, batch, device)
+            count += 1
+    finally:
+        for quantizer in observers:
+            quantizer.observer = None
+        for module, training in was_training.items():
+            module.training = training
+    return count
+
+
+def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
+    if isinstance(batch, Tensor):
+        model(batch.to(device))
+    elif isinstance(batch, Mapping):
+        model(**{name: _to(value, device) for name, value in batch.items()})
+    elif isinstance(batch, (tuple, list)):
+        model(*[_to(value, device) for value in batch])
+    else:
+        raise ValueError(
+            f"calibrate: a batch is a {type(batch).__name__}; expected a tensor, a tuple of positional inputs, or a "
+            "dict of keyword inputs of the model."
+        )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

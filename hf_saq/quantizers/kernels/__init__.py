@@ -1,0 +1,20 @@
+"""The arithmetic of fake quantization in few passes over memory: eager, or compiled by `torch.compile`.
+
+The formulas stand once, in `formulas`: autograd's double backward and a surrounding `torch.compile` run them as they
+are. Two backends compute the same values faster:
+
+- `eager`: ordinary torch operations, chosen and ordered for few passes and few temporaries.
+- `compiled`: one pass, by inductor (C++ on CPU, Triton on CUDA). On CPU its results are those of eager bit for bit,
+  because the sum for the gradient of the scale stays outside. It compiles once per kind of use, not per shape.
+
+`backend` chooses between them, `dispatch` is what the autograd function calls.
+
+Comes in: tensors, a `Grid`, a positive scale. Goes out: quantized tensors and the terms of gradients. Must not know:
+quantizers, and what a gradient is used for.
+"""
+
+from .backend import Backend, set_backend
+from .dispatch import quantize_backward, quantize_forward
+from .formulas import Grid
+
+__all__ = ["Backend", "Grid", "quantize_backward", "quantize_forward", "set_backend"]

@@ -1,0 +1,106 @@
+"""The formulas compiled by `torch.compile`, on views that let all shapes share compiled code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .backend import give_up
+from .formulas import Grid, bounds, fake_quantized, gradient_terms
+
+_NOTHING = contextlib.nullcontext()
+
+
+def forward(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor | None:
+    """Compute `formulas.fake_quantized`; `None` where compiled code cannot."""
+    flat = _flattened([x], scale, offset)
+    if flat is None:
+        return None
+    (flat_x,), *values = flat
+    result = _attempt(fake_quantized, flat_x, *values, *bounds(grid, x))
+    return None if result is None else _as(result, x)
+
+
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, need_terms: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Compute `formulas.gradient_terms`; `None` where compiled code cannot."""
+    flat = _flattened([grad, x], scale, offset)
+    if flat is None:
+        return None
+    operands, *values = flat
+    result = _attempt(gradient_terms, *operands, *values, *bounds(grid, x), grid.through_rounding, need_terms)
+    if result is None:
+        return None
+    grad_x, terms = result
+    return _as(grad_x, x), None if terms is None else _as(terms, x)
+
+
+def _flattened(
+    operands: Sequence[Tensor], scale: Tensor, offset: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor | None] | None:
+    """All operands as views with one or two dimensions in the order of memory, so that shapes share compiled code.
+
+    Operands have one shape and one order of strides. One dimension for a scale per tensor; two, `(channels, rest)` or
+    `(rest, channels)`, for a scale along the first or last dimension. `None` where there is no such view.
+    """
+    x = operands[-1]
+    if scale.numel() == 1:
+        flat = [_in_memory_order(t) for t in operands]
+        shape: tuple[int, ...] = (1,)
+    else:
+        shape = (-1, 1) if scale.ndim == x.ndim and scale.shape[0] == scale.numel() else (1, -1)
+        if x.ndim < 2 or (shape == (1, -1) and scale.shape[-1] != scale.numel()):
+            return None
+        axis = 0 if shape == (-1, 1) else x.ndim - 1
+        if axis == 0:
+            flat = [t.flatten(1) if t.is_contiguous() else None for t in operands]
+        else:
+            flat = [t.flatten(0, -2) if t.is_contiguous() else None for t in operands]
+    if any(t is None for t in flat):
+        return None
+    views = [cast(Tensor, t).detach() for t in flat]
+    return views, scale.detach().reshape(shape), None if offset is None else offset.detach().reshape(shape)
+
+
+def _in_memory_order(t: Tensor) -> Tensor | None:
+    """`t` as a view with one dimension that runs through its memory; `None` if it has gaps or overlaps."""
+    if t.is_contiguous():
+        return t.view(-1)
+    order = sorted(range(t.ndim), key=lambda d: (t.stride(d), t.shape[d]), reverse=True)
+    t = t.permute(order)
+    return t.view(-1) if t.is_contiguous() else None
+
+
+def _as(flat: Tensor, x: Tensor) -> Tensor:
+    """A result of flattened operands in the shape and layout of `x`."""
+    return flat.view(x.shape) if x.is_contiguous() else flat.as_strided(x.shape, x.stride())
+
+
+@functools.cache
+def _compiled(formula: Callable) -> Callable:
+    import torch._inductor.config as inductor
+
+    # Triton divides approximately unless told otherwise, which moves values across rounding edges.
+    exact = "eager_numerics.division_rounding"
+    options: dict[str, str | int | bool | Callable] = {exact: True} if hasattr(inductor, "eager_numerics") else {}
+    return torch.compile(formula, dynamic=True, fullgraph=True, options=options)
+
+
+def _attempt(formula: Callable, *args):
+    """Run the formula compiled; `None`, with one warning in the life of the process, if that is not possible."""
+    device = args[0].device.type
+    try:
+        # Compiled code is bound to the mode that it was compiled in: one mode, one compilation.
+        with torch.no_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING:
+            return _compiled(formula)(*args)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        give_up(error)
+        return None

@@ -1,0 +1,51 @@
+"""The formulas as eager torch operations, chosen and ordered for few passes over memory and few temporaries."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .formulas import Grid
+
+
+def forward(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+    """Compute `formulas.fake_quantized`."""
+    x_q = _place(x, scale, offset).round_().clamp_(grid.qmin, grid.qmax).mul_(scale)
+    return (x_q if offset is None else x_q.add_(offset)).to(x.dtype)
+
+
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, need_terms: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `formulas.gradient_terms`."""
+    # `hardtanh_backward(a, v, low, high)` is `a` where `low < v < high` and 0 elsewhere, in one pass and without a
+    # mask: a product with a boolean mask takes several times as long, since the mask is first converted.
+    v = _place(x, scale, offset)
+    low, high = _just_outside(grid, v.dtype)
+    wide = grad.to(v.dtype)
+    mask = torch.ops.aten.hardtanh_backward
+    grad_x = mask(wide, v, low, high).to(grad.dtype)
+    if not need_terms:
+        return grad_x, None
+    ds = v.clamp(grid.qmin, grid.qmax)
+    if grid.through_rounding:
+        ds = ds.round_().sub_(mask(v, v, low, high))
+    else:
+        ds = ds.sub_(mask(v, v, low, high))
+    return grad_x, ds.mul_(wide)
+
+
+def _place(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    if offset is not None:
+        return (x - offset).div_(scale)
+    return x / scale
+
+
+@functools.lru_cache(maxsize=128)
+def _just_outside(grid: Grid, dtype: torch.dtype) -> tuple[float, float]:
+    """The numbers next to `qmin` and `qmax` on the far side: `hardtanh_backward` counts its bounds as outside."""
+    infinity = torch.tensor(torch.inf, dtype=dtype)
+    low, high = torch.tensor([grid.qmin, grid.qmax], dtype=dtype)
+    return torch.nextafter(low, -infinity).item(), torch.nextafter(high, infinity).item()

@@ -1,0 +1,91 @@
+"""What a checkpoint holds of a quantizer besides its learned values: whether it is calibrated, and its sign."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+NOT_CALIBRATED, UNSIGNED, SIGNED = -1, 0, 1
+
+
+class HasRangeState(nn.Module):
+    """Keeps "calibrated" and the sign in one buffer, and reads them from nowhere else.
+
+    Whoever writes to the buffer (loading, an average of models, DDP's broadcast) is obeyed from the next forward on.
+    Reading a value waits for the device, so it is read anew only if the buffer is another tensor than the one read
+    last or if its version has changed, which every write does except those through `.data`.
+
+    The value that was read last serves where a tensor has no value to read: on the meta device, for fake tensors and
+    while a compiler traces the model (compiled code is made anew when that value changes).
+
+    Attributes:
+        range_state: -1 not calibrated, 0 unsigned, 1 signed; int8, a scalar.
+        path (`str`): Dotted name of this quantizer inside its model, for error messages.
+    """
+
+    range_state: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = ""
+        self.register_buffer("range_state", torch.tensor(NOT_CALIBRATED, dtype=torch.int8))
+        self._last_value = NOT_CALIBRATED
+        self._read_from: tuple[Tensor, int] | None = None  # the tensor that it was read from, and its version then
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the quantizer has a range."""
+        return self._state() != NOT_CALIBRATED
+
+    @torch.no_grad()
+    def take_state(self, signed: bool) -> None:
+        """From here on the quantizer is calibrated, with codes of this sign."""
+        self._write_state(SIGNED if signed else UNSIGNED)
+
+    def check_state(self) -> None:
+        """Raise `ValueError` if the stored state is none of the three."""
+        self._state()
+
+    def _state(self) -> int:
+        if torch.compiler.is_compiling():
+            return self._last_value
+        stored = self._buffers["range_state"]  # what `functional_call` puts in its place too
+        assert stored is not None
+        if self._read_from is not None and self._read_from[0] is stored and self._read_from[1] == stored._version:
+            return self._last_value
+        return self._read_state(stored)
+
+    def _read_state(self, stored: Tensor) -> int:
+        if stored.is_meta or isinstance(stored, FakeTensor):
+            return self._last_value
+        self._read_from = None
+        value = stored.item()
+        if value not in (NOT_CALIBRATED, UNSIGNED, SIGNED):
+            raise ValueError(
+                f"{self.path}.range_state is {value}; expected -1 (not calibrated), 0 (unsigned) or 1 (signed). "
+                "The checkpoint is damaged or was written by something else."
+            )
+        self._remember(int(value), stored)
+        return self._last_value
+
+    def _write_state(self, value: int) -> None:
+        self.range_state.fill_(value)
+        self._remember(value, self.range_state)
+
+    def _remember(self, value: int, stored: Tensor) -> None:
+        self._last_value = value
+        # Tensors made in inference mode have no version. "Not calibrated" is never taken for granted: a forward stops
+        # there anyway, and the state may have arrived through `.data`.
+        keep = value != NOT_CALIBRATED and not stored.is_inference()
+        self._read_from = (stored, stored._version) if keep else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.check_state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what is unpickled, has another buffer and reads it by itself."""
+        return {**self.__dict__, "_read_from": None}
