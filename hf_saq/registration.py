@@ -36,12 +36,12 @@ def register_when_loaded(registered_by: Mapping[str, str] = REGISTERED_BY) -> No
             raises, since a quantized checkpoint could not be loaded without.
     """
     _stop_waiting()
-    # The finder comes first: what another thread begins to load from here on is not missed.
+    # The finder comes first: what another thread begins to load from here on is not missed. For what another thread is
+    # loading just now, our module waits, as it imports that.
     sys.meta_path.insert(0, _RegisteringFinder(registered_by))
     try:
         for theirs in registered_by:
             if sys.modules.get(theirs) is not None:
-                import_module(theirs)  # waits for another thread that is loading it just now
                 _register(theirs, registered_by)
     except ImportError:
         _stop_waiting()  # `import hf_saq` fails, so transformers has to do without it

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import hf_saq
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "accelerate")
 
@@ -49,3 +53,15 @@ def test_parts_of_training_do_not_load_the_trainer():
 def test_a_row_of_results_does_not_load_the_trainer():
     loaded = loaded_by("from hf_saq.hub import ResultRow")
     assert "hf_saq.hub.card_facts" in loaded and "transformers.trainer" not in loaded
+
+
+def test_what_registers_first_is_made_of_parts_that_need_no_models():
+    """It is imported when `transformers.quantizers` is complete, and more of transformers may be half loaded then."""
+    source = Path(hf_saq.__file__).with_name("storage") / "from_pretrained.py"
+    nodes = [n for n in ast.parse(source.read_text()).body if isinstance(n, ast.ImportFrom) and n.level]
+    imports = [f"from hf_saq.{n.module or ''} import {n.names[0].name}" for n in nodes if n.level == 2 and n.module]
+    imports += [f"import hf_saq.{alias.name}" for n in nodes if not n.module for alias in n.names]
+    assert "import hf_saq.conversion" in imports and any("hf_saq.config" in line for line in imports)
+    loaded = loaded_by("\n".join(imports))
+    assert {"torch", "hf_saq.layers", "hf_saq.config.quantization"} <= loaded
+    assert not loaded & {"transformers.quantizers", "transformers.modeling_utils"}

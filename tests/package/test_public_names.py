@@ -164,38 +164,3 @@ def test_names_that_are_mentioned_exist():
                     value = importlib.import_module(".".join(["hf_saq", *parts[: i + 1]]))
                 except ImportError:
                     pytest.fail(f"{document} mentions {name}, which does not exist")
-
-
-def test_registration_needs_no_models():
-    """What is imported when `transformers.quantizers` is loaded must not import more of transformers: that may be half
-    loaded then. Followed as far as modules import each other when they are imported themselves."""
-    allowed = {
-        "transformers.quantizers.auto",
-        "transformers.quantizers.base",
-        "transformers.utils.quantization_config",
-    }
-    seen, waiting = set(), {"storage.from_pretrained"}
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
-        waiting |= {name.rpartition(".")[0]} - seen - {""}
-        file = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
-        path = file if file.exists() else file.with_suffix("") / "__init__.py"
-        package = ["hf_saq", *name.split(".")][: -1 if file.exists() else None]
-        for node in ast.parse(path.read_text()).body:  # what is imported in functions comes later
-            if isinstance(node, ast.Import):
-                theirs = {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                base = [*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]
-                theirs = {".".join(base if node.level else [node.module])}
-                for inner in [".".join(base), *(".".join([*base, alias.name]) for alias in node.names)]:
-                    parts = inner.split(".")
-                    if node.level and (ROOT.joinpath(*parts).with_suffix(".py").exists() or inner in ROOMS):
-                        waiting |= {".".join(parts[1:])} - seen - {""}
-            else:
-                continue
-            for library in theirs:
-                if library.split(".")[0] == "transformers":
-                    assert library in allowed, f"{name} imports {library}"
-    assert {"config.quantization", "layers.linear", "quantizers.methods.lsq", "conversion"} <= seen
-    assert "conversion.attention_interface" not in seen

@@ -41,6 +41,7 @@ NO_WEIGHTS = {
     "model-1-of-2.safetensors",
     "model-00001-of-00002.safetensors.bak",
     "onnx/model.safetensors",
+    "pytorch_model_parts/0.bin",
     "last-checkpoint/model.safetensors",
     "training_args.bin",
     "optimizer.bin",
