@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers import HoldsQuantizers
 from ..quantizers import Quantizer
 from .observers import ActivationObserver, PassThrough
-from .report import note_signs
+from .report import ConversionReport, note_signs
 from .running import run_observed
 from .swapping import leave_in_float
 
@@ -20,7 +20,7 @@ NEVER_RUN = "the model never calls this layer: its weight is read directly, or h
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> nn.Module:
     """Fit every activation quantizer of `model`, in place, to what it sees while the model runs in float.
 
     The model runs in evaluation mode without gradients, its mode is restored afterwards. Weights run unquantized, so
@@ -35,6 +35,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         model: A quantized model.
         batches: Model inputs, each a tensor, a tuple or list of positional inputs, or a dict of keyword inputs; they
             are moved to the model's device. A few batches are enough.
+        run: Runs the model on one batch, where calling the model with it is not the way: a loss with labels, for
+            example. Batches may then be of any type.
 
     Returns:
         `model` itself.
@@ -54,7 +56,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     }
     if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
-    count = run_observed(model, batches, attached_to)
+    count = run_observed(model, batches, attached_to, run)
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
     _leave_idle_layers_in_float(model, {quantizer for quantizer, observer in attached_to.items() if observer.ran})
@@ -69,6 +71,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     for quantizer, observer in seen.items():
         quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
     note_signs(model)
+    report = getattr(model, "quantization_report", None)
+    if isinstance(report, ConversionReport):
+        report.idle_layers_are_known = True
     return model
 
 
@@ -97,9 +102,15 @@ def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
 
 
 def needs_calibration(model: nn.Module) -> bool:
-    """Whether a quantizer has no range yet, or no activation quantizer would tell of a layer that is never called."""
+    """Tell whether a quantizer has no range yet, or whether it is not known which layers are never called.
+
+    Without activation quantizers nothing else would tell of such layers, so that weight-only models are run once.
+    """
+    if not is_calibrated(model):
+        return True
     roles = {module.role for module in model.modules() if isinstance(module, Quantizer)}
-    return roles == {"weight"} or not is_calibrated(model)
+    report = getattr(model, "quantization_report", None)
+    return roles == {"weight"} and not (isinstance(report, ConversionReport) and report.idle_layers_are_known)
 
 
 def is_calibrated(model: nn.Module) -> bool:

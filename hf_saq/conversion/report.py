@@ -32,6 +32,8 @@ class ConversionReport:
     """What `quantize` did, layer by layer; `print(report)` shows a table."""
 
     layers: list[LayerPlan]
+    idle_layers_are_known: bool = False
+    """Whether the model has been run, so that layers which it never calls are in float and listed as such."""
 
     @property
     def converted(self) -> list[LayerPlan]:

@@ -14,6 +14,7 @@ from .default_radius import default_rho
 from .displacement import Displacement
 from .minimizer import SharpnessAwareMinimizer
 from .norm_statistics import frozen_norm_statistics, running_statistics
+from .parameter_gradients import set_aside
 from .perturbed_tensors import PerturbedTensors, QuantizedWeight, kinds_of_parameters, quantized_weights
 from .random_state import RNGState
 
@@ -29,4 +30,5 @@ __all__ = [
     "kinds_of_parameters",
     "quantized_weights",
     "running_statistics",
+    "set_aside",
 ]
