@@ -57,8 +57,8 @@ class Calibrating(Trainer):
             batches = []
         if not batches:
             raise ValueError(
-                "SAQTrainer: the training data gave no batch to calibrate with. Give a train_dataset with at least one "
-                "sample, and at least a whole batch where dataloader_drop_last is set."
+                "SAQTrainer: the training data gave no batch to calibrate with. Give a train_dataset with at least "
+                "one sample, and at least a whole batch where dataloader_drop_last is set."
             )
         return batches
 
