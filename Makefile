@@ -33,11 +33,13 @@ flowers: $(STAMP)  ## MobileNetV2 on Oxford Flowers-102 at 64 pixels, a few minu
 	    --weight_bits 4 --weight_granularity channel --rho 0.05 --schedule full \
 	    --save_strategy no --report_to none --dataloader_pin_memory false
 
+# Two processes share the files, the longest first (tests/conftest.py).
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
+	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED) -m "not slow" tests
 
 test-slow: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=7200 -m slow tests
+	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED) --timeout=7200 -m slow tests
 
 fuzz: $(STAMP)  ## 10,000 damaged packed checkpoints, some minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -p no:xdist --timeout=7200 -s -m slow tests/storage/test_damaged_files.py

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from digit_models import digit_classifier
 from tiny_models import (
     convnext,
-    digit_classifier,
     images,
     linear_net,
     resnet,

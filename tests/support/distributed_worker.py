@@ -1,13 +1,13 @@
-"""Started by torchrun: trains what `test_distributed.py` asks for; rank 0 leaves the results in a file."""
+"""Two processes: trains what `test_distributed.py` asks for; rank 0 leaves the results in a file."""
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from forked import run_in_processes
 from training import HOW, SCHEDULES, make_trainer
 
 
@@ -28,7 +28,7 @@ def scheduled_runs(output: Path) -> dict:
         total = float(sum(p.detach().sum() for p in trainer.model.parameters()))
         tensors, values = trainer.scheduled_step.state()
         kept = float(sum(t.abs().sum() for t in tensors.values()))
-        results[k] = {"state": state, "replicas": all_of(total), "kept": all_of(kept, values["mean"] or 0.0)}
+        results[k] = {"state": state, "replicas": all_of(total), "kept": all_of(kept, values.get("mean") or 0.0)}
     return results
 
 
@@ -48,7 +48,6 @@ def resumed_run(output: Path) -> dict:
 
 
 def main(output: Path) -> None:
-    gc.freeze()  # what is imported is no garbage; Accelerate looks for some at each start of a run
     results = {"schedules": scheduled_runs(output), "resumed": resumed_run(output)}
     for family, how, accumulation in torch.load(output / "runs.pt"):
         trainer = make_trainer(family, HOW[how][0], accumulation, HOW[how][1], output / "runs", processes=2)
@@ -63,4 +62,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_in_processes(2, main, Path(sys.argv[1]))

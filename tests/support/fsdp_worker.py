@@ -1,4 +1,4 @@
-"""Started by torchrun from `test_fsdp.py`: trains under FSDP2 and leaves the results of rank 0 in a file.
+"""Started by `test_fsdp.py`: trains under FSDP2 in two processes and leaves the results of rank 0 in a file.
 
 First with `SAQTrainer`, whose Accelerate makes the process group, then with the minimizer alone.
 """
@@ -6,14 +6,14 @@ First with `SAQTrainer`, whose Accelerate makes the process group, then with the
 from __future__ import annotations
 
 import copy
-import gc
 import sys
 from pathlib import Path
 
 import fsdp_trainer_runs
 import torch
 import torch.distributed as dist
-from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, RHO, RUNS, STEPS, batch, loss_of, net
+from forked import run_in_processes
+from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, PROCESSES, RHO, RUNS, STEPS, batch, loss_of, net
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -87,7 +87,6 @@ def interrupted_pass() -> tuple[bool, bool]:
 def unreduced_gradients() -> str:
     model = shard(net())
     minimizer = SharpnessAwareMinimizer(model, rho=RHO)
-    minimizer.armed = False
     model.set_requires_gradient_sync(False)
     loss_of(model, batch(0, dist.get_rank(), 0)).backward()
     return raised(lambda: minimizer.ascent().__enter__())
@@ -101,7 +100,6 @@ def plain_first_pass() -> str:
 
 
 def main(output: Path) -> None:
-    gc.freeze()  # what is imported is no garbage; Accelerate looks for some at each start of a run
     trained, accelerator = fsdp_trainer_runs.run(output)
     results = {"trainer": trained}
     for name, options in RUNS.items():
@@ -112,7 +110,8 @@ def main(output: Path) -> None:
         minimizer = early or SharpnessAwareMinimizer(model, rho=RHO, **options)
         state = train(model, minimizer, options["sync"] == "global")
         results[name] = {"state": copy.deepcopy(state), "norm": minimizer.ascent_norm, "skipped": minimizer.skipped}
-        assert minimizer._eps is None and minimizer._added is None  # nothing is left over
+        seam = minimizer._seam
+        assert minimizer._eps is None and not seam._added and not seam.leaves  # nothing is left over
     results["restored"], results["function restored"] = interrupted_pass()
     results["unreduced"] = unreduced_gradients()
     results["plain first pass"] = plain_first_pass()
@@ -124,4 +123,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_in_processes(PROCESSES, main, Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -112,6 +113,7 @@ def run_and_die(moment: str, output_dir: str) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in forked.py
     for moment in MOMENTS:
         child = os.fork()
         if child == 0:

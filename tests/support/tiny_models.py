@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import (
     ConvNextConfig,
@@ -25,7 +24,7 @@ from transformers import (
 
 IMAGE_SIZE = 16
 NUM_LABELS = 3
-_VIT = {
+VIT_SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -45,11 +44,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def vit(seed: int = 0) -> PreTrainedModel:
-    return _build(ViTForImageClassification, ViTConfig(**_VIT), seed)
+    return _build(ViTForImageClassification, ViTConfig(**VIT_SIZES), seed)
 
 
 def deit_with_teacher(seed: int = 0) -> PreTrainedModel:
-    return _build(DeiTForImageClassificationWithTeacher, DeiTConfig(**_VIT), seed)
+    return _build(DeiTForImageClassificationWithTeacher, DeiTConfig(**VIT_SIZES), seed)
 
 
 def convnext(seed: int = 0) -> PreTrainedModel:
@@ -87,33 +86,6 @@ def mobilenet_v2(seed: int = 0) -> PreTrainedModel:
 
 TRANSFORMERS_MODELS = {"vit": vit, "convnext": convnext, "resnet": resnet, "mobilenet_v2": mobilenet_v2}
 """One builder for each family the package is tested on, by name."""
-
-
-@torch.enable_grad()
-def digit_classifier(family: Literal["vit", "resnet"]) -> tuple[PreTrainedModel, Tensor, Tensor]:
-    """A float model trained for a second or two on scikit-learn's digits, with images and labels it has not seen."""
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    y = torch.tensor(digits.target)
-    with seeded(0):
-        model: PreTrainedModel
-        if family == "vit":
-            sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 8, "patch_size": 2}
-            others = {"num_channels": 1, "num_labels": 10, "initializer_range": 0.1}
-            model = ViTForImageClassification(ViTConfig(**{**_VIT, **sizes, **others}))
-        else:
-            sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-            model = ResNetForImageClassification(
-                ResNetConfig(**sizes, num_channels=1, num_labels=10, layer_type="basic")  # type: ignore[arg-type]
-            )
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-        model.train()
-        for _ in range(6):
-            for batch in torch.randperm(1200).split(32):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x[batch]).logits, y[batch]).backward()
-                optimizer.step()
-    return model.eval(), x[1200:], y[1200:]
 
 
 def linear_net(seed: int = 0) -> nn.Sequential:

@@ -17,7 +17,7 @@ TOLERANCE = 1e-11
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("fsdp")
-    run_python(SUPPORT / "fsdp_worker.py", output, processes=PROCESSES)
+    run_python(SUPPORT / "fsdp_worker.py", output)
     return torch.load(output / "results.pt", weights_only=True)
 
 
