@@ -20,8 +20,8 @@ def wheel(tmp_path_factory) -> ZipFile:
     sources = tmp_path_factory.mktemp("sources")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, sources / name)
-    for name in ("hf_saq", "tests", "examples"):
-        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("hf_saq", "benchmarks", "examples", "tests"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     outcome = subprocess.run([sys.executable, "-c", BUILD], cwd=sources, capture_output=True, text=True, timeout=600)
     assert outcome.returncode == 0, outcome.stderr
     return ZipFile(sources / "dist" / outcome.stdout.splitlines()[-1])
