@@ -19,7 +19,7 @@ from ..quantizers.affine import MadeOf, made_of
 def in_autocast_type(x_q: Tensor) -> Tensor:
     """`x_q` in the type that a product takes under autocast: a cast that is ours can be done again."""
     device = x_q.device.type
-    if x_q.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if x_q.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         return x_q.to(torch.get_autocast_dtype(device))
     return x_q
 

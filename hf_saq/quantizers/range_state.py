@@ -26,12 +26,13 @@ ROUNDING = 1e-3
 class HasRangeState(nn.Module):
     """Keeps "calibrated" and the sign in one buffer, and reads them from nowhere else.
 
-    Whoever writes to the buffer (loading, an average of models, DDP's broadcast) is obeyed from the next forward on.
-    Reading a value waits for the device, so it is read anew only if the buffer is another tensor than the one read
-    last or if its version has changed, which every write does except those through `.data`.
+    Whoever writes to the buffer (loading, an average of models, DDP when it wraps a model) is obeyed from the next
+    forward on. Reading a value waits for the device, so it is read anew only if the buffer is another tensor than the
+    one read last or if its version has changed. Every write changes it, except those through `.data` and those that
+    DDP makes in a forward: there it copies the buffers of rank 0 and takes care that no version shows it.
 
     The value that was read last serves where a tensor has no value to read: on the meta device, for fake tensors and
-    while a compiler traces the model (compiled code is made anew when that value changes).
+    in an export. `torch.compile` reads when it traces; its code is made anew when the value read last has changed.
 
     Attributes:
         range_state: `NOT_CALIBRATED`, `UNSIGNED` or `SIGNED`; int8, a scalar.
@@ -67,12 +68,21 @@ class HasRangeState(nn.Module):
 
     def _state(self) -> int:
         if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
+                self._look()
             return self._last_value
+        return self._look()
+
+    def _look(self) -> int:
+        """The value of the buffer, read if it may be another than the one read last."""
         stored = self._buffers["range_state"]  # what `functional_call` puts in its place too
         assert stored is not None
         if self._read_from is not None and self._read_from[0] is stored and self._read_from[1] == stored._version:
             return self._last_value
         return self._read_state(stored)
+
+    # What `torch.compiler.assume_constant_result` says, without importing the compiler: do not trace it, run it.
+    _look._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _read_state(self, stored: Tensor) -> int:
         if stored.is_meta or isinstance(stored, FakeTensor):
