@@ -115,7 +115,8 @@ class Quantizer(HasRangeState, ABC):
             raise RuntimeError(
                 f"{self.path or type(self).__name__}: this {self.role} quantizer has no range yet. Run "
                 "`hf_saq.calibrate(model, batches)` with a few batches of model inputs, or train with `SAQTrainer`, "
-                "which calibrates from its training data."
+                "which calibrates from its training data. A copy or an average (EMA, SWA) that was begun before "
+                "that has none either: make it of the calibrated model."
             )
         return self.fake_quantize(x)
 

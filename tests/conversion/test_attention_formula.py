@@ -35,7 +35,7 @@ class PlainProducts(nn.Module):
         for operand in OPERANDS:
             quantizer = getattr(products, f"{operand}_quantizer")
             self.register_parameter(f"{operand}_scale", nn.Parameter(quantizer.scale.detach().clone()))
-            signed = int(quantizer.range_state) == 1
+            signed = quantizer.signed
             half = 2 ** (quantizer.bits - 1)
             self.ranges[operand] = (-half, half - 1) if signed else (0, 2 * half - 1)
 

@@ -113,7 +113,7 @@ def set_state_to_7(tensors: dict[str, Tensor]) -> None:
 
 def test_a_damaged_state_raises(own_packed_dir: Path):
     edit_weights(own_packed_dir, set_state_to_7, sealed=True)
-    message = r"^classifier.activation_quantizer.range_state is 7; expected -1 \(not calibrated\), 0 \(unsigned\) or 1"
+    message = r"^classifier.activation_quantizer.range_state is 7; expected 35 \(not calibrated\), 50 \(unsigned\)"
     with pytest.raises(ValueError, match=message):
         load(own_packed_dir)
 

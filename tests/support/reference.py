@@ -35,7 +35,7 @@ class ReferenceLayer(nn.Module):
         self.w_range = (-(2 ** (wq.bits - 1)), 2 ** (wq.bits - 1) - 1)
         self.a_scale = None if aq is None else nn.Parameter(aq.scale.detach().clone())
         if aq is not None:
-            signed = int(aq.range_state) == 1
+            signed = aq.signed
             self.a_range = (-(2 ** (aq.bits - 1)), 2 ** (aq.bits - 1) - 1) if signed else (0, 2**aq.bits - 1)
         self.conv = None
         if isinstance(layer, nn.Conv2d):
