@@ -96,6 +96,12 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
                 "SAQTrainer: DeepSpeed steps inside backward, so a second pass cannot be put before the step. Use DDP "
                 "or FSDP2, or SAQConfig(case=None)."
             )
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if self.saq_config.case is not None and (optim.endswith("lomo") or optim.endswith("layerwise")):
+            raise ValueError(
+                f"SAQTrainer: optim={optim!r} steps inside backward, so a second pass cannot be put before the step. "
+                "Use another optimizer, or SAQConfig(case=None)."
+            )
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator, self.args, self.saq_config)
 

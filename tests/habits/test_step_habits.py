@@ -152,6 +152,13 @@ def test_an_optimizer_that_steps_inside_backward_is_refused(context):
     assert_same_state(net, before)
 
 
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_such_optimizers_of_the_trainer_are_refused_by_name(optim, tmp_path):
+    changes = dict(optim=optim, optim_target_modules=["mlp"])
+    with pytest.raises(ValueError, match=f"optim='{optim}' steps inside backward"):
+        train(tmp_path=tmp_path, **changes)
+
+
 # A backward inside of the loss ---------------------------------------------------------------------------------------
 
 
