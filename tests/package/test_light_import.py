@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import HANGS
 
 import hf_saq
 
@@ -18,7 +19,7 @@ HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "ac
 def loaded_by(code: str) -> set[str]:
     """The modules that a new process has after `code`."""
     code += "\nimport json, sys; print(json.dumps(list(sys.modules)))"
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
     assert outcome.returncode == 0, outcome.stderr
     return set(json.loads(outcome.stdout.splitlines()[-1]))
 

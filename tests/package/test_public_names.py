@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import HANGS
 
 import hf_saq
 
@@ -108,7 +109,7 @@ def test_a_name_stays_what_it_is():
 
 def test_rooms_are_attributes_of_the_package():
     code = "import hf_saq; assert 'lsq' in hf_saq.quantizers.QUANTIZERS; hf_saq.storage.inspect_checkpoint"
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
     assert outcome.returncode == 0, outcome.stderr
 
 

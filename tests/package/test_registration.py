@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HANGS
 from tiny_models import images, vit
 
 from hf_saq.registration import register_when_loaded
@@ -245,7 +246,7 @@ def saved(tmp_path_factory) -> Path:
 
 def check_orders(saved: Path, orders: dict[str, str]) -> None:
     outcome = subprocess.run(
-        [sys.executable, "-c", RUNNER, json.dumps(orders), str(saved)], capture_output=True, text=True, timeout=1800
+        [sys.executable, "-c", RUNNER, json.dumps(orders), str(saved)], capture_output=True, text=True, timeout=HANGS
     )
     assert outcome.returncode == 0, outcome.stderr
     failed = json.loads(outcome.stdout.splitlines()[-1])

@@ -10,6 +10,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from processes import HANGS
 
 ROOT = Path(__file__).parents[2]
 BUILD = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
@@ -22,7 +23,7 @@ def wheel(tmp_path_factory) -> ZipFile:
         shutil.copy2(ROOT / name, sources / name)
     for name in ("hf_saq", "benchmarks", "examples", "tests"):
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    outcome = subprocess.run([sys.executable, "-c", BUILD], cwd=sources, capture_output=True, text=True, timeout=600)
+    outcome = subprocess.run([sys.executable, "-c", BUILD], cwd=sources, capture_output=True, text=True, timeout=HANGS)
     assert outcome.returncode == 0, outcome.stderr
     return ZipFile(sources / "dist" / outcome.stdout.splitlines()[-1])
 
@@ -47,7 +48,7 @@ def test_what_the_wheel_says_of_itself(wheel: ZipFile, tmp_path: Path):
     code = "import hf_saq; from hf_saq.cli import main; print(hf_saq.__file__, hf_saq.__version__); main(['--help'])"
     # -S: no site-packages, so that nothing but the wheel can be imported
     outcome = subprocess.run(
-        [sys.executable, "-S", "-E", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600
+        [sys.executable, "-S", "-E", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=HANGS
     )
     file, version = outcome.stdout.split("\n")[0].rsplit(" ", 1)
     assert Path(file).parent == tmp_path / "hf_saq" and f"-{version}.dist-info" in information.name
