@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .first_scales import initialize_weight_quantizers
     from .forms import convert_to_packed, dequantize, dequantize_in_place, is_packed, pack, unpack
     from .report import ConversionReport, LayerPlan, note_signs
-    from .swapping import convert, quantize
+    from .swapping import as_decided, convert, leave_in_float, note_left_in_float, quantize, replace_modules
 
 # Lazy, because `attention_interface` needs models of transformers, and `storage.from_pretrained` is imported earlier.
 __getattr__, __dir__ = lazy_exports(
@@ -27,7 +27,7 @@ __getattr__, __dir__ = lazy_exports(
         "first_scales": ("initialize_weight_quantizers",),
         "forms": ("convert_to_packed", "dequantize", "dequantize_in_place", "is_packed", "pack", "unpack"),
         "report": ("ConversionReport", "LayerPlan", "note_signs"),
-        "swapping": ("convert", "quantize"),
+        "swapping": ("as_decided", "convert", "leave_in_float", "note_left_in_float", "quantize", "replace_modules"),
     },
     modules=("attention_interface",),
 )
@@ -35,6 +35,7 @@ __getattr__, __dir__ = lazy_exports(
 __all__ = [
     "ConversionReport",
     "LayerPlan",
+    "as_decided",
     "attention_interface",
     "calibrate",
     "convert",
@@ -45,9 +46,12 @@ __all__ = [
     "initialize_weight_quantizers",
     "is_calibrated",
     "is_packed",
+    "leave_in_float",
     "needs_calibration",
+    "note_left_in_float",
     "note_signs",
     "pack",
     "quantize",
+    "replace_modules",
     "unpack",
 ]

@@ -12,6 +12,7 @@ from ..config import SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
 from . import attention_interface
+from .report import ConversionReport
 from .swapping import convert, replace_modules
 
 
@@ -79,9 +80,9 @@ def dequantize_in_place(model: nn.Module) -> None:
     _forget_quantization(model)
 
 
-def convert_to_packed(model: nn.Module, config: SAQQuantizationConfig) -> None:
+def convert_to_packed(model: nn.Module, config: SAQQuantizationConfig) -> ConversionReport:
     """Swap the layers of a float `model`, in place, for packed ones whose codes are still to be loaded."""
-    convert(model, config)
+    report = convert(model, config, stored=True)
     replace_modules(
         model,
         {
@@ -90,6 +91,7 @@ def convert_to_packed(model: nn.Module, config: SAQQuantizationConfig) -> None:
             if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None
         },
     )
+    return report
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -138,11 +140,12 @@ def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
 def _forget_quantization(model: nn.Module) -> None:
     """Leave no trace of hf_saq in a model whose layers are float again."""
     attention_interface.unroute(model)
-    for name in ("quantization_report", "hf_quantizer", "quantization_method"):
+    for name in ("quantization_report", "quantization_method"):
         model.__dict__.pop(name, None)
     if getattr(model, "is_quantized", False):
         model.is_quantized = False  # type: ignore[assignment]
     for module in model.modules():
+        vars(module).pop("hf_quantizer", None)
         if "config" in vars(module):
             vars(module.config).pop("_is_quantized", None)  # transformers notes it in the config of every submodel
     config = getattr(model, "config", None)

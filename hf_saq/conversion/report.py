@@ -29,11 +29,16 @@ class LayerPlan:
 
 @dataclass
 class ConversionReport:
-    """What `quantize` did, layer by layer; `print(report)` shows a table."""
+    """What `quantize` did, layer by layer; `print(report)` shows a table.
+
+    Attributes:
+        first_last_modules: Names of the first layer and of the heads; `None` if they were treated like the rest.
+    """
 
     layers: list[LayerPlan]
     idle_layers_are_known: bool = False
     """Whether the model has been run, so that layers which it never calls are in float and listed as such."""
+    first_last_modules: list[str] | None = None
 
     @property
     def converted(self) -> list[LayerPlan]:

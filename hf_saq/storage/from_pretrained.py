@@ -16,9 +16,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .. import conversion
-from ..config import QUANT_METHOD, SAQQuantizationConfig
+from ..config import FORMAT_VERSION, QUANT_METHOD, SAQQuantizationConfig
 from ..layers import PackedLayer
 from ..quantizers import Quantizer
+from .absent_layers import absent_packed_layers, prepare_absent_layers
+from .earlier_versions import first_last_modules_of
 from .seal import check_seal, make_seal
 
 if TYPE_CHECKING:
@@ -55,10 +57,15 @@ class SAQHfQuantizer(HfQuantizer):
         self._weights = str(checkpoint_files[0]) if checkpoint_files else "what was loaded"
         if checkpoint_files:
             check_seal(checkpoint_files, self.quantization_config.to_dict() if self.pre_quantized else None)
-        if self.quantization_config.storage == "packed":
-            conversion.convert_to_packed(model, self.quantization_config)
+        config, stored = self.quantization_config, self.pre_quantized
+        if stored and config.format_version < FORMAT_VERSION:
+            config = config.replace(first_last_modules=first_last_modules_of(model, config))
+        if config.storage == "packed":
+            report = conversion.convert_to_packed(model, config)
         else:
-            conversion.convert(model, self.quantization_config)
+            report = conversion.convert(model, config, stored)
+        # A copy: one configuration of the user's may serve several models.
+        self.quantization_config = conversion.as_decided(config, report)
         if not self.pre_quantized:
             # A float checkpoint has no quantizers; they get their values below, so the report should not list them.
             ignored = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
@@ -66,10 +73,10 @@ class SAQHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
-        quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
         if not self.pre_quantized:
-            for quantizer in quantizers:
-                quantizer.reset()
+            for module in model.modules():
+                if isinstance(module, Quantizer):
+                    module.reset()
             conversion.initialize_weight_quantizers(model)
             return model
         own = model.state_dict(keep_vars=True) if conversion.is_packed(model) else _own_tensors(model)
@@ -80,16 +87,30 @@ class SAQHfQuantizer(HfQuantizer):
                 f"are used from, for example {offloaded[0]}. Quantized models cannot be offloaded: give every module "
                 "a device it runs on; packed weights take little of it."
             )
+        prepare_absent_layers(model)
+        self.quantization_config = model.config.quantization_config  # type: ignore[union-attr, assignment]
+        self.quantization_config.attach_to(model)
+        own = _own_tensors(model)
         missing = [name for name, tensor in own.items() if not getattr(tensor, "_is_hf_initialized", False)]
         if missing:
+            new = absent_packed_layers(model)
+            advice = "Nothing was substituted: use the checkpoint it was saved with."
+            if new:
+                advice += (
+                    f" If {new[0]} is to be new, for other classes for example: packed layers cannot be trained. Load "
+                    "the checkpoint in float storage that was packed, or `hf_saq.unpack` this model as it is, save "
+                    "that and load it again."
+                )
             raise ValueError(
                 f"The checkpoint of this {type(model).__name__} lacks {len(missing)} tensor(s) of the quantized "
                 f"model, for example {missing[:3]}. Its config.json says quant_method={QUANT_METHOD!r}, "
                 f"storage={self.quantization_config.storage!r}; {self._weights} is incomplete or belongs to another "
-                "model. Nothing was substituted: use the checkpoint it was saved with."
+                f"model. {advice}"
             )
-        for quantizer in quantizers:
-            quantizer.check_state()
+        conversion.initialize_weight_quantizers(model)
+        for module in model.modules():
+            if isinstance(module, Quantizer):
+                module.check_state()
         conversion.note_signs(model)
         for module in model.modules():
             if isinstance(module, PackedLayer):
@@ -110,7 +131,7 @@ class SAQHfQuantizer(HfQuantizer):
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
         return None, make_seal(
             revert_weight_conversion(model, state),  # type: ignore[arg-type]
-            self.quantization_config.to_dict(),
+            config.quantization_config.to_dict(),
             json.loads(config.to_json_string()),
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..config import SAQQuantizationConfig
 from ..conversion.forms import convert_to_packed
@@ -13,7 +12,7 @@ from ..conversion.report import ConversionReport, LayerPlan
 from ..conversion.swapping import convert
 from .checkpoint_contents import StoredLayer, StoredModel
 from .saved_directory import has_processor, local_directory, model_class, stored_config
-from .stored_tensors import StoredTensors
+from .stored_tensors import StoredTensors, names_on_disk
 
 
 def inspect_checkpoint(source: str, revision: str | None = None) -> StoredModel:
@@ -30,7 +29,7 @@ def inspect_checkpoint(source: str, revision: str | None = None) -> StoredModel:
     config = stored_config(directory)
     quantization = config.quantization_config
     skeleton = _skeleton(config, quantization)
-    on_disk = _names_on_disk(skeleton)
+    on_disk = names_on_disk(skeleton) or {}
     stored = StoredTensors(directory)
     report = skeleton.quantization_report
     assert isinstance(report, ConversionReport)
@@ -52,17 +51,11 @@ def _skeleton(config: PreTrainedConfig, quantization: SAQQuantizationConfig) -> 
         # A float model: transformers would look for the quantizer of a configuration that has one.
         plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
         model = kind.from_config(plain) if hasattr(kind, "from_config") else kind(plain)
-        (convert_to_packed if quantization.storage == "packed" else convert)(model, quantization)
+        if quantization.storage == "packed":
+            convert_to_packed(model, quantization)
+        else:
+            convert(model, quantization, stored=True)
     return model
-
-
-def _names_on_disk(model: nn.Module) -> dict[str, str]:
-    """Map the name of a tensor in the model to that in the file; transformers saves some architectures under older
-    names."""
-    state = model.state_dict(keep_vars=True)
-    names = {id(tensor): name for name, tensor in state.items()}
-    renamed = revert_weight_conversion(model, dict(state))  # type: ignore[arg-type]
-    return {names[id(tensor)]: name for name, tensor in renamed.items() if id(tensor) in names}
 
 
 def _stored_layer(plan: LayerPlan, on_disk: dict[str, str], stored: StoredTensors) -> StoredLayer:

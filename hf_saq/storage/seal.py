@@ -127,7 +127,8 @@ def _check_quantization(path: Path, saved: dict[str, Any], given: Mapping[str, A
             f"{path} holds packed integers, but config.json has no quantization_config; it is not that of the save."
         )
     given = json.loads(json.dumps(given))
-    for name, value in saved.items():
+    # Fields that the version it was saved with did not have count as not set.
+    for name, value in {**dict.fromkeys(given), **saved}.items():
         if given.get(name) != value:
             raise ValueError(
                 f"config.json: quantization_config.{name} is {given.get(name)!r}, but {path} was saved with "

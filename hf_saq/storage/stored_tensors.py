@@ -1,16 +1,30 @@
-"""Read single tensors, and the sizes of tensors, from the weight files of a saved model."""
+"""Read single tensors, and the sizes of tensors, from the weight files of a saved model, and find their names."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from .weight_files import weight_files
 
-_ITEM_BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 """By the type names of safetensors."""
 
 
@@ -39,6 +53,17 @@ class StoredTensors:
                     f"{file} cannot be read ({error}). It is cut off or damaged; get it again."
                 ) from error
 
+    @property
+    def names(self) -> set[str]:
+        """Names on disk of all tensors."""
+        return set(self._where)
+
+    def kind_of(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Tell shape and type of a tensor from the header of its file."""
+        with safe_open(self._where[name], framework="pt") as opened:
+            part = opened.get_slice(name)
+            return torch.Size(part.get_shape()), _TYPES.get(part.get_dtype(), torch.float32)
+
     def tensor(self, name: str) -> Tensor | None:
         """Read one tensor; `None` if no file has it."""
         if name not in self._where:
@@ -50,6 +75,21 @@ class StoredTensors:
         """Tell the size of a tensor from the header of its file; `None` if no file has it."""
         if name not in self._where:
             return None
-        with safe_open(self._where[name], framework="pt") as opened:
-            part = opened.get_slice(name)
-            return torch.Size(part.get_shape()).numel() * _ITEM_BYTES.get(part.get_dtype(), 4)
+        shape, dtype = self.kind_of(name)
+        return shape.numel() * dtype.itemsize
+
+
+def names_on_disk(model: nn.Module) -> dict[str, str] | None:
+    """Map names of tensors in a model to those in its file; transformers saves some architectures under older names.
+
+    Returns:
+        Name in the model -> name in the file; `None` if transformers also stores tensors in another form.
+    """
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in state}
+    names = {id(tensor): name for name, tensor in state.items()}
+    renamed = revert_weight_conversion(model, dict(state))
+    if any(id(tensor) not in names for tensor in renamed.values()):
+        return None
+    return {names[id(tensor)]: name for name, tensor in renamed.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..storage.same_quantization import stored_quantization
 from ..storage.weight_files import holds_weights
 
 STATE_FILE = "trainer_state.json"
@@ -19,6 +20,16 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "it is not a directory"
+    if stored_quantization(checkpoint).get("storage") == "packed":
+        return "it holds packed integers, for inference; the float weights to train on are in a checkpoint-N folder"
+    if (
+        holds_weights(checkpoint)
+        and not list(checkpoint.glob("optimizer*"))
+        and not (checkpoint / STATE_FILE).exists()
+    ):
+        return (
+            f"{STATE_FILE} is missing: it is a saved model and not a training checkpoint, or its save was not finished"
+        )
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError):

@@ -17,6 +17,8 @@ from ..conversion.forms import pack
 from ..conversion.swapping import leave_in_float
 from ..layers import HoldsQuantizers, QuantizedLayer
 from ..sharpness.schedules import ScheduledStep
+from ..storage.exact_loading import load_exactly
+from ..storage.same_quantization import check_same_quantization, stored_quantization
 from ..storage.staging import staged
 from .checkpoints import STATE_FILE, last_complete_checkpoint, what_is_missing
 from .fsdp import gathered
@@ -119,28 +121,33 @@ class SavesAndResumes(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Resume exactly. `Trainer` reads the file's names as the module's names and skips what does not match, which
-        drops the weights of ViT, Swin and others whose names on disk differ; `from_pretrained` knows the mapping."""
+        drops the weights of ViT, Swin and others whose names on disk differ."""
         target = self.model if model is None else model
         plain = self.accelerator.unwrap_model(target)
-        if self.is_fsdp_enabled or not isinstance(plain, PreTrainedModel):
+        if self._has_files_of_another_kind(plain):
+            if self.is_fsdp_enabled and stored_quantization(resume_from_checkpoint):
+                check_same_quantization(plain, resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        _load_exactly(plain, resume_from_checkpoint)
+        go_on_from(plain, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         plain = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or not isinstance(plain, PreTrainedModel):
+        if self._has_files_of_another_kind(plain):
             super()._load_best_model()
             return
         logger.info("Loading best model from %s.", self.state.best_model_checkpoint)
-        _load_exactly(plain, str(self.state.best_model_checkpoint))
+        go_on_from(plain, str(self.state.best_model_checkpoint))
+
+    def _has_files_of_another_kind(self, model: nn.Module) -> bool:
+        """Say whether checkpoints are shards or adapters, which `Trainer` and peft load themselves."""
+        is_adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+        return self.is_fsdp_enabled or is_adapted or not isinstance(model, PreTrainedModel)
 
 
-def _load_exactly(model: PreTrainedModel, directory: str) -> None:
-    """Put the checkpoint's tensors into `model`; every one must be there and fit."""
-    loaded = type(model).from_pretrained(directory, dtype=model.dtype)
-    stored = getattr(loaded.config, "quantization_config", None)
-    idle = set(getattr(stored, "modules_to_not_convert", None) or ())  # among them those that calibration found idle
-    quantized = {name for name, m in model.named_modules() if isinstance(m, HoldsQuantizers) and name in idle}
-    leave_in_float(model, sorted(quantized), NEVER_RUN)
-    model.load_state_dict(loaded.state_dict(), strict=True)
+def go_on_from(model: PreTrainedModel, checkpoint: str) -> None:
+    """Bring `model` to the state saved in `checkpoint`; raises `ValueError` where it is not a state of this model."""
+    idle = check_same_quantization(model, checkpoint)
+    quantized = {name for name, m in model.named_modules() if isinstance(m, HoldsQuantizers) and m.own_quantizers()}
+    leave_in_float(model, [name for name in idle if name in quantized], NEVER_RUN)
+    load_exactly(model, checkpoint)

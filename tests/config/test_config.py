@@ -148,6 +148,8 @@ def far_from_the_defaults() -> SAQQuantizationConfig:
         first_last_bits=None,
         quantize_attention=True,
         modules_to_not_convert=["classifier"],
+        first_last_modules=["vit.embeddings"],
+        modules_found_idle=["classifier"],
         overrides={"*.q_proj": {"weight_bits": 2}, "*.fc1": {"activation_bits": 5, "quantizer": "lsq_plus"}},
         storage="packed",
     )
@@ -192,7 +194,7 @@ def test_unknown_keys_raise():
 
 def test_a_newer_format_warns_for_float_storage_and_forgets_what_it_cannot_read():
     newer = {**SAQQuantizationConfig(weight_bits=3).to_dict(), "format_version": FORMAT_VERSION + 1, "group_size": 8}
-    with pytest.warns(UserWarning, match=r"format_version is 2, .* up to 1; .* Ignored keys: \['group_size'\]"):
+    with pytest.warns(UserWarning, match=r"format_version is 3, .* up to 2; .* Ignored keys: \['group_size'\]"):
         config = SAQQuantizationConfig.from_dict(newer)
     # What would be saved from here on has no more than this version knows.
     assert config == SAQQuantizationConfig(weight_bits=3)
@@ -201,7 +203,7 @@ def test_a_newer_format_warns_for_float_storage_and_forgets_what_it_cannot_read(
 
 def test_a_newer_format_raises_for_packed_storage():
     newer = {**SAQQuantizationConfig(storage="packed").to_dict(), "format_version": FORMAT_VERSION + 1}
-    with pytest.raises(ValueError, match=r"format_version is 2, but this hf_saq reads up to 1; upgrade with"):
+    with pytest.raises(ValueError, match=r"format_version is 3, but this hf_saq reads up to 2; upgrade with"):
         SAQQuantizationConfig.from_dict(newer)
 
 

@@ -114,7 +114,7 @@ def test_overrides_and_exclusions_by_the_name_of_the_attention_or_of_its_product
         "*.1.attention": {"activation_bits": 2, "weight_bits": 8},
         "*.0.attention.products": {"quantizer": "pact"},
     }
-    layers = {layer.name: layer for layer in plan(vit(), W4A4.replace(overrides=overrides))}
+    layers = {layer.name: layer for layer in plan(vit(), W4A4.replace(overrides=overrides)).layers}
     first, second = (layers[f"vit.layers.{i}.attention.products"] for i in (0, 1))
     common = {"activation_mode": "auto", "scale_init": "mse"}
     assert first.settings == {"activation_bits": 4, "quantizer": "pact", **common}
@@ -123,7 +123,7 @@ def test_overrides_and_exclusions_by_the_name_of_the_attention_or_of_its_product
 
     excluded = ["vit.layers.0.attention.products", "*.1.attention"]
     config = W4A4.replace(modules_to_not_convert=excluded)
-    layers = {layer.name: layer for layer in plan(vit(), config)}
+    layers = {layer.name: layer for layer in plan(vit(), config).layers}
     for i in (0, 1):
         assert layers[f"vit.layers.{i}.attention.products"].reason == "listed in modules_to_not_convert"
         assert layers[f"vit.layers.{i}.attention.q_proj"].settings
@@ -229,7 +229,7 @@ def test_an_attention_that_does_more_is_left_in_float():
     code = inspect.unwrap(ViTAttention.forward).__code__
     WithSinks.forward = type(eager_attention_forward)(code, namespace, "forward", (None,))
     model.vit.layers[1].attention.__class__ = WithSinks
-    layers = {layer.name: layer for layer in plan(model, W4A4)}
+    layers = {layer.name: layer for layer in plan(model, W4A4).layers}
     assert layers["vit.layers.0.attention.products"].settings
     assert layers["vit.layers.1.attention.products"].reason == (
         "its attention is more than two products and a softmax: it has sinks, cat, sinks"

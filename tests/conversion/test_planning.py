@@ -271,7 +271,11 @@ def test_a_pattern_that_matches_nothing_raises(fields, start: str):
 
 def test_a_plan_changes_nothing():
     model = linear_net()
-    assert {layer.name: layer.settings["weight_bits"] for layer in plan(model, W4A4)} == {"0": 8, "2": 4, "4": 8}
+    assert {layer.name: layer.settings["weight_bits"] for layer in plan(model, W4A4).layers} == {
+        "0": 8,
+        "2": 4,
+        "4": 8,
+    }
     assert not layers(model)
 
 

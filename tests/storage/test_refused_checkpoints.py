@@ -130,14 +130,14 @@ def test_bad_stored_configurations_raise(own_packed_dir: Path):
     with pytest.raises(ValueError, match=r"quantization_config has unknown keys \['group_size'\]"):
         load(own_packed_dir)
     edit_config(own_packed_dir, format_version=9)
-    with pytest.raises(ValueError, match="format_version is 9, but this hf_saq reads up to 1; upgrade"):
+    with pytest.raises(ValueError, match="format_version is 9, but this hf_saq reads up to 2; upgrade"):
         load(own_packed_dir)
 
 
 def test_a_newer_float_storage_loads_with_a_warning(model: nn.Module, tmp_path: Path):
     model.save_pretrained(tmp_path)
-    edit_config(tmp_path, format_version=2, group_size=8)
-    with pytest.warns(UserWarning, match=r"format_version is 2, .* Ignored keys: \['group_size'\]"):
+    edit_config(tmp_path, format_version=3, group_size=8)
+    with pytest.warns(UserWarning, match=r"format_version is 3, .* Ignored keys: \['group_size'\]"):
         loaded = load(tmp_path)
     assert_same_state(loaded, model)
 
