@@ -30,6 +30,6 @@ def first_last_modules_of(model: Any, config: SAQQuantizationConfig) -> list[str
         return None
     plain = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     with torch.device("meta"):
-        whole: nn.Module = kind(type(model.config).from_dict(plain))  # type: ignore[arg-type]
+        whole: nn.Module = kind(type(model.config).from_dict(plain))
     found = first_and_heads(whole)
     return [name for name, _ in whole.named_modules() if name in found]
