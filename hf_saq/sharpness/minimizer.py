@@ -265,5 +265,6 @@ class SharpnessAwareMinimizer:
                 finally:
                     self._is_in_a_pass = before
                     sharding.reshard(self.model)
+            self._seam.rounding.conclude(self.rho)
         finally:
             torch.clear_autocast_cache()

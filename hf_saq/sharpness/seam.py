@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..quantizers import Quantizer
 from .parameter_gradients import ClearingWatch
 from .perturbed_tensors import QuantizedWeight
+from .rounding import RoundingCheck
 
 
 class _CatchGradient(torch.autograd.Function):
@@ -36,10 +37,12 @@ class Seam:
 
     Attributes:
         leaves: The zero leaf behind each quantizer whose gradient is wanted; its `.grad` is `g_q`.
+        rounding: Looks at what is added, once.
     """
 
     def __init__(self) -> None:
         self.leaves: dict[Quantizer, Tensor] = {}
+        self.rounding = RoundingCheck()
         self._added: Mapping[Quantizer, Tensor] = {}
         self._catches, self._passes_on = False, True
         self._handles: dict[Quantizer, torch.utils.hooks.RemovableHandle] = {}
@@ -114,6 +117,7 @@ class Seam:
         assert isinstance(quantizer, Quantizer)
         eps = self._added.get(quantizer)
         if eps is not None:
+            self.rounding.look(w_q, eps)
             w_q = w_q + eps.to(w_q.dtype)  # FSDP2 may hand out weights in half precision
         leaf = self.leaves.get(quantizer) if self._catches else None
         if leaf is not None:

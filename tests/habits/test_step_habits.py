@@ -219,6 +219,27 @@ def test_a_step_inside_of_one_autocast_block_leaves_the_model_as_it_was():
         assert not torch.equal(perturbed, expected)
 
 
+@pytest.mark.parametrize("how", ["bfloat16_model", "autocast", "float32"])
+@pytest.mark.parametrize("rho", [0.001, 20.0])
+def test_a_perturbation_that_low_precision_rounds_away_is_told_of(how, rho, recwarn):
+    net = quantized(linear_net)
+    if how == "bfloat16_model":
+        net.to(torch.bfloat16)
+    x, y = batch(net)
+    data = x.to(net[0].weight.dtype), y
+    minimizer = SharpnessAwareMinimizer(net, rho=rho)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            with minimizer.ascent():
+                loss_of(net, data).backward()
+            with minimizer.perturbed():
+                loss_of(net, data).backward()
+    said = [str(warning.message) for warning in recwarn if "rounding to bfloat16 leaves" in str(warning.message)]
+    assert len(said) == (1 if how != "float32" and rho < 1 else 0)
+    if said:
+        assert "of the quantized weights where they were" in said[0] and "Train in float32" in said[0]
+
+
 # One trainer, several trainings --------------------------------------------------------------------------------------
 
 
