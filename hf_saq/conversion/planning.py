@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import OVERRIDABLE, SAQQuantizationConfig
 from ..layers import HoldsQuantizers, PackedLayer
+from ..layers.wrapping import replaced_forward
 from . import attention_interface
 from .report import LayerPlan
 from .structure import first_and_heads, tied_to_something_else, unsupported
@@ -30,6 +31,7 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
     tied = tied_to_something_else(model)
 
     layers: list[LayerPlan] = []
+    wrapped: list[str] = []
     for name, module in model.named_modules():
         layer = LayerPlan(name, type(module).__name__)
         if name in attentions:
@@ -44,6 +46,8 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
             layer.reason = "listed in modules_to_not_convert"
         elif reason or module in tied:
             layer.reason = reason or tied[module]
+        elif replaced := replaced_forward(module):
+            wrapped.append(f"{name}: {replaced}")
         else:
             settings = layer_settings(config, name, edge=name in edges)
             if settings["weight_bits"] is None and settings["activation_bits"] is None:
@@ -51,6 +55,11 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
             else:
                 layer.settings = settings
                 layer.reason = "first layer or head" if name in edges else ""
+    if wrapped:
+        raise ValueError(
+            f"{type(model).__name__}: {len(wrapped)} of its layers cannot be replaced by quantized ones. "
+            f"{'. '.join(wrapped[:3])}."
+        )
     return layers
 
 
