@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import HoldsQuantizers
 from ..quantizers import Quantizer
+from .alike import fit_alike, names_of_first_process, reshard
 from .observers import ActivationObserver, PassThrough
 from .report import ConversionReport, note_signs
 from .running import run_observed
@@ -30,6 +31,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
     `layer.weight` itself passes the quantizers by, and the model would not be what its report says. This holds for
     weight-only quantization too, which needs no calibration otherwise. Such layers are from then on listed in the
     report and in `model.config.quantization_config.modules_to_not_convert`, so that saved models load as they are.
+
+    Where torch.distributed is initialized, all processes must call this, each with batches of its own if it likes:
+    ranges and signs are those of the first process everywhere, also of parameters that FSDP2 shards. A sample of fixed
+    size is kept for each quantizer, however many batches there are. A quantizer that sees one value alone is named in
+    a warning.
 
     Args:
         model: A quantized model.
@@ -68,13 +74,26 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
             f"calibrate: the model ran the quantized layers {empty} on no value, so their activations have no range. "
             "Give batches that are not empty."
         )
-    for quantizer, observer in seen.items():
-        quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
+    _warn_of_constant_inputs(seen)
+    reshard(model)
+    fit_alike((quantizer, torch.cat(observer.samples), observer.minimum) for quantizer, observer in seen.items())
     note_signs(model)
     report = getattr(model, "quantization_report", None)
     if isinstance(report, ConversionReport):
         report.idle_layers_are_known = True
     return model
+
+
+def _warn_of_constant_inputs(seen: Mapping[Quantizer, ActivationObserver]) -> None:
+    constant = [f"{q.path} ({observer.minimum:g})" for q, observer in seen.items() if observer.is_constant]
+    if constant:
+        warnings.warn(
+            f"calibrate: {len(constant)} of {len(seen)} quantizers saw a single value in all batches, which gives no "
+            "range: whatever differs from it later may be cut off. They are, with the value: "
+            f"{', '.join(constant)}. Give batches of real inputs; a layer that is zero in a fresh model should be "
+            "calibrated after some training, or left in float (modules_to_not_convert).",
+            stacklevel=4,
+        )
 
 
 def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
@@ -87,6 +106,7 @@ def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
             working += bool(ran.intersection(own))
             if own and ran.isdisjoint(own):
                 idle.append(name)
+    idle = names_of_first_process(idle)
     if idle and not working:
         raise ValueError(
             f"calibrate: {type(model).__name__} ran none of its {len(idle)} quantized layers, for example {idle[:3]}. "

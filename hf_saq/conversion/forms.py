@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from ..config import SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
+from ..layers.wrapping import drop_hooks_that_stay_behind, replaced_forward, runs_another_module
 from . import attention_interface
 from .report import ConversionReport
 from .swapping import convert, replace_modules
@@ -29,6 +31,7 @@ def pack(model: nn.Module) -> nn.Module:
     if not layers:
         found = "is packed already" if is_packed(model) else "has no layer with quantized weights"
         raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
+    _check_weights_are_parameters(model)
     with torch.no_grad():
         packed = _copy_with(model, {layer: PackedLayer.from_quantized(layer) for layer in layers})
     _set_storage(packed, "packed")
@@ -100,6 +103,7 @@ def is_packed(model: nn.Module) -> bool:
 
 def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
     """A deep copy of `model` with other modules in place of some, and what those share with the originals copied."""
+    _check_wrappers(model, replacements)
     # What is replaced is not copied at all: it would be the bulk of the model.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
     copied = copy.deepcopy(model, memo)
@@ -110,12 +114,36 @@ def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn
                 if value is not None and value in shared:
                     tensors_or_modules[name] = copy.deepcopy(value, memo)  # type: ignore[assignment]
         vars(new).update({name: copy.deepcopy(vars(new)[name], memo) for name in HOOKS})
+    drop_hooks_that_stay_behind(copied)
     return copied
+
+
+def _check_wrappers(model: nn.Module, replaced: Collection[nn.Module]) -> None:
+    """Raise where a copy would go without what was put around a layer, or would go on running the original."""
+    for name, module in model.named_modules():
+        if module in replaced and (reason := replaced_forward(module)):
+            raise ValueError(f"{name}: {reason}.")
+        if runs_another_module(module):
+            raise ValueError(
+                f"{name or type(model).__name__}: its forward was replaced on the instance by a function that holds "
+                "on to the module, so that a copy would run the original. Undo it before, and wrap the copy."
+            )
+
+
+def _check_weights_are_parameters(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and "weight" not in module._parameters:
+            raise ValueError(
+                f"{name}: its weight is computed from other parameters since it was quantized (pruning, weight or "
+                "spectral norm). Make that permanent first: `torch.nn.utils.prune.remove`, `remove_weight_norm` and "
+                "the like."
+            )
 
 
 def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """The float layer that stands in for each quantized one."""
     _check_on_device(model)
+    _check_weights_are_parameters(model)
     layers = [module for module in model.modules() if isinstance(module, (QuantizedLayer, PackedLayer))]
     if not layers:
         raise ValueError(

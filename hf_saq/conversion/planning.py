@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config import OVERRIDABLE, SAQQuantizationConfig
 from ..layers import HoldsQuantizers, PackedLayer
+from ..layers.wrapping import replaced_forward
 from . import attention_interface
 from .module_names import ModuleNames
 from .report import ConversionReport, LayerPlan
@@ -35,6 +36,7 @@ def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) 
     tied = tied_to_something_else(model)
 
     layers: list[LayerPlan] = []
+    wrapped: list[str] = []
     for name, module in model.named_modules():
         layer = LayerPlan(name, type(module).__name__)
         if name in attentions:
@@ -49,6 +51,8 @@ def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) 
             layer.reason = "listed in modules_to_not_convert"
         elif reason or module in tied:
             layer.reason = reason or tied[module]
+        elif replaced := replaced_forward(module):
+            wrapped.append(f"{name}: {replaced}")
         else:
             settings = layer_settings(config, names, name, edge=name in (edges or ()))
             if settings["weight_bits"] is None and settings["activation_bits"] is None:
@@ -56,6 +60,11 @@ def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) 
             else:
                 layer.settings = settings
                 layer.reason = "first layer or head" if name in (edges or ()) else ""
+    if wrapped:
+        raise ValueError(
+            f"{type(model).__name__}: {len(wrapped)} of its layers cannot be replaced by quantized ones. "
+            f"{'. '.join(wrapped[:3])}."
+        )
     return ConversionReport(layers, first_last_modules=edges)
 
 

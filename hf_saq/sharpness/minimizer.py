@@ -128,6 +128,8 @@ class SharpnessAwareMinimizer:
         if self._is_in_a_pass and module is self.model:  # not a copy of the model, which has copies of the hooks
             sharding.reduce_gradients(self.model)
 
+    _before_forward.stays_behind = True  # type: ignore[attr-defined]  # see layers/wrapping.py
+
     # First pass --------------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -123,3 +123,5 @@ class Seam:
         if leaf is not None:
             w_q = _CatchGradient.apply(w_q if self._passes_on else w_q.detach(), leaf)
         return w_q
+
+    _hook.stays_behind = True  # type: ignore[attr-defined]  # see layers/wrapping.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from tiny_models import conv_net, images, jitter, linear_net, vectors, vit
@@ -177,7 +179,8 @@ def test_forward_before_calibration_raises_with_the_path():
     assert str(error.value) == (
         "vit.embeddings.patch_embeddings.projection.activation_quantizer: this activation quantizer has no range yet. "
         "Run `hf_saq.calibrate(model, batches)` with a few batches of model inputs, or train with `SAQTrainer`, which "
-        "calibrates from its training data."
+        "calibrates from its training data. A copy or an average (EMA, SWA) that was begun before that has none "
+        "either: make it of the calibrated model."
     )
 
 
@@ -255,7 +258,11 @@ def test_a_layer_left_in_float_is_stored_as_one(tmp_path):
     """An encoder whose first projection is passed by: what is saved loads as it was, packed or not."""
     model = quantize(vit(), W4A4)
     block = model.vit.layers[0].mlp
-    block.forward = lambda x: block.fc2(nn.functional.gelu(nn.functional.linear(x, block.fc1.weight, block.fc1.bias)))
+
+    def forward(self, x):
+        return self.fc2(nn.functional.gelu(nn.functional.linear(x, self.fc1.weight, self.fc1.bias)))
+
+    block.forward = types.MethodType(forward, block)
     calibrate(model, [images()])
     expected = model(images()).logits
     assert model.config.quantization_config.modules_to_not_convert == ["vit.layers.0.mlp.fc1"]
