@@ -25,12 +25,13 @@ class PackedLayer(nn.Module):
         dtype: Floating point type that the weight is decoded to.
 
     Buffers: `packed_weight` uint8 `(bytes,)`; `weight_scale` and, if the grid has one, `weight_offset`, float32 of the
-    quantizer's `scale_shape`; `weight`, an empty float tensor. The last has two jobs: code that asks for
-    `layer.weight.dtype` or `.device` gets a sensible answer, and a loader that does not know this format stops at a
-    shape mismatch instead of leaving the weight at random values.
+    quantizer's `scale_shape`. The Parameter `weight` is empty and has three jobs: code that asks for
+    `layer.weight.dtype` or `.device` gets a sensible answer; so does code that asks the first Parameter of a model for
+    its type, as transformers does before it saves (a step size would answer float32); and a loader that does not know
+    this format stops at a shape mismatch instead of leaving the weight at random values.
     """
 
-    weight: Tensor
+    weight: nn.Parameter
     packed_weight: Tensor
     weight_scale: Tensor
     weight_offset: Tensor | None
@@ -52,7 +53,7 @@ class PackedLayer(nn.Module):
         assert functional.weight_quantizer is not None
         has_offset, scale_shape = functional.weight_quantizer.has_offset, self.settings.scale_shape
         size = packed_size(functional.weight.numel(), self.bits)
-        self.register_buffer("weight", torch.empty(0, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         self.register_buffer("packed_weight", torch.zeros(size, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(scale_shape, dtype=torch.float32))
         self.register_buffer("weight_offset", torch.zeros(scale_shape, dtype=torch.float32) if has_offset else None)
@@ -166,7 +167,7 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """As for any module, but `.to(torch.bfloat16)` and the like leave codes and grid as they are."""
-        kept = [buffer for name, buffer in self._buffers.items() if name != "weight"]
+        kept = list(self._buffers.values())
         keeping = without_narrowing(fn)
         return super()._apply(lambda t: keeping(t) if any(t is one for one in kept) else fn(t), recurse)
 
