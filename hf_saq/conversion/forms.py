@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..config import SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
 from ..layers.wrapping import drop_hooks_that_stay_behind, replaced_forward, runs_another_module
+from ..quantizers import Quantizer
 from . import attention_interface
 from .report import ConversionReport
 from .swapping import convert, replace_modules
@@ -21,7 +23,8 @@ from .swapping import convert, replace_modules
 def pack(model: nn.Module) -> nn.Module:
     """A copy of a quantized model whose weights are packed integers: small on disk and in memory, for inference only.
 
-    The latent float weights are dropped; keep a float-storage checkpoint to go on training.
+    The latent float weights are dropped; keep a float-storage checkpoint to go on training. Warns where activations
+    are not calibrated yet.
 
     Raises:
         ValueError: If the model has no quantized weight.
@@ -32,8 +35,16 @@ def pack(model: nn.Module) -> nn.Module:
         found = "is packed already" if is_packed(model) else "has no layer with quantized weights"
         raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
     _check_weights_are_parameters(model)
+    waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
     with torch.no_grad():
         packed = _copy_with(model, {layer: PackedLayer.from_quantized(layer) for layer in layers})
+    if waiting:
+        warnings.warn(
+            f"pack: {type(model).__name__} is not calibrated: {len(waiting)} quantizers have no range yet, for "
+            f"example {waiting[0]}. The packed model does not run before `hf_saq.calibrate(packed, batches)`; better "
+            "calibrate and train first.",
+            stacklevel=2,
+        )
     _set_storage(packed, "packed")
     return packed.eval()
 

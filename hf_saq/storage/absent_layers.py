@@ -78,7 +78,11 @@ def _start_anew(layer: QuantizedLayer, everything: bool) -> None:
 
 def _forget(quantizer: Quantizer) -> None:
     quantizer.reset()
-    for tensor in _tensors(quantizer):
+    _count_as_loaded(quantizer)
+
+
+def _count_as_loaded(module: nn.Module) -> None:
+    for tensor in _tensors(module):
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
@@ -87,4 +91,5 @@ def _float_layer(model: Any, layer: PackedLayer) -> nn.Module:
     weight = nn.Parameter(layer.weight.new_empty(layer.weight_shape))
     new = layer.float_form.build(weight, like=layer)
     model._init_weights(new)
+    _count_as_loaded(new)
     return new

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from ..config import FORMAT_VERSION, SAQQuantizationConfig
@@ -22,11 +21,11 @@ def first_last_modules_of(model: Any, config: SAQQuantizationConfig) -> list[str
     """
     if config.format_version >= FORMAT_VERSION or config.first_last_bits is None or config.first_last_modules:
         return None
+    from .saved_directory import named_model_class  # not above: models of transformers may not be loaded yet
+
     saved = (getattr(model.config, "architectures", None) or [""])[0]
-    kind = getattr(transformers, saved, None)
-    if saved in (base.__name__ for base in type(model).__mro__) or not isinstance(kind, type):
-        return None
-    if not issubclass(kind, transformers.PreTrainedModel):
+    kind = named_model_class(saved)
+    if kind is None or saved in (base.__name__ for base in type(model).__mro__):
         return None
     plain = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     with torch.device("meta"):

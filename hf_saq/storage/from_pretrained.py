@@ -90,7 +90,7 @@ class SAQHfQuantizer(HfQuantizer):
         prepare_absent_layers(model)
         self.quantization_config = model.config.quantization_config  # type: ignore[union-attr, assignment]
         self.quantization_config.attach_to(model)
-        own = _own_tensors(model)
+        own = model.state_dict(keep_vars=True) if conversion.is_packed(model) else _own_tensors(model)
         missing = [name for name, tensor in own.items() if not getattr(tensor, "_is_hf_initialized", False)]
         if missing:
             new = absent_packed_layers(model)

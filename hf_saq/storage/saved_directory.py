@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from ..config import QUANT_METHOD, SAQQuantizationConfig
 from .weight_files import MODEL_FILES
@@ -59,8 +59,15 @@ def stored_config(directory: Path) -> PreTrainedConfig:
 
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the class that a stored model was saved from, or the automatic one."""
-    name = (config.architectures or [""])[0]
-    return getattr(transformers, name, AutoModelForImageClassification)
+    # Only a model: `architectures` comes from a file, which may name anything.
+    found = named_model_class((config.architectures or [""])[0])
+    return AutoModelForImageClassification if found is None else found
+
+
+def named_model_class(name: Any) -> type[PreTrainedModel] | None:
+    """Return the model class of transformers that has this name; `None` if there is none."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def has_processor(directory: str | Path) -> bool:

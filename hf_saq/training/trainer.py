@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..config import SAQConfig, SAQQuantizationConfig
 from ..conversion.forms import is_packed
@@ -39,7 +41,8 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
         args: Training arguments.
         saq_config: How to perturb. `SAQConfig(case=None)` is plain quantization-aware training. Default `SAQConfig()`.
         quantization_config: If given, `model` is float and is quantized in place.
-        **kwargs: Those of [`transformers.Trainer`].
+        *more: Those of [`transformers.Trainer`] after `args`, in its order.
+        **kwargs: The same by name.
 
     Raises:
         ValueError: If the model is packed (it has no weights to train), if it has no quantized layer although a
@@ -50,11 +53,14 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: TrainingArguments | None = None,
-        *,
+        *more: Any,
         saq_config: SAQConfig | None = None,
         quantization_config: SAQQuantizationConfig | None = None,
         **kwargs: Any,
     ):
+        # As `Trainer` takes them: a collator, data sets and so on in its order.
+        kwargs |= zip(list(inspect.signature(Trainer.__init__).parameters)[3:], more, strict=False)
+        _check_types(model, args, saq_config, quantization_config)
         if kwargs.get("model_init") is not None:
             raise ValueError("SAQTrainer: model_init is not supported; pass a model, one trainer for each trial.")
         if model is None:
@@ -141,4 +147,41 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
             groups = split_off_scales(optimizer.param_groups, model or self.model, self.saq_config.scale_lr_ratio)
             for group in groups:
                 optimizer.add_param_group(group)
+        elif not is_new:
+            self._check_own_optimizer(optimizer, model or self.model)
         return optimizer
+
+    def _check_own_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Warn where an optimizer that was passed in does with the quantizers' values what nobody wants."""
+        scales = {p for p in quantizer_parameters(model) if p.requires_grad}
+        groups = optimizer.param_groups
+        unseen = scales.difference(*(group["params"] for group in groups))
+        decayed = [group for group in groups if group.get("weight_decay") and not scales.isdisjoint(group["params"])]
+        mixed = [g for g in groups if not scales.isdisjoint(g["params"]) and not scales.issuperset(g["params"])]
+        advice = "Build it after quantization from `hf_saq.parameter_groups(model, learning_rate, weight_decay)`."
+        if unseen:
+            warnings.warn(
+                f"SAQTrainer: the optimizer passed in does not have {len(unseen)} of {len(scales)} step sizes, clips "
+                f"and offsets of quantizers: they will stay as they are. {advice}",
+                stacklevel=2,
+            )
+        if decayed or (mixed and self.saq_config.scale_lr_ratio != 1):
+            warnings.warn(
+                "SAQTrainer: the optimizer passed in treats step sizes of quantizers as weights: SAQConfig."
+                f"scale_lr_ratio={self.saq_config.scale_lr_ratio:g} is not applied to it, and {len(decayed)} of its "
+                f"groups decay them, which shrinks their grid. {advice}",
+                stacklevel=2,
+            )
+
+
+def _check_types(model: Any, args: Any, saq_config: Any, quantization_config: Any) -> None:
+    """Raise `TypeError` where something of another kind is in the place of one of these."""
+    expected = {
+        "model": (model, nn.Module, "a model, for example of from_pretrained"),
+        "args": (args, TrainingArguments, "TrainingArguments"),
+        "saq_config": (saq_config, SAQConfig, "a SAQConfig, as in SAQConfig(rho=0.1)"),
+        "quantization_config": (quantization_config, SAQQuantizationConfig, "a SAQQuantizationConfig"),
+    }
+    for name, (value, kind, what) in expected.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"SAQTrainer: {name} is a {type(value).__name__}; expected {what}.")

@@ -70,7 +70,7 @@ def test_inspect_prints_a_table(saved, capsys):
     size = (saved / "packed" / "model.safetensors").stat().st_size
     assert status == 0
     assert lines[0].endswith("packed: ViTForImageClassification")
-    assert lines[1] == "storage packed, format version 1, quantizer lsq"
+    assert lines[1] == "storage packed, format version 2, quantizer lsq"
     assert lines[2] == f"model.safetensors: {size / 1024:,.1f} KiB"
     fc1, fc2, head = (
         next(line.split() for line in lines if line.startswith(name))

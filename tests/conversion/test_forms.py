@@ -144,7 +144,7 @@ def test_pack_refuses_models_without_quantized_weights():
     with pytest.raises(ValueError, match="^Sequential has no layer with quantized weights"):
         pack(quantize(linear_net(), SAQQuantizationConfig(weight_bits=None)))
     with pytest.raises(ValueError, match="^Sequential is packed already; expected a model made by `quantize`"):
-        pack(pack(quantize(linear_net(), SAQQuantizationConfig())))
+        pack(pack(quantize(linear_net(), SAQQuantizationConfig(activation_bits=None))))
 
 
 def test_pack_refuses_weights_without_a_range():
@@ -155,14 +155,14 @@ def test_pack_refuses_weights_without_a_range():
 
 
 def test_codes_of_another_size_raise_with_the_path():
-    packed = pack(quantize(linear_net(), SAQQuantizationConfig()))
+    packed = pack(quantize(linear_net(), SAQQuantizationConfig(activation_bits=None)))
     packed[2].packed_weight = packed[2].packed_weight[:-1]
     with pytest.raises(ValueError, match=r"^2.packed_weight: found shape \(31,\), expected \(32,\): 4 bits for each"):
         packed[2].codes()
 
 
 def test_text_and_attributes():
-    packed = pack(quantize(conv_net(), SAQQuantizationConfig()))
+    packed = pack(quantize(conv_net(), SAQQuantizationConfig(activation_bits=None)))
     assert "Conv2d, weight_shape=(8, 2, 3, 3), bits=4" in repr(packed[3])
     assert packed[3].weight.dtype == torch.float32  # what code that asks for `layer.weight.dtype` gets
     assert (packed[3].stride, packed[3].groups, packed[7].in_features) == ((2, 2), 4, 72)
