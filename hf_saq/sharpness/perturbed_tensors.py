@@ -106,11 +106,12 @@ def in_place_parameters(model: nn.Module, perturb: Collection[str]) -> list[tupl
 def _weights_behind_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Quantizer]]:
     for name, module in model.named_modules():
         quantizer, weight = getattr(module, "weight_quantizer", None), getattr(module, "weight", None)
-        if isinstance(quantizer, Quantizer) and not isinstance(weight, nn.Parameter):
+        if not isinstance(quantizer, Quantizer):
+            continue
+        if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"{name}: its weight is computed from other parameters since it was quantized (pruning, weight or "
                 "spectral norm), so that it cannot be perturbed. Make that permanent first: "
                 "`torch.nn.utils.prune.remove`, `remove_weight_norm` and the like."
             )
-        if isinstance(quantizer, Quantizer):
-            yield name, weight, quantizer
+        yield name, weight, quantizer

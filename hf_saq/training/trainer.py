@@ -58,8 +58,7 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
         quantization_config: SAQQuantizationConfig | None = None,
         **kwargs: Any,
     ):
-        # As `Trainer` takes them: a collator, data sets and so on in its order.
-        kwargs |= zip(list(inspect.signature(Trainer.__init__).parameters)[3:], more, strict=False)
+        kwargs |= _named(more, kwargs)
         _check_types(model, args, saq_config, quantization_config)
         if kwargs.get("model_init") is not None:
             raise ValueError("SAQTrainer: model_init is not supported; pass a model, one trainer for each trial.")
@@ -185,3 +184,14 @@ def _check_types(model: Any, args: Any, saq_config: Any, quantization_config: An
     for name, (value, kind, what) in expected.items():
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"SAQTrainer: {name} is a {type(value).__name__}; expected {what}.")
+
+
+def _named(more: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name arguments that were given by position, as `Trainer` takes them: a collator, data sets and so on."""
+    names = list(inspect.signature(Trainer.__init__).parameters)[3:]
+    named = dict(zip(names, more, strict=False))
+    twice = sorted(named.keys() & kwargs.keys())
+    if len(more) > len(names) or twice:
+        found = f"{twice[0]} is given twice" if twice else f"{len(more) + 2} arguments are given by position"
+        raise TypeError(f"SAQTrainer: {found}; expected model, args, then {', '.join(names)}, each once.")
+    return named

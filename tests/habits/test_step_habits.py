@@ -10,7 +10,7 @@ from minimizer_nets import assert_same_state, batch, conv_net, linear_net, loss_
 from torch import nn
 from training import BATCH, Images, InOrder, arguments, quantized_model
 
-from hf_saq import SAQConfig, SharpnessAwareMinimizer
+from hf_saq import SAQConfig, SharpnessAwareMinimizer, parameter_groups
 from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
 
 CASES = (1, 2, 3)
@@ -120,7 +120,7 @@ class MovesInTrain(torch.optim.SGD):
 def test_optimizers_that_move_parameters_in_train_and_eval(knobs, tmp_path):
     def run(saq_config):
         model = quantized_model("resnet", torch.float32)
-        optimizer = MovesInTrain(model.parameters(), lr=1e-2)
+        optimizer = MovesInTrain(parameter_groups(model, learning_rate=1e-2))
         trainer = InOrder(
             model,
             arguments(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1),
