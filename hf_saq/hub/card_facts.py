@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
-from ..storage.checkpoint_contents import StoredModel
+from ..storage.inspection_report import StoredModel
 
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time")
 """What `Trainer.evaluate` returns besides what it measured."""

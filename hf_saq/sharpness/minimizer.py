@@ -1,4 +1,4 @@
-"""Add the second pass of SAQ to any training loop; `climb.py` has the three cases and their equations."""
+"""Add the second pass of SAQ to any training loop; `three_cases.py` has the three cases and their equations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import sharding
-from .climb import Case, Climb, Gradients, climb, latent_weights_are_asked
 from .displacement import Displacement
 from .norm_statistics import frozen_norm_statistics
 from .parameter_gradients import (
@@ -24,6 +23,7 @@ from .parameter_gradients import (
 from .perturbed_tensors import PerturbedTensors
 from .random_state import RNGState
 from .seam import Seam
+from .three_cases import Case, Climb, Gradients, climb, latent_weights_are_asked
 
 
 class SharpnessAwareMinimizer:
@@ -55,7 +55,7 @@ class SharpnessAwareMinimizer:
     Args:
         model: A model with quantized layers, not wrapped by DDP or the like.
         rho: Radius of the perturbation, >= 0.
-        case: 1, 2 or 3, see `climb.py`.
+        case: 1, 2 or 3, see `three_cases.py`.
         adaptive: Scale the perturbation by the size of each weight (ASAM).
         eta: Added to that size.
         perturb: Kinds of tensors to perturb, of `weight` (quantized), `bias`, `norm` (affine parameters of

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .checkpoint_contents import StoredLayer, StoredModel
     from .inspection import inspect_checkpoint
+    from .inspection_report import StoredLayer, StoredModel
     from .rewriting import dequantize_saved, pack_saved
     from .staging import staged
     from .weight_files import weight_file_bytes
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "checkpoint_contents": ("StoredLayer", "StoredModel"),
+        "inspection_report": ("StoredLayer", "StoredModel"),
         "inspection": ("inspect_checkpoint",),
         "rewriting": ("dequantize_saved", "pack_saved"),
         "staging": ("staged",),

@@ -10,7 +10,7 @@ from ..config import SAQQuantizationConfig
 from ..conversion.forms import convert_to_packed
 from ..conversion.report import ConversionReport, LayerPlan
 from ..conversion.swapping import convert
-from .checkpoint_contents import StoredLayer, StoredModel
+from .inspection_report import StoredLayer, StoredModel
 from .saved_directory import has_processor, local_directory, model_class, stored_config
 from .stored_tensors import StoredTensors, names_on_disk
 
