@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from matrices import matrix
 from tiny_models import images, resnet, vit
 from torch import nn
 
@@ -23,10 +24,13 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(images(4)).logits
 
 
-@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("build", [vit, resnet])
-@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+@matrix(
+    4,
+    quantizer=sorted(QUANTIZERS),
+    build={"vit": vit, "resnet": resnet},
+    granularity=["tensor", "channel"],
+    assign={"copied": False, "assigned": True},
+)
 def test_float_weights_loaded_after_quantize_are_fitted_anew(quantizer: str, build, granularity: str, assign: bool):
     """A user quantizes a fresh model and loads float weights with `strict=False`: as if quantized after loading."""
     source = build(seed=1).eval()
