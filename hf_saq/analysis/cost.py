@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..conversion.running import run_in_float
+from ..conversion.observing import run_in_float
 from ..layers import PackedLayer, QuantAttentionProducts, QuantizedLayer
 from ..layers.packing import packed_size
 from ..quantizers import Quantizer

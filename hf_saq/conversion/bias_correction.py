@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers import QuantizedLayer
 from .calibration import is_calibrated
-from .running import run_in_float, run_quantized
+from .observing import run_in_float, run_quantized
 
 
 class _Correction:

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from ..layers import HoldsQuantizers
 from ..quantizers import Quantizer
-from .alike import fit_alike, names_of_first_process, reshard
-from .observers import ActivationObserver, PassThrough
+from .observing import ActivationObserver, PassThrough, fit_alike, names_of_first_process, reshard, run_observed
 from .report import ConversionReport, note_signs
-from .running import run_observed
 from .swapping import leave_in_float
 
 NEVER_RUN = "the model never calls this layer: its weight is read directly, or has no part in the output"

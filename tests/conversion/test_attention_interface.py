@@ -21,7 +21,7 @@ from hf_saq import SAQQuantizationConfig, calibrate, cost, pack, quantize
 from hf_saq.analysis.cost import LayerCost
 from hf_saq.conversion.attention_interface import quantized_attention, uses_interface
 from hf_saq.conversion.forms import dequantize
-from hf_saq.conversion.observers import PassThrough
+from hf_saq.conversion.observing.observers import PassThrough
 from hf_saq.conversion.planning import plan
 from hf_saq.conversion.swapping import convert
 from hf_saq.layers import QuantAttentionProducts

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.conversion.calibration import NEVER_RUN, is_calibrated
-from hf_saq.conversion.observers import SAMPLES_PER_BATCH
+from hf_saq.conversion.observing.observers import SAMPLES_PER_BATCH
 from hf_saq.quantizers import Quantizer
 
 W4A4 = SAQQuantizationConfig()

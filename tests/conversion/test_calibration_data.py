@@ -8,7 +8,7 @@ from minimizer_nets import linear_net
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
 from hf_saq.conversion import observers
-from hf_saq.conversion.observers import ActivationObserver
+from hf_saq.conversion.observing.observers import ActivationObserver
 
 
 @pytest.mark.parametrize("value", [0.0, -2.1], ids=["zeros", "black"])

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..quantizers import Quantizer
+from ...quantizers import Quantizer
 
 
 def several_processes() -> bool:

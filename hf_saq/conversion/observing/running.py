@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import Observer, Quantizer
+from ...quantizers import Observer, Quantizer
 from .observers import PassThrough
 
 

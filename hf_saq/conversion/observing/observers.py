@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..quantizers import Observer
+from ...quantizers import Observer
 
 SAMPLES_PER_BATCH = 2**17
 """Values kept of each activation tensor. Rare large values decide a clipping point: 131,072 draws see those that make
