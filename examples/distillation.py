@@ -98,6 +98,7 @@ class DistillationTrainer(SAQTrainer):
         if any(id(p) in shared for p in teacher.parameters()):
             raise ValueError("DistillationTrainer: teacher and student share parameters; pass a copy of the model.")
         self.teacher = teacher.to(self.args.device).eval()
+        self.sample_names.add(TEACHER_LOGITS)
         # The loss is a mean over the micro-batch, which `Trainer` is to divide by their number.
         self.model_accepts_loss_kwargs = False
         if self.args.label_names is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..storage.same_quantization import stored_quantization
 from ..storage.weight_files import holds_weights
 
 STATE_FILE = "trainer_state.json"
@@ -20,6 +19,8 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "it is not a directory"
+    from ..storage.same_quantization import stored_quantization  # here, because it brings transformers
+
     if stored_quantization(checkpoint).get("storage") == "packed":
         return "it holds packed integers, for inference; the float weights to train on are in a checkpoint-N folder"
     if (

@@ -26,6 +26,8 @@ class PerturbedSteps(Trainer):
     Attributes:
         minimizer: `None` for plain quantization-aware training.
         scheduled_step: Runs the passes of a step; `None` likewise.
+        sample_names: Keys of a batch whose values have one entry a sample: the model's main input and the labels. Add
+            those of your own batches, so that a schedule may take parts of them.
     """
 
     saq_config: SAQConfig
@@ -38,10 +40,13 @@ class PerturbedSteps(Trainer):
         self._step_batches: list[Any] = []
         self._micro_batch = 0  # how many of them are done
         self._logs = StepLogs()
+        self.sample_names: set[str] = set()
         if getattr(self.accelerator.unwrap_model(self.model), "accepts_loss_kwargs", None) is None:
             # `Trainer` takes a `**kwargs` in `forward` as a promise to use `num_items_in_batch` in the loss. Image
             # classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large.
             self.model_accepts_loss_kwargs = False
+        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "pixel_values")
+        self.sample_names |= {main_input, "pixel_values", *self.label_names}
         config = self.saq_config
         if config.case is None:
             return
@@ -59,7 +64,7 @@ class PerturbedSteps(Trainer):
             sync=config.sync,
         )
         self.scheduled_step = ScheduledStep(
-            self.minimizer, config.perturbation_schedule(), self._loss_scale, self._sample_names()
+            self.minimizer, config.perturbation_schedule(), self._loss_scale, self.sample_names
         )
 
     def training_step(
@@ -117,11 +122,6 @@ class PerturbedSteps(Trainer):
         schedule = self.scheduled_step.schedule
         resolved = {name: getattr(schedule, name) for name in KNOBS}
         return {**self.saq_config.to_dict(), **resolved, "rho": self.minimizer.rho}
-
-    def _sample_names(self) -> set[str]:
-        """Name the values of a batch that have one entry a sample: the model's main input and the labels."""
-        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "pixel_values")
-        return {main_input, "pixel_values", *self.label_names}
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.accelerator, "scaler", None)

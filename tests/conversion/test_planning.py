@@ -257,7 +257,7 @@ def test_a_prefix_ends_at_a_dot():
         ({"modules_to_not_convert": ["classifier", "clasifier"]}, "modules_to_not_convert: 'clasifier'"),
         ({"modules_to_not_convert": ["Classifier"]}, "modules_to_not_convert: 'Classifier'"),
         ({"overrides": {"*.fc3": {"weight_bits": 2}}}, r"overrides: '\*.fc3'"),
-        ({"overrides": {"layers.0": {"weight_bits": 2}}}, "overrides: 'layers.0'"),
+        ({"overrides": {"layers.7": {"weight_bits": 2}}}, "overrides: 'layers.7'"),
     ],
     ids=["name", "case", "glob", "prefix"],
 )

@@ -45,6 +45,7 @@ def test_a_killed_save_leaves_the_earlier_model_or_the_later(saves: str, killed:
 
 def test_a_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch):
     trainer = make_trainer("vit", tmp_path, max_steps=1)
+    trainer.calibrate_if_needed()
     trainer.save_model()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     save = PreTrainedModel.save_pretrained

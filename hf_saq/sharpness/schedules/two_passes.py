@@ -106,7 +106,8 @@ class TwoPasses(StepRule):
             warnings.warn(
                 f"ascent_fraction={fraction}: no part of a batch can be taken, because {reasons[0]}. The perturbation "
                 "is made from whole batches, at the cost of a whole pass. Give every value of a batch one entry a "
-                'sample, or choose schedule="full" to say that this is intended.',
+                'sample (SAQTrainer.sample_names has the names of those that do), or choose schedule="full" to say '
+                "that this is intended.",
                 stacklevel=2,
             )
         return 1.0 if reasons else share_of_samples(batches, fraction, self.sample_names)
