@@ -7,7 +7,7 @@ import torch
 from minimizer_nets import linear_net
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
-from hf_saq.conversion import observers
+from hf_saq.conversion.observing import observers
 from hf_saq.conversion.observing.observers import ActivationObserver
 
 
