@@ -1,4 +1,4 @@
-"""First values of activation quantizers, from real batches run through the float model."""
+"""Find first values of activation quantizers from real batches run through the float model."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
 
 
 def needs_calibration(model: nn.Module) -> bool:
-    """Whether a quantizer has no range yet, or no activation quantizer would tell of a layer that is never called."""
+    """Tell whether a quantizer has no range yet, or nothing but a run shows which layers are never called."""
     roles = {module.role for module in model.modules() if isinstance(module, Quantizer)}
     return roles == {"weight"} or not is_calibrated(model)
 
 
 def is_calibrated(model: nn.Module) -> bool:
-    """Whether every quantizer of `model` has its range."""
+    """Tell whether every quantizer of `model` has its range."""
     return all(module.initialized for module in model.modules() if isinstance(module, Quantizer))

@@ -1,4 +1,4 @@
-"""Whole models between their trainable, packed and plain float forms."""
+"""Bring whole models from one form to another: their trainable, packed and plain float forms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .swapping import convert, replace_modules
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """A copy of a quantized model whose weights are packed integers: small on disk and in memory, for inference only.
+    """Copy a quantized model with packed integers as weights: small on disk and in memory, for inference only.
 
     The latent float weights are dropped; keep a float-storage checkpoint to go on training.
 
@@ -35,7 +35,7 @@ def pack(model: nn.Module) -> nn.Module:
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """A copy of a packed model that can be trained: float weights that quantize to the very same codes.
+    """Copy a packed model so that it can be trained: float weights that quantize to the very same codes.
 
     The weights lie on the grid (with LIQ all of a layer next to it, by less than half a step); what was lost in
     packing, where between two grid values they were, does not come back.
@@ -55,7 +55,7 @@ def unpack(model: nn.Module) -> nn.Module:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """A plain float copy of a quantized or packed model, with every layer of the class it had before `quantize`.
+    """Copy a quantized or packed model as plain float, with every layer of the class it had before `quantize`.
 
     Its weights are the quantized ones, as floats. **Inputs of layers are no longer quantized**, nor are attention
     products, so that its outputs are those of the quantized model only where `activation_bits` was `None`. The copy
@@ -73,7 +73,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def dequantize_in_place(model: nn.Module) -> None:
-    """[`dequantize`] without the copy, for `model.dequantize()` of transformers."""
+    """Do what [`dequantize`] does without the copy, for `model.dequantize()` of transformers."""
     with torch.no_grad():
         replace_modules(model, _float_layers(model))
     _forget_quantization(model)
@@ -97,7 +97,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A deep copy of `model` with other modules in place of some, and what those share with the originals copied."""
+    """Copy `model` deeply, with other modules in place of some; what those share with the originals is copied too."""
     # What is replaced is not copied at all: it would be the bulk of the model.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
     copied = copy.deepcopy(model, memo)
@@ -112,7 +112,7 @@ def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn
 
 
 def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The float layer that stands in for each quantized one."""
+    """Build the float layer that stands in for each quantized one."""
     _check_on_device(model)
     layers = [module for module in model.modules() if isinstance(module, (QuantizedLayer, PackedLayer))]
     if not layers:

@@ -1,4 +1,4 @@
-"""Which layers of a model are quantized and how: decided before anything is changed."""
+"""Decide which layers of a model are quantized and how, before anything is changed."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
 
 
 def products_name(name: str) -> str:
-    """The name that the products of the attention module called `name` have, or would have."""
+    """Make the name that the products of the attention module called `name` have, or would have."""
     return f"{name}.{attention_interface.CHILD}" if name else attention_interface.CHILD
 
 
 def _attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Attention modules that go through the attention interface, by name; raises if none of them can be quantized."""
+    """Find attention modules that use the attention interface, by name; raise if none of them can be quantized."""
     found = {name: m for name, m in model.named_modules() if attention_interface.uses_interface(m)}
     reasons = {name: attention_interface.unsupported(m) for name, m in found.items()}
     if not found or all(reasons.values()):
@@ -97,8 +97,10 @@ def _plan_products(name: str, attention: nn.Module, config: SAQQuantizationConfi
 
 
 def layer_settings(config: SAQQuantizationConfig, *names: str, edge: bool) -> dict[str, Any]:
-    """The fields that hold for one layer: the configuration, then the first/last rule, then overrides that match one
-    of its names."""
+    """Collect the fields that hold for one layer.
+
+    They are those of the configuration, then of the first/last rule, then of overrides that match one of its names.
+    """
     settings = {key: getattr(config, key) for key in OVERRIDABLE}
     if edge:
         for key in ("weight_bits", "activation_bits"):

@@ -13,7 +13,7 @@ from ..quantizers import Quantizer
 
 @dataclass
 class LayerPlan:
-    """What is to happen to one layer. `settings` is empty and `reason` says why where it stays in float.
+    """Says what is to happen to one layer. `settings` is empty and `reason` says why where it stays in float.
 
     The products of an attention count as a layer, which has no weight; `layer_type` is then that of the attention.
     `sign` is that of the activations: `auto` until they are calibrated.
@@ -28,7 +28,7 @@ class LayerPlan:
 
 @dataclass
 class ConversionReport:
-    """What `quantize` did, layer by layer; `print(report)` shows a table."""
+    """Tells what `quantize` did, layer by layer; `print(report)` shows a table."""
 
     layers: list[LayerPlan]
 

@@ -15,7 +15,7 @@ from ..straight_through import SCALE_FLOOR, positive, round_straight_through
 
 
 def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float) -> Tensor:
-    """Eq. 1-2 of the paper as ordinary autograd operations: the slow form that [`lsq_fake_quantize`] must equal."""
+    """Compute Eq. 1-2 of the paper by autograd operations: the slow form that [`lsq_fake_quantize`] must equal."""
     s = positive(scale)
     s = s * grad_scale + (s - s * grad_scale).detach()  # the value of s, `grad_scale` times its gradient
     return round_straight_through((x / s).clamp(qmin, qmax)) * s
@@ -24,7 +24,7 @@ def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: fl
 def lsq_fake_quantize(
     x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0, given: Tensor | None = None
 ) -> Tensor:
-    """`s * clip(round(x/s), qmin, qmax)` (Eq. 1-2, arXiv:1902.08153), differentiable in `x` and `scale`.
+    """Compute `s * clip(round(x/s), qmin, qmax)` (Eq. 1-2, arXiv:1902.08153), differentiable in `x` and `scale`.
 
     Args:
         x: Any shape.
