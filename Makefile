@@ -33,35 +33,37 @@ flowers: $(STAMP)  ## MobileNetV2 on Oxford Flowers-102 at 64 pixels, a few minu
 	    --weight_bits 4 --weight_granularity channel --rho 0.05 --schedule full \
 	    --save_strategy no --report_to none --dataloader_pin_memory false
 
+# Two processes share the files, the longest first (tests/conftest.py).
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
+	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED) -m "not slow" tests
 
 test-slow: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=3600 -m slow tests
+	$(TEST_ENV) $(BIN)/python -m pytest $(SHARED) --timeout=7200 -m slow tests
 
 fuzz: $(STAMP)  ## 10,000 damaged packed checkpoints, some minutes
-	$(TEST_ENV) $(BIN)/python -m pytest -p no:xdist --timeout=7200 -s -m slow tests/test_damaged_files.py
+	$(TEST_ENV) $(BIN)/python -m pytest -p no:xdist --timeout=7200 -s -m slow tests/storage/test_damaged_files.py
 
 packed-size: $(STAMP)  ## file, memory and loading time of a packed ViT-B/16, written to benchmarks/results
-	$(TEST_ENV) $(BIN)/python benchmarks/packed_size.py
+	$(TEST_ENV) $(BIN)/python -m benchmarks.packed_size.measure
 
 architectures: $(STAMP)  ## write docs/architectures.md from a run over every architecture, about ten minutes
-	$(TEST_ENV) $(BIN)/python tests/write_architectures.py docs/architectures.md
+	$(TEST_ENV) $(BIN)/python tests/support/write_architectures.py docs/architectures.md
 
 quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmarks/results/quantizers are done first
-	$(TEST_ENV) $(BIN)/python benchmarks/quantizer_table.py
+	$(TEST_ENV) $(BIN)/python -m benchmarks.quantizers.sweep
 
 float-function: $(STAMP)  ## write docs/float_function.md: what conversion and training keep of MobileNetV2
-	$(TEST_ENV) $(BIN)/python benchmarks/float_function.py
+	$(TEST_ENV) $(BIN)/python -m benchmarks.float_function.measure
 
-FAKE_QUANT := OMP_NUM_THREADS=2 $(BIN)/python benchmarks/fake_quant.py
+FAKE_QUANT := OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.fake_quant
 fake-quant: $(STAMP)  ## quantized layers and steps against float and other libraries, on a quiet machine
 	$(PIP) install --constraint constraints.txt --editable '.[benchmarks]'
 	$(TEST_ENV) $(KEEP_MEMORY) $(FAKE_QUANT)
 	$(TEST_ENV) $(FAKE_QUANT) --skip-layers --output benchmarks/results/fake_quant_default_allocator.json
-	$(TEST_ENV) $(KEEP_MEMORY) OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_profile.py
+	$(TEST_ENV) $(KEEP_MEMORY) OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.step_profile
 
-STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python benchmarks/step_cost.py
+STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python -m benchmarks.step_cost.sweep
 PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" previous
 FEW := --rounds 4 --steps 1
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT, with growth; about half an hour
@@ -71,14 +73,14 @@ step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QA
 	$(STEP_COST) --models vit-tiny resnet18 --batch_sizes 16 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-small --batch_sizes 8 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-base resnet50 --batch_sizes 2 $(FEW) $(PRESET_WAYS)
-	$(TEST_ENV) $(KEEP_MEMORY) $(BIN)/torchrun --nproc_per_node 2 benchmarks/step_cost.py \
+	$(TEST_ENV) $(KEEP_MEMORY) $(BIN)/torchrun --nproc_per_node 2 -m benchmarks.step_cost.sweep \
 	    --models vit-small-images $(PRESET_WAYS)
-	$(BIN)/python benchmarks/cost_page.py
+	$(BIN)/python -m benchmarks.step_cost.page
 
 schedules: step-cost  ## write docs/schedules.md; runs that are not in benchmarks/results/schedules are done first
-	$(TEST_ENV) $(BIN)/python benchmarks/schedule_accuracy.py
+	$(TEST_ENV) $(BIN)/python -m benchmarks.schedules.sweep
 
-ACCURACY := $(BIN)/python benchmarks/accuracy.py --processes 2
+ACCURACY := $(BIN)/python -m benchmarks.accuracy.sweep --processes 2
 # Float models differ between machines in the last bits: on another one than that of the stored runs, name other seeds.
 SEEDS ?= 10 11 12 13 14
 DIGITS := --tasks digits --seeds 0 1 2 3 4 5 6 7 8 9
@@ -87,10 +89,10 @@ results: $(STAMP)  ## write docs/results.md; runs that are not in benchmarks/res
 	$(TEST_ENV) $(ACCURACY) $(DIGITS) --bits 2 --methods qat "case 3" --images_per_class 5 10 30 60 90
 	$(TEST_ENV) $(ACCURACY) $(DIGITS) --bits 2 --methods "qat, distilled" "case 3, distilled"
 	$(TEST_ENV) $(ACCURACY) --tasks flowers cifar-resnet cifar-vit --seeds $(SEEDS)
-	$(BIN)/python benchmarks/accuracy_page.py
+	$(BIN)/python -m benchmarks.accuracy.page
 
 results-quick: $(STAMP)  ## train a part of docs/results.md anew and compare, a few minutes
-	$(TEST_ENV) $(BIN)/python benchmarks/results_quick.py
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.quick
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -45,8 +45,8 @@ from image_model import (
 from transformers import AutoModelForImageClassification, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer
-from hf_saq.hub.card import ResultRow
-from hf_saq.training.checkpoints import last_complete_checkpoint
+from hf_saq.hub import ResultRow
+from hf_saq.training import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,7 @@ from image_model import ModelArguments, input_size, load_model, load_processor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, HfArgumentParser, get_scheduler
 
-from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, pack, quantize
-from hf_saq.training.parameter_groups import parameter_groups
+from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, pack, parameter_groups, quantize
 
 
 @dataclass

@@ -1,21 +1,46 @@
 """Sharpness-Aware Quantization (arXiv:2111.12273) for Hugging Face vision models.
 
-Importing the package registers `quant_method="saq"` with transformers, so that `from_pretrained` reads and writes
-quantized checkpoints.
+Importing the package makes `from_pretrained` read and write quantized checkpoints (`quant_method="saq"`). It is quick:
+torch and transformers are imported when something is used that needs them.
 """
 
-from .analysis.cost import Cost, cost
-from .config import SAQConfig, SAQQuantizationConfig
-from .conversion.bias_correction import correct_biases
-from .conversion.calibration import calibrate
-from .conversion.forms import dequantize, pack, unpack
-from .conversion.swapping import quantize
-from .sharpness.minimizer import SharpnessAwareMinimizer
-from .storage.from_pretrained import register
-from .training.trainer import SAQTrainer
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_exports
+from .registration import register_when_loaded
 from .version import __version__
 
-register()
+if TYPE_CHECKING:
+    from .analysis import Cost, cost
+    from .config import SAQConfig, SAQQuantizationConfig
+    from .conversion import calibrate, correct_biases, dequantize, pack, quantize, unpack
+    from .sharpness import SharpnessAwareMinimizer
+    from .training import SAQTrainer, parameter_groups
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "analysis": ("Cost", "cost"),
+        "config": ("SAQConfig", "SAQQuantizationConfig"),
+        "conversion": ("calibrate", "correct_biases", "dequantize", "pack", "quantize", "unpack"),
+        "sharpness": ("SharpnessAwareMinimizer",),
+        "training": ("SAQTrainer", "parameter_groups"),
+    },
+    modules=(
+        "analysis",
+        "cli",
+        "config",
+        "conversion",
+        "hub",
+        "layers",
+        "quantizers",
+        "sharpness",
+        "storage",
+        "training",
+    ),
+)
+
+register_when_loaded()
 
 __all__ = [
     "Cost",
@@ -29,6 +54,7 @@ __all__ = [
     "cost",
     "dequantize",
     "pack",
+    "parameter_groups",
     "quantize",
     "unpack",
 ]

@@ -1,8 +1,8 @@
-"""`python -m hf_saq` is `hf-saq`."""
+"""Run `hf-saq` as `python -m hf_saq`."""
 
 import sys
 
-from .cli.commands import main
+from .cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,6 +15,8 @@ ROOT = PACKAGE.name
 # Each room may import from those before it. A new one takes its place here, deliberately.
 ORDER = (
     "version",
+    "lazy",
+    "registration",
     "tables",
     "quantizers",
     "layers",

@@ -1,4 +1,4 @@
-"""What a model costs to run and to store: bit operations, weight bytes and parameters, next to float32."""
+"""Count what a model costs to run and to store, next to float32: bit operations, weight bytes and parameters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..conversion.running import run_in_float
 from ..layers import PackedLayer, QuantAttentionProducts, QuantizedLayer
 from ..layers.packing import packed_size
 from ..quantizers import Quantizer
+from ..tables import text_table
 
 FLOAT_BITS = 32
 """Bits of whatever is not quantized, in the model itself and in the float model it is compared with."""
@@ -20,7 +21,7 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One quantized layer: its name, multiply-accumulates, and bits of its two operands.
+    """Holds one quantized layer: its name, multiply-accumulates, and bits of its two operands.
 
     The products of an attention are such a layer if they are quantized; no operand of theirs is a weight, so
     `weight_bits` are those of the activation in its place.
@@ -39,7 +40,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What [`cost`] counts; `print` shows a table.
+    """Holds what [`cost`] counts; `print` shows a table.
 
     Attributes:
         layers: Quantized layers, in the order of `named_modules`.
@@ -91,10 +92,7 @@ class Cost:
                 _share(self.quantized_parameters, self.parameters),
             ),
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
-            f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
-        )
+        return text_table(rows, right=(1, 2))
 
 
 def cost(model: nn.Module, inputs: Any) -> Cost:
@@ -147,7 +145,7 @@ def _bits(layer: QuantizedLayer | PackedLayer | QuantAttentionProducts) -> tuple
 
 
 def _storage(model: nn.Module) -> tuple[int, int, int]:
-    """Parameters, quantized parameters, and bytes of all of them with their quantizers."""
+    """Count parameters, quantized parameters, and bytes of all of them with their quantizers."""
     quantized, floats, values = 0, 0, 0  # parameters with few bits, with 32, and of quantizers
     stored = 0
     seen: set[nn.Parameter] = set()
@@ -176,7 +174,7 @@ def _storage(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _short(count: int) -> str:
-    """Three digits and a prefix: 12.3 G."""
+    """Write three digits and a prefix: 12.3 G."""
     value = float(count)
     for prefix in ("", " k", " M", " G", " T"):
         if value < 999.5 or prefix == " T":

@@ -11,6 +11,6 @@ def check_choice(where: str, value: Any, choices: tuple) -> None:
 
 
 def is_number(value: Any, maximum: float = float("inf")) -> bool:
-    """Whether `value` is a finite number from 0 to `maximum`."""
+    """Tell whether `value` is a finite number from 0 to `maximum`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and 0 <= value <= maximum and value != float("inf")

@@ -7,14 +7,13 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quantizers import check_activation_mode, check_bits, quantizer_class
 from .checks import check_choice
 
 QUANT_METHOD = "saq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 OVERRIDABLE = ("weight_bits", "activation_bits", "quantizer", "weight_granularity", "activation_mode", "scale_init")
 
 
@@ -81,6 +80,20 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "Modules to leave in float: dotted names, their prefixes, or globs."}
     )
+    first_last_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The first layer and the heads, as modules_to_not_convert names them; None finds them by "
+            "structure when a model is converted, and what was found is stored with that model."
+        },
+    )
+    modules_found_idle: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Those of modules_to_not_convert that hf_saq added, for example because the model never calls "
+            "them; not to be set by hand."
+        },
+    )
     overrides: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "Glob of module names -> fields that differ there; last match wins."}
     )
@@ -109,13 +122,12 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"SAQQuantizationConfig.format_version={self.format_version!r}; expected an integer >= 1."
             )
-        excluded = self.modules_to_not_convert
-        if excluded is not None and (
-            not isinstance(excluded, (list, tuple)) or not all(isinstance(name, str) for name in excluded)
-        ):
-            raise ValueError(
-                f"SAQQuantizationConfig.modules_to_not_convert={excluded!r}; expected a list of module names, or None."
-            )
+        for name in ("modules_to_not_convert", "first_last_modules", "modules_found_idle"):
+            listed = getattr(self, name)
+            if listed is not None and (
+                not isinstance(listed, (list, tuple)) or not all(isinstance(entry, str) for entry in listed)
+            ):
+                raise ValueError(f"SAQQuantizationConfig.{name}={listed!r}; expected a list of module names, or None.")
         if not isinstance(self.overrides, dict) or not all(isinstance(pattern, str) for pattern in self.overrides):
             raise ValueError(
                 f"SAQQuantizationConfig.overrides={self.overrides!r}; expected a dict of name pattern -> fields."
@@ -166,8 +178,14 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
 
     def attach_to(self, model: Any) -> None:
         """Tell a transformers model how it is quantized now: `save_pretrained` asks the quantizer it finds there."""
+        from transformers.quantizers.auto import AutoHfQuantizer  # not above: importing it makes hf_saq register this
+
         model.config.quantization_config = self
-        model.hf_quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
+        quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
+        model.hf_quantizer = quantizer
+        for part in model.modules():
+            if getattr(part, "config", None) is model.config and hasattr(part, "save_pretrained"):
+                part.hf_quantizer = quantizer  # its base model may be saved alone
 
     def replace(self, **changes: Any) -> SAQQuantizationConfig:
         """A checked copy with some fields changed."""

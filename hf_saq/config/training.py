@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ..sharpness.schedules.schedule import KNOBS, PerturbationSchedule, resolve_preset
+from ..sharpness.schedules import KNOBS, PerturbationSchedule, resolve_preset
 from .checks import check_choice, is_number
 
 PERTURBABLE = ("weight", "bias", "norm", "scale", "other")
@@ -16,8 +16,9 @@ class SAQConfig:
     """How to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
 
     A dataclass for `HfArgumentParser`, next to `TrainingArguments`. Everything is checked when it is built; a mistake
-    raises `ValueError`. `interval`, `ascent_fraction`, `reuse` and `trigger` take the values of `schedule`; with none
-    of these five given they are those of `"balanced"`. `hf_saq.schedules` says what each costs and which go together.
+    raises `ValueError`. Fields stay as they were given: what a preset means for `interval`, `ascent_fraction`, `reuse`
+    and `trigger` is looked up by [`perturbation_schedule`], where it is used. With none of these five given they are
+    those of `"balanced"`. `hf_saq/sharpness/schedules/schedule.py` says what each costs and which go together.
     """
 
     rho: float | None = field(
@@ -58,7 +59,7 @@ class SAQConfig:
             "help": "Share of each micro-batch that the perturbation is made from, in (0, 1]; at least 2 images."
         },
     )
-    reuse: Literal["stale", "previous", "look"] | None = field(
+    reuse: str | None = field(
         default=None,
         metadata={
             "help": "stale: between every k-th step one pass with the last perturbation; previous: one pass in every "
@@ -93,25 +94,25 @@ class SAQConfig:
             self.perturb = [self.perturb] if isinstance(self.perturb, str) else list(self.perturb)
         if not isinstance(self.perturb, list) or not self.perturb or any(k not in PERTURBABLE for k in self.perturb):
             raise ValueError(f"SAQConfig.perturb={self.perturb!r}; expected one or more of {list(PERTURBABLE)}.")
-        given = {name: getattr(self, name) for name in KNOBS}
-        given["trigger"] = None if self.trigger is False else self.trigger  # a flag, which has no third value
-        try:
-            for name, value in resolve_preset(self.schedule, given).items():
-                setattr(self, name, value)
-            self.perturbation_schedule()
-        except ValueError as error:
-            raise ValueError(f"SAQConfig.{error}") from None
+        self.perturbation_schedule()
         if not is_number(self.scale_lr_ratio):
             raise ValueError(f"SAQConfig.scale_lr_ratio={self.scale_lr_ratio!r}; expected a finite number >= 0.")
         check_choice("SAQConfig.sync", self.sync, ("local", "global"))
 
     def perturbation_schedule(self) -> PerturbationSchedule:
-        """When to perturb and what to reuse."""
-        assert self.interval is not None and self.ascent_fraction is not None  # since `__post_init__`
-        return PerturbationSchedule(
-            self.interval, self.start, self.ascent_fraction, self.reuse, self.trigger, self.look_alpha
-        )
+        """Build the schedule that `schedule` and the knobs mean, as they are now.
+
+        Raises:
+            ValueError: If two of them contradict each other.
+        """
+        given = {name: getattr(self, name) for name in KNOBS}
+        given["trigger"] = None if self.trigger is False else self.trigger  # a flag, which has no third value
+        try:
+            knobs = resolve_preset(self.schedule, given)
+            return PerturbationSchedule(start=self.start, look_alpha=self.look_alpha, **knobs)
+        except ValueError as error:
+            raise ValueError(f"SAQConfig.{error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-plain fields, in order."""
+        """Return the fields as they were given, JSON-plain, in order."""
         return asdict(self)

@@ -1,0 +1,57 @@
+"""Change the form of a whole model: float to quantized, calibrated, packed, and back.
+
+Comes in: any `nn.Module` and a `SAQQuantizationConfig`; batches to calibrate with. Goes out: the model with quantized
+or packed layers in the place of its own, and a report of what happened to each; names for other rooms are those
+exported here. Must not know: files, checkpoints, training. Of transformers it knows the attention interface alone.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from . import attention_interface
+    from .bias_correction import correct_biases
+    from .calibration import calibrate, is_calibrated, needs_calibration
+    from .first_scales import initialize_weight_quantizers
+    from .forms import convert_to_packed, dequantize, dequantize_in_place, is_packed, pack, unpack
+    from .report import ConversionReport, LayerPlan, note_signs
+    from .swapping import as_decided, convert, leave_in_float, note_left_in_float, quantize, replace_modules
+
+# Lazy, because `attention_interface` needs models of transformers, and `storage.from_pretrained` is imported earlier.
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "bias_correction": ("correct_biases",),
+        "calibration": ("calibrate", "is_calibrated", "needs_calibration"),
+        "first_scales": ("initialize_weight_quantizers",),
+        "forms": ("convert_to_packed", "dequantize", "dequantize_in_place", "is_packed", "pack", "unpack"),
+        "report": ("ConversionReport", "LayerPlan", "note_signs"),
+        "swapping": ("as_decided", "convert", "leave_in_float", "note_left_in_float", "quantize", "replace_modules"),
+    },
+    modules=("attention_interface",),
+)
+
+__all__ = [
+    "ConversionReport",
+    "LayerPlan",
+    "as_decided",
+    "attention_interface",
+    "calibrate",
+    "convert",
+    "convert_to_packed",
+    "correct_biases",
+    "dequantize",
+    "dequantize_in_place",
+    "initialize_weight_quantizers",
+    "is_calibrated",
+    "is_packed",
+    "leave_in_float",
+    "needs_calibration",
+    "note_left_in_float",
+    "note_signs",
+    "pack",
+    "quantize",
+    "replace_modules",
+    "unpack",
+]

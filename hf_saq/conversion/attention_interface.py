@@ -1,4 +1,4 @@
-"""Where transformers' attention interface and `QuantAttentionProducts` meet.
+"""Let transformers' attention interface and `QuantAttentionProducts` meet; importing the module registers it.
 
 The attention modules of transformers make query, key and value themselves and leave the rest to a function that is
 looked up by name, `config._attn_implementation`. Ours hands them to the child that a quantized module has for it.
@@ -177,3 +177,6 @@ def _check_route(module: nn.Module, args: tuple) -> None:  # noqa: ARG001 (a for
             f"{module._modules[CHILD].path}: attn_implementation is now {implementation!r}, which passes quantized "  # type: ignore[union-attr]
             f"products by. Call `model.set_attn_implementation({IMPLEMENTATION!r})`."
         )
+
+
+register()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..layers import HoldsQuantizers
 from ..quantizers import Quantizer
+from .alike import fit_alike, names_of_first_process, reshard
 from .observers import ActivationObserver, PassThrough
-from .report import note_signs
+from .report import ConversionReport, note_signs
 from .running import run_observed
 from .swapping import leave_in_float
 
@@ -20,7 +21,7 @@ NEVER_RUN = "the model never calls this layer: its weight is read directly, or h
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> nn.Module:
     """Fit every activation quantizer of `model`, in place, to what it sees while the model runs in float.
 
     The model runs in evaluation mode without gradients, its mode is restored afterwards. Weights run unquantized, so
@@ -31,10 +32,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     weight-only quantization too, which needs no calibration otherwise. Such layers are from then on listed in the
     report and in `model.config.quantization_config.modules_to_not_convert`, so that saved models load as they are.
 
+    Where torch.distributed is initialized, all processes must call this, each with batches of its own if it likes:
+    ranges and signs are those of the first process everywhere, also of parameters that FSDP2 shards. A sample of fixed
+    size is kept for each quantizer, however many batches there are. A quantizer that sees one value alone is named in
+    a warning.
+
     Args:
         model: A quantized model.
         batches: Model inputs, each a tensor, a tuple or list of positional inputs, or a dict of keyword inputs; they
             are moved to the model's device. A few batches are enough.
+        run: Runs the model on one batch, where calling the model with it is not the way: a loss with labels, for
+            example. Batches may then be of any type.
 
     Returns:
         `model` itself.
@@ -54,7 +62,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     }
     if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
-    count = run_observed(model, batches, attached_to)
+    count = run_observed(model, batches, attached_to, run)
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
     _leave_idle_layers_in_float(model, {quantizer for quantizer, observer in attached_to.items() if observer.ran})
@@ -66,10 +74,26 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             f"calibrate: the model ran the quantized layers {empty} on no value, so their activations have no range. "
             "Give batches that are not empty."
         )
-    for quantizer, observer in seen.items():
-        quantizer.initialize(torch.cat(observer.samples), minimum=observer.minimum)
+    _warn_of_constant_inputs(seen)
+    reshard(model)
+    fit_alike((quantizer, torch.cat(observer.samples), observer.minimum) for quantizer, observer in seen.items())
     note_signs(model)
+    report = getattr(model, "quantization_report", None)
+    if isinstance(report, ConversionReport):
+        report.idle_layers_are_known = True
     return model
+
+
+def _warn_of_constant_inputs(seen: Mapping[Quantizer, ActivationObserver]) -> None:
+    constant = [f"{q.path} ({observer.minimum:g})" for q, observer in seen.items() if observer.is_constant]
+    if constant:
+        warnings.warn(
+            f"calibrate: {len(constant)} of {len(seen)} quantizers saw a single value in all batches, which gives no "
+            "range: whatever differs from it later may be cut off. They are, with the value: "
+            f"{', '.join(constant)}. Give batches of real inputs; a layer that is zero in a fresh model should be "
+            "calibrated after some training, or left in float (modules_to_not_convert).",
+            stacklevel=4,
+        )
 
 
 def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
@@ -82,6 +106,7 @@ def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
             working += bool(ran.intersection(own))
             if own and ran.isdisjoint(own):
                 idle.append(name)
+    idle = names_of_first_process(idle)
     if idle and not working:
         raise ValueError(
             f"calibrate: {type(model).__name__} ran none of its {len(idle)} quantized layers, for example {idle[:3]}. "
@@ -97,9 +122,15 @@ def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
 
 
 def needs_calibration(model: nn.Module) -> bool:
-    """Tell whether a quantizer has no range yet, or nothing but a run shows which layers are never called."""
+    """Tell whether a quantizer has no range yet, or whether it is not known which layers are never called.
+
+    Without activation quantizers nothing else would tell of such layers, so that weight-only models are run once.
+    """
+    if not is_calibrated(model):
+        return True
     roles = {module.role for module in model.modules() if isinstance(module, Quantizer)}
-    return roles == {"weight"} or not is_calibrated(model)
+    report = getattr(model, "quantization_report", None)
+    return roles == {"weight"} and not (isinstance(report, ConversionReport) and report.idle_layers_are_known)
 
 
 def is_calibrated(model: nn.Module) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,14 +13,18 @@ from torch import nn
 from ..config import SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
+from ..layers.wrapping import drop_hooks_that_stay_behind, replaced_forward, runs_another_module
+from ..quantizers import Quantizer
 from . import attention_interface
+from .report import ConversionReport
 from .swapping import convert, replace_modules
 
 
 def pack(model: nn.Module) -> nn.Module:
     """Copy a quantized model with packed integers as weights: small on disk and in memory, for inference only.
 
-    The latent float weights are dropped; keep a float-storage checkpoint to go on training.
+    The latent float weights are dropped; keep a float-storage checkpoint to go on training. Warns where activations
+    are not calibrated yet.
 
     Raises:
         ValueError: If the model has no quantized weight.
@@ -28,8 +34,17 @@ def pack(model: nn.Module) -> nn.Module:
     if not layers:
         found = "is packed already" if is_packed(model) else "has no layer with quantized weights"
         raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
+    _check_weights_are_parameters(model)
+    waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
     with torch.no_grad():
         packed = _copy_with(model, {layer: PackedLayer.from_quantized(layer) for layer in layers})
+    if waiting:
+        warnings.warn(
+            f"pack: {type(model).__name__} is not calibrated: {len(waiting)} quantizers have no range yet, for "
+            f"example {waiting[0]}. The packed model does not run before `hf_saq.calibrate(packed, batches)`; better "
+            "calibrate and train first.",
+            stacklevel=2,
+        )
     _set_storage(packed, "packed")
     return packed.eval()
 
@@ -79,9 +94,9 @@ def dequantize_in_place(model: nn.Module) -> None:
     _forget_quantization(model)
 
 
-def convert_to_packed(model: nn.Module, config: SAQQuantizationConfig) -> None:
+def convert_to_packed(model: nn.Module, config: SAQQuantizationConfig) -> ConversionReport:
     """Swap the layers of a float `model`, in place, for packed ones whose codes are still to be loaded."""
-    convert(model, config)
+    report = convert(model, config, stored=True)
     replace_modules(
         model,
         {
@@ -90,6 +105,7 @@ def convert_to_packed(model: nn.Module, config: SAQQuantizationConfig) -> None:
             if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None
         },
     )
+    return report
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -97,7 +113,8 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Copy `model` deeply, with other modules in place of some; what those share with the originals is copied too."""
+    """A deep copy of `model` with other modules in place of some, and what those share with the originals copied."""
+    _check_wrappers(model, replacements)
     # What is replaced is not copied at all: it would be the bulk of the model.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
     copied = copy.deepcopy(model, memo)
@@ -108,12 +125,36 @@ def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn
                 if value is not None and value in shared:
                     tensors_or_modules[name] = copy.deepcopy(value, memo)  # type: ignore[assignment]
         vars(new).update({name: copy.deepcopy(vars(new)[name], memo) for name in HOOKS})
+    drop_hooks_that_stay_behind(copied)
     return copied
+
+
+def _check_wrappers(model: nn.Module, replaced: Collection[nn.Module]) -> None:
+    """Raise where a copy would go without what was put around a layer, or would go on running the original."""
+    for name, module in model.named_modules():
+        if module in replaced and (reason := replaced_forward(module)):
+            raise ValueError(f"{name}: {reason}.")
+        if runs_another_module(module):
+            raise ValueError(
+                f"{name or type(model).__name__}: its forward was replaced on the instance by a function that holds "
+                "on to the module, so that a copy would run the original. Undo it before, and wrap the copy."
+            )
+
+
+def _check_weights_are_parameters(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and "weight" not in module._parameters:
+            raise ValueError(
+                f"{name}: its weight is computed from other parameters since it was quantized (pruning, weight or "
+                "spectral norm). Make that permanent first: `torch.nn.utils.prune.remove`, `remove_weight_norm` and "
+                "the like."
+            )
 
 
 def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Build the float layer that stands in for each quantized one."""
     _check_on_device(model)
+    _check_weights_are_parameters(model)
     layers = [module for module in model.modules() if isinstance(module, (QuantizedLayer, PackedLayer))]
     if not layers:
         raise ValueError(
@@ -138,11 +179,12 @@ def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
 def _forget_quantization(model: nn.Module) -> None:
     """Leave no trace of hf_saq in a model whose layers are float again."""
     attention_interface.unroute(model)
-    for name in ("quantization_report", "hf_quantizer", "quantization_method"):
+    for name in ("quantization_report", "quantization_method"):
         model.__dict__.pop(name, None)
     if getattr(model, "is_quantized", False):
         model.is_quantized = False  # type: ignore[assignment]
     for module in model.modules():
+        vars(module).pop("hf_quantizer", None)
         if "config" in vars(module):
             vars(module.config).pop("_is_quantized", None)  # transformers notes it in the config of every submodel
     config = getattr(model, "config", None)

@@ -12,6 +12,8 @@ from ..quantizers import Observer
 SAMPLES_PER_BATCH = 2**17
 """Values kept of each activation tensor. Rare large values decide a clipping point: 131,072 draws see those that make
 up a ten-thousandth of an activation, and are still small enough for any model."""
+SAMPLES = 2**20
+"""Values kept of one quantizer, 4 MB: of more, each has the same chance to be among them."""
 
 
 class ActivationObserver(Observer):
@@ -20,7 +22,8 @@ class ActivationObserver(Observer):
     def __init__(self, path: str) -> None:
         self.path = path
         self.ran = False
-        self.minimum = float("inf")
+        self.minimum, self.maximum = float("inf"), -float("inf")
+        self.offered = 0
         self.samples: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(0)
 
@@ -34,13 +37,40 @@ class ActivationObserver(Observer):
                     f"{self.path}: calibration found infinite or NaN values, so there is no range to fit; check the "
                     "batches, and the weights of the layers before it."
                 )
-            self.minimum = min(self.minimum, smallest)
+            self.minimum, self.maximum = min(self.minimum, smallest), max(self.maximum, largest)
             if flat.numel() > SAMPLES_PER_BATCH:
                 # At random: an even stride can fall into step with the layout and keep missing a channel or a place.
                 # From a seed of its own, so that every process draws alike.
                 draw = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
                 flat = flat[draw.to(flat.device)]
-            self.samples.append(flat.float())
+            self._keep(flat.float())
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all values are one, but for rounding: no range can be read from them."""
+        largest = max(abs(self.minimum), abs(self.maximum))
+        return self.maximum - self.minimum <= 1e-6 * largest
+
+    def _keep(self, values: Tensor) -> None:
+        """Add to the sample; once that is full, replace some of it (reservoir sampling)."""
+        space = max(SAMPLES - self.offered, 0)
+        if space:
+            self.samples.append(values[:space])
+        late = values[space:]
+        self.offered += min(space, len(values))
+        if not len(late):
+            return
+        if len(self.samples) > 1:
+            self.samples = [torch.cat(self.samples)]
+        counts = torch.arange(self.offered + 1, self.offered + len(late) + 1, dtype=torch.float64)
+        places = (torch.rand(len(late), generator=self.generator, dtype=torch.float64) * counts).long()
+        taken = (places < SAMPLES).nonzero().flatten()
+        # Of several values for one place the last stays, on every device.
+        last = dict(zip(places[taken].tolist(), taken.tolist(), strict=True))
+        if last:
+            where, what = (torch.tensor(list(i), device=late.device) for i in (last.keys(), last.values()))
+            self.samples[0][where] = late[what]
+        self.offered += len(late)
 
 
 class PassThrough(Observer):

@@ -2,56 +2,85 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from ..config import OVERRIDABLE, SAQQuantizationConfig
 from ..layers import HoldsQuantizers, PackedLayer
+from ..layers.wrapping import replaced_forward
 from . import attention_interface
-from .report import LayerPlan
+from .module_names import ModuleNames
+from .report import ConversionReport, LayerPlan
 from .structure import first_and_heads, tied_to_something_else, unsupported
 
 
-def plan(model: nn.Module, config: SAQQuantizationConfig) -> list[LayerPlan]:
-    """Decide for every layer whether and how it is quantized, in the order of `named_modules`."""
+def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) -> ConversionReport:
+    """Decide for every layer whether and how it is quantized, in the order of `named_modules`.
+
+    Args:
+        stored: Whether `config` was stored with a model, of which `model` may be the base or a part.
+    """
     if any(isinstance(m, (HoldsQuantizers, PackedLayer)) for m in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has quantized layers already; start from the float model, or train on as it is."
         )
-    names = [name for name, _ in model.named_modules() if name]
+    names = ModuleNames(model, only_where_needed=config.format_version == 1)
     attentions = _attentions(model) if config.quantize_attention else {}
-    names += [products_name(name) for name in attentions]
+    names.add(products_name(name) for name in attentions)
     excluded = config.modules_to_not_convert or []
-    _check_patterns("modules_to_not_convert", excluded, names)
-    _check_patterns("overrides", config.overrides, names)
-    edges = first_and_heads(model) if config.first_last_bits is not None else set()
+    if not stored:
+        names.check("modules_to_not_convert", excluded)
+        names.check("overrides", config.overrides)
+    edges = _first_and_heads(model, config, names, stored)
     tied = tied_to_something_else(model)
 
     layers: list[LayerPlan] = []
+    wrapped: list[str] = []
     for name, module in model.named_modules():
         layer = LayerPlan(name, type(module).__name__)
         if name in attentions:
-            layers.append(_plan_products(name, module, config))
+            layers.append(_plan_products(name, module, config, names))
         reason = unsupported(module)
         if reason is None:
             continue
         layers.append(layer)
         if not name:
             layer.reason = "the model itself is a single layer; wrap it, for example in nn.Sequential"
-        elif any(_matches(pattern, name) for pattern in excluded):
+        elif names.any_matches(excluded, name):
             layer.reason = "listed in modules_to_not_convert"
         elif reason or module in tied:
             layer.reason = reason or tied[module]
+        elif replaced := replaced_forward(module):
+            wrapped.append(f"{name}: {replaced}")
         else:
-            settings = layer_settings(config, name, edge=name in edges)
+            settings = layer_settings(config, names, name, edge=name in (edges or ()))
             if settings["weight_bits"] is None and settings["activation_bits"] is None:
                 layer.reason = "bits are None"
             else:
                 layer.settings = settings
-                layer.reason = "first layer or head" if name in edges else ""
-    return layers
+                layer.reason = "first layer or head" if name in (edges or ()) else ""
+    if wrapped:
+        raise ValueError(
+            f"{type(model).__name__}: {len(wrapped)} of its layers cannot be replaced by quantized ones. "
+            f"{'. '.join(wrapped[:3])}."
+        )
+    return ConversionReport(layers, first_last_modules=edges)
+
+
+def _first_and_heads(
+    model: nn.Module, config: SAQQuantizationConfig, names: ModuleNames, stored: bool
+) -> list[str] | None:
+    """Name the first layer and the heads: as the configuration says, else found by structure; `None` if it is no
+    matter which they are."""
+    if config.first_last_bits is None:
+        return None
+    given = config.first_last_modules
+    if given is None:
+        found = first_and_heads(model)
+        return [name for name, _ in model.named_modules() if name in found]
+    (names.check_stored if stored else names.check)("first_last_modules", given)
+    return [name for name, _ in model.named_modules() if name and names.any_matches(given, name)]
 
 
 def products_name(name: str) -> str:
@@ -79,15 +108,15 @@ def _sounds_like_attention(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower()
 
 
-def _plan_products(name: str, attention: nn.Module, config: SAQQuantizationConfig) -> LayerPlan:
+def _plan_products(name: str, attention: nn.Module, config: SAQQuantizationConfig, names: ModuleNames) -> LayerPlan:
     """Decide whether and how the products of one attention module are quantized; patterns may name that or them."""
     own_name = products_name(name)
     planned = LayerPlan(own_name, type(attention).__name__)
     planned.reason = attention_interface.unsupported(attention)
-    if any(_matches(pattern, n) for pattern in config.modules_to_not_convert or [] for n in (name, own_name)):
+    if names.any_matches(config.modules_to_not_convert or [], name, own_name):
         planned.reason = "listed in modules_to_not_convert"
     if not planned.reason:
-        settings = layer_settings(config, name, own_name, edge=False)
+        settings = layer_settings(config, names, name, own_name, edge=False)
         del settings["weight_bits"], settings["weight_granularity"]
         if settings["activation_bits"] is None:
             planned.reason = "bits are None"
@@ -96,30 +125,15 @@ def _plan_products(name: str, attention: nn.Module, config: SAQQuantizationConfi
     return planned
 
 
-def layer_settings(config: SAQQuantizationConfig, *names: str, edge: bool) -> dict[str, Any]:
-    """Collect the fields that hold for one layer.
-
-    They are those of the configuration, then of the first/last rule, then of overrides that match one of its names.
-    """
+def layer_settings(config: SAQQuantizationConfig, names: ModuleNames, *called: str, edge: bool) -> dict[str, Any]:
+    """The fields that hold for one layer: the configuration, then the first/last rule, then overrides that match what
+    it is `called`."""
     settings = {key: getattr(config, key) for key in OVERRIDABLE}
     if edge:
         for key in ("weight_bits", "activation_bits"):
             if settings[key] is not None:
                 settings[key] = config.first_last_bits
     for pattern, values in config.overrides.items():
-        if any(_matches(pattern, name) for name in names):
+        if names.any_matches([pattern], *called):
             settings.update(values)
     return settings
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
-
-
-def _check_patterns(where: str, patterns, names: list[str]) -> None:
-    for pattern in patterns:
-        if not any(_matches(pattern, name) for name in names):
-            raise ValueError(
-                f"{where}: {pattern!r} matches no module of the model. Expected a dotted module name, a prefix of "
-                f"one, or a glob such as '*.layers.0.*'; the model has for example {names[:3]}."
-            )

@@ -1,4 +1,4 @@
-"""What conversion does to each layer of a model, as a table that can be printed."""
+"""Report what conversion does to each layer of a model, as a table that can be printed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from ..layers import QuantAttentionProducts
 from ..quantizers import Quantizer
+from ..tables import text_table
 
 
 @dataclass
@@ -28,9 +29,16 @@ class LayerPlan:
 
 @dataclass
 class ConversionReport:
-    """Tells what `quantize` did, layer by layer; `print(report)` shows a table."""
+    """What `quantize` did, layer by layer; `print(report)` shows a table.
+
+    Attributes:
+        first_last_modules: Names of the first layer and of the heads; `None` if they were treated like the rest.
+    """
 
     layers: list[LayerPlan]
+    idle_layers_are_known: bool = False
+    """Whether the model has been run, so that layers which it never calls are in float and listed as such."""
+    first_last_modules: list[str] | None = None
 
     @property
     def converted(self) -> list[LayerPlan]:
@@ -48,9 +56,7 @@ class ConversionReport:
                 bits[0] = "-"
             quantizer = layer.settings.get("quantizer", "-")
             rows.append((layer.name, layer.layer_type, *bits, layer.sign, quantizer, layer.reason))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{len(self.converted)} layers quantized, {len(self.skipped)} left in float"])
+        return f"{text_table(rows)}\n{len(self.converted)} layers quantized, {len(self.skipped)} left in float"
 
 
 def note_signs(model: nn.Module) -> None:

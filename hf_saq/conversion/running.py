@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,17 @@ def run_quantized(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 @torch.no_grad()
-def run_observed(model: nn.Module, batches: Iterable[Any], observers: Mapping[Quantizer, Observer]) -> int:
-    """Run in evaluation mode while each quantizer shows its input to its observer; returns the number of batches."""
+def run_observed(
+    model: nn.Module,
+    batches: Iterable[Any],
+    observers: Mapping[Quantizer, Observer],
+    run: Callable[[Any], Any] | None = None,
+) -> int:
+    """Run in evaluation mode while each quantizer shows its input to its observer; returns the number of batches.
+
+    Args:
+        run: Runs the model on one batch; by default the model is called with it.
+    """
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -33,7 +42,7 @@ def run_observed(model: nn.Module, batches: Iterable[Any], observers: Mapping[Qu
         for quantizer, observer in observers.items():
             quantizer.observer = observer
         for batch in batches:
-            _run(model, batch, device)
+            _run(model, batch, device) if run is None else run(batch)
             count += 1
     finally:
         for quantizer in observers:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from ..config import SAQQuantizationConfig
+from ..config import FORMAT_VERSION, SAQQuantizationConfig
 from ..layers import QUANTIZED_LAYERS, HoldsQuantizers
 from . import attention_interface
 from .building import build, build_products
@@ -41,14 +41,27 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
     initialize_weight_quantizers(model)
     if report.converted and hasattr(getattr(model, "config", None), "model_type"):
         # a transformers model: save_pretrained stores it, from_pretrained acts on it
-        model.config.quantization_config = config  # type: ignore[union-attr]
+        model.config.quantization_config = as_decided(config, report)  # type: ignore[union-attr]
     return model
 
 
-def convert(model: nn.Module, config: SAQQuantizationConfig) -> ConversionReport:
-    """Swap the modules and nothing else: also works on the meta device, before any weight is loaded."""
-    layers = plan(model, config)
-    report = ConversionReport(layers)
+def as_decided(config: SAQQuantizationConfig, report: ConversionReport) -> SAQQuantizationConfig:
+    """Note in a copy of `config` what conversion decided, so that a stored model is not looked through again: a part
+    of it alone looks different."""
+    given = config.first_last_modules
+    return config.replace(
+        first_last_modules=report.first_last_modules if given is None else given, format_version=FORMAT_VERSION
+    )
+
+
+def convert(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) -> ConversionReport:
+    """Swap the modules and nothing else: also works on the meta device, before any weight is loaded.
+
+    Args:
+        stored: Whether `config` was stored with a model, of which `model` may be the base or a part.
+    """
+    report = plan(model, config, stored)
+    layers = report.layers
     if not report.converted and (config.weight_bits is not None or config.activation_bits is not None):
         raise ValueError(
             f"{type(model).__name__}: no layer can be quantized. Expected at least one of "
@@ -93,13 +106,19 @@ def leave_in_float(model: nn.Module, names: Collection[str], reason: str) -> Non
         layer = model.get_submodule(name)
         assert isinstance(layer, HoldsQuantizers)
         layer.leave_in_float()
+    note_left_in_float(model, names, reason)
+
+
+def note_left_in_float(model: nn.Module, names: Collection[str], reason: str) -> None:
+    """Write into the report of `model` and into its configuration that it does not quantize these layers."""
     report = getattr(model, "quantization_report", None)
     for planned in report.layers if isinstance(report, ConversionReport) else []:
         if planned.name in names:
             planned.settings, planned.reason, planned.sign = {}, reason, "-"
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if isinstance(config, SAQQuantizationConfig):
-        excluded = config.modules_to_not_convert or []
+    if isinstance(config, SAQQuantizationConfig) and names:
+        excluded, found = config.modules_to_not_convert or [], config.modules_found_idle or []
         model.config.quantization_config = config.replace(  # type: ignore[union-attr]
-            modules_to_not_convert=[*excluded, *(name for name in names if name not in excluded)]
+            modules_to_not_convert=[*excluded, *(name for name in names if name not in excluded)],
+            modules_found_idle=[*found, *(name for name in names if name not in found)],
         )

@@ -1,24 +1,21 @@
-"""The model card of a quantized model: facts in, `huggingface_hub.ModelCard` out.
-
-Whatever is not known is left out. No number is made up here: each one comes from a measurement of the run that is
-described, or from the files that are published.
-"""
+"""Write a model card: facts in, `huggingface_hub.ModelCard` out. What is not among the facts is not in the card."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
+from ..storage.inspection import inspect_checkpoint
+from ..tables import kibibytes, markdown_table
 from ..version import __version__
+from .card_facts import CardFacts, ResultRow, facts_of_files, measured
 
+CARD = "README.md"
 PICTURE = "training_curve.png"
 TASK = "image-classification"
 
@@ -28,89 +25,9 @@ METRIC_NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
 METRIC_TYPES = {"top1": "accuracy", "top5": "accuracy"}
 """Identifiers that the Hub knows."""
 
-NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time")
-"""What `Trainer.evaluate` returns besides what it measured."""
-
-
-@dataclass(frozen=True)
-class ResultRow:
-    """One line of the table of results: a model that this very run evaluated.
-
-    Args:
-        method: For example "float", "QAT" or "SAQ".
-        bits: For example "W4A4".
-        metrics: What `evaluate` returned; a prefix `eval_` and timings are dropped.
-        weight_bytes: Size of its weight files, measured.
-    """
-
-    method: str
-    bits: str
-    metrics: Mapping[str, float]
-    weight_bytes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CardFacts:
-    """What is known of a model that is about to be published.
-
-    Attributes:
-        name: Title of the card.
-        load_from: What `from_pretrained` takes: the name of a repository, or a directory. `None`: no loading snippet.
-        architecture: Name of the model's class.
-        config: How it is quantized.
-        layers: The plan of every layer, as in the report of `quantize`.
-        revision: Branch it is published on, if not the main one.
-        has_processor: Whether an image processor is stored with it, so that a pipeline can be made.
-        weight_bytes: Size of the weight files that are published, measured.
-        metrics: Measured on the very weights that are published, names as in [`ResultRow`].
-        comparison: Rows of other models that the same run measured.
-        method: How it was trained, in words; the first word is its row in the table of results.
-        bit_operations: For one image, as [`hf_saq.cost`] counts them.
-        sharpness: Pairs of step and logged value.
-        hyperparameters: Name -> value.
-        has_picture: Whether [`training_curve`] drew a picture that is published too.
-        base_model, datasets, dataset_name, license, language, tags: As in the Hub's metadata.
-    """
-
-    name: str
-    architecture: str
-    config: SAQQuantizationConfig | None
-    load_from: str | None = None
-    revision: str | None = None
-    layers: Sequence[LayerPlan] = ()
-    has_processor: bool = False
-    weight_bytes: int | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    comparison: Sequence[ResultRow] = ()
-    method: str | None = None
-    bit_operations: int | None = None
-    sharpness: Sequence[tuple[int, float]] = ()
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    has_picture: bool = False
-    base_model: str | None = None
-    datasets: Sequence[str] = ()
-    dataset_name: str | None = None
-    license: str | None = None
-    language: str | Sequence[str] | None = None
-    tags: Sequence[str] = ()
-
-
-def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among what `evaluate` returned that were measured, without the prefix `eval_`; loss last."""
-    found = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    found = dict(sorted(found.items(), key=lambda item: item[0] == "loss"))
-    return {
-        name: float(value)
-        for name, value in found.items()
-        if name not in NO_METRICS
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    }
-
 
 def model_card(facts: CardFacts) -> ModelCard:
-    """The card: metadata of the Hub and the text."""
+    """Write the card: metadata of the Hub and the text."""
     metrics = measured(facts.metrics)
     data = ModelCardData(
         model_name=facts.name if metrics else None,  # of the results; the Hub knows the repository's
@@ -133,6 +50,29 @@ def model_card(facts: CardFacts) -> ModelCard:
     )
     text = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def write_card(directory: str | Path, load_from: str | None = None, overwrite: bool = False) -> Path:
+    """Write the `README.md` of a saved model from what is stored there; how good it is, is not.
+
+    Args:
+        directory: The saved model.
+        load_from: What the loading snippet names: the repository it will be in. Default: the directory's name.
+        overwrite: Whether to replace a card that is there.
+
+    Raises:
+        ValueError: If there is a card already, or no model of hf_saq.
+    """
+    card = Path(directory) / CARD
+    if card.exists() and not overwrite:
+        raise ValueError(
+            f"{card} exists; it may hold what was measured in training. Replace it with overwrite (--force)."
+        )
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory} is not a directory; expected that of a saved model.")
+    found = inspect_checkpoint(str(directory))
+    model_card(facts_of_files(found, load_from or Path(directory).absolute().name)).save(card)
+    return card
 
 
 def _eval_result(facts: CardFacts, name: str, value: float) -> EvalResult:
@@ -206,7 +146,7 @@ def _results(facts: CardFacts, metrics: Mapping[str, float]) -> str:
         ]
         for row in rows
     ]
-    table = _table(head, cells)
+    table = markdown_table(head, cells)
     return f"## Results\n\nMeasured in the training run, on its evaluation data.\n\n{table}"
 
 
@@ -218,7 +158,7 @@ def _quantization(facts: CardFacts) -> str:
             for layer in facts.layers
         )
         cells = [[weight, activation, str(n), reason] for (weight, activation, reason), n in counts.items()]
-        known.append(_table(["weight bits", "activation bits", "layers", "left in float because"], cells))
+        known.append(markdown_table(["weight bits", "activation bits", "layers", "left in float because"], cells))
     lines = []
     if facts.weight_bytes is not None:
         lines.append(f"- weights on disk: {kibibytes(facts.weight_bytes)}")
@@ -250,37 +190,11 @@ def _training(facts: CardFacts) -> str:
 
 
 def bits_name(config: SAQQuantizationConfig) -> str:
-    """W4A4; 32 stands for float."""
+    """Name the bits of a model: W4A4, for example; 32 stands for float."""
     return f"W{config.weight_bits or 32}A{config.activation_bits or 32}"
-
-
-def kibibytes(count: int) -> str:
-    return f"{count / 1024:,.1f} KiB"
-
-
-def weight_file_bytes(directory: str | Path) -> int | None:
-    """Size of the weight files in a saved model, in bytes, or `None` if there are none."""
-    sizes = [file.stat().st_size for file in Path(directory).glob("*.safetensors")]
-    return sum(sizes) if sizes else None
-
-
-def has_processor(directory: str | Path) -> bool:
-    """Whether a saved model has an image processor next to it."""
-    return any((Path(directory) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
 
 
 def _bits(layer: LayerPlan, key: str) -> str:
     if layer.settings and key not in layer.settings:
         return "-"  # the products of an attention have no weight
     return str(layer.settings.get(key) or "float")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown, less the columns that have no entry."""
-    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    lines = [
-        [head[i] for i in used],
-        ["---"] * len(used),
-        *([row[i].replace("|", "\\|") for i in used] for row in rows),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,13 +1,11 @@
-"""What is pushed to the Hub, and how: the files that a save writes and nothing else, all in one commit."""
+"""Push to the Hub: the files that a save writes and nothing else, all in one commit."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,11 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils.hub import hf_api
 
-logger = logging.getLogger(__name__)
+from ..storage.weight_files import is_weight_file
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
-"""Files of weights that a repository may hold from an earlier push. Any that is not replaced would be a second model,
-and `from_pretrained` might prefer it."""
+logger = logging.getLogger(__name__)
 
 
 def publish(
@@ -32,9 +28,9 @@ def publish(
 ) -> CommitInfo:
     """Make the files in `directory` the model at the top level of a repository, in one commit; then remove them.
 
-    Weight files that are there and not among them are deleted in the same commit. Either all of it happens or nothing:
-    a push that is cut off leaves the repository as it was. `TRAINING_ARGS_NAME`, a pickle that `Trainer` saves, stays
-    here.
+    Weight files that are there and not among them are deleted in the same commit: any that stayed would be a second
+    model, and `from_pretrained` might prefer it. Either all of it happens or nothing: a push that is cut off leaves
+    the repository as it was. `TRAINING_ARGS_NAME`, a pickle that `Trainer` saves, stays here.
 
     Raises:
         HfHubHTTPError: If the Hub refuses; where it is about rights, the message says what to do.
@@ -62,7 +58,7 @@ def publish(
 
 
 def publish_in_background(directory: TemporaryDirectory, repo_id: str, commit_message: str, **kwargs) -> Future:
-    """[`publish`] in the thread of `huggingface_hub` that pushes one after the other. A failure is logged."""
+    """Run [`publish`] in the thread of `huggingface_hub` that pushes one after the other. A failure is logged."""
     future = hf_api().run_as_future(publish, directory, repo_id, commit_message, **kwargs)
     return log_failure(future, repo_id, commit_message)
 
@@ -78,13 +74,6 @@ def log_failure(push: Future, repo_id: str, commit_message: str) -> Future:
 
     push.add_done_callback(done)
     return push
-
-
-def copy_files(names: list[str], source: Path, target: Path) -> None:
-    """Copy those of the files that exist."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copy2(source / name, target / name)
 
 
 @contextmanager
@@ -107,5 +96,4 @@ def explained(what: str) -> Iterator[None]:
 
 
 def _weights_at_top(api: HfApi, repo_id: str, token: str | None, revision: str | None) -> set[str]:
-    names = api.list_repo_files(repo_id, revision=revision, token=token)
-    return {name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in WEIGHT_FILES)}
+    return {name for name in api.list_repo_files(repo_id, revision=revision, token=token) if is_weight_file(name)}

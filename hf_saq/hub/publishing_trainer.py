@@ -1,176 +1,27 @@
-"""A `Trainer` that publishes what is to be used: the packed model and a card of what the run measured."""
+"""Publish what is to be used from a `Trainer`: the packed model and a card of what the run measured."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from huggingface_hub import CommitInfo
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from torch import nn
-from transformers import PreTrainedModel, Trainer
-from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
-from ..config import SAQConfig, SAQQuantizationConfig
-from ..conversion.report import ConversionReport
-from ..layers import QuantizedLayer
-from .card import PICTURE, CardFacts, ResultRow, has_processor, measured, model_card, weight_file_bytes
-from .commits import copy_files, explained, log_failure, publish, publish_in_background
-from .training_picture import draw_training_curve
-
-CARD = "README.md"
-DATASET_LOADERS = {"imagefolder", "webdataset", "generator", "arrow", "csv", "json", "pandas", "parquet", "text"}
-"""Builders of `datasets` that read files of the user: their names are not those of datasets on the Hub."""
+from ..storage.saved_directory import copy_files
+from .card import CARD, PICTURE
+from .card_trainer import CardTrainer
+from .commits import explained, log_failure, publish, publish_in_background
 
 
-class PublishingTrainer(Trainer):
-    """What [`SAQTrainer`] does with the Hub. A model without quantized layers is published as `Trainer` does it.
-
-    Attributes:
-        card_arguments (`dict`): Arguments of `create_model_card` for all cards of this trainer, also of those that
-            are written by `save_model` and while training goes on. What is passed to a call wins.
-    """
-
-    saq_config: SAQConfig
-    model: nn.Module
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._measured: dict[str, float] = {}  # by `evaluate`, on the weights as they are now
-        self.card_arguments: dict[str, Any] = {}
-        super().__init__(*args, **kwargs)
-
-    # What was measured -----------------------------------------------------------------------------------------------
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `Trainer`. What is measured under the prefix `eval` goes into the model card."""
-        metrics = super().evaluate(*args, **kwargs)
-        self._measured = {**self._measured, **_of_evaluation(metrics)}
-        return metrics
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """As in `Trainer`. An optimizer step follows, after which nothing is known of the weights."""
-        self._measured = {}
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def train(self, *args: Any, **kwargs: Any):
-        """As in `Trainer`."""
-        output = super().train(*args, **kwargs)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            logs = [entry for entry in self.state.log_history if entry.get("step") == self.state.best_global_step]
-            self._measured = {name: value for entry in logs for name, value in _of_evaluation(entry).items()}
-        return output
-
-    # The card --------------------------------------------------------------------------------------------------------
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        comparison: Sequence[ResultRow] | None = None,
-    ) -> None:
-        """Write `README.md`, and a picture of the training if matplotlib is installed, into `output_dir`.
-
-        Metrics are those of the last `evaluate` if the weights did not change since; sizes are those of the files in
-        `output_dir`. What was not measured is left out.
-
-        Args:
-            comparison: Results of other models that this run measured, for the table of results.
-            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args: As in
-                [`transformers.Trainer.create_model_card`].
-        """
-        given: dict[str, Any] = dict(
-            language=language,
-            license=license,
-            tags=tags,
-            model_name=model_name,
-            finetuned_from=finetuned_from,
-            tasks=tasks,
-            dataset_tags=dataset_tags,
-            dataset=dataset,
-            dataset_args=dataset_args,
-            comparison=comparison,
-        )
-        given = {**self.card_arguments, **{name: value for name, value in given.items() if value is not None}}
-        if not self._is_quantized():
-            given.pop("comparison", None)
-            super().create_model_card(**given)
-        elif self.is_world_process_zero():
-            directory = Path(str(self.args.output_dir))
-            directory.mkdir(parents=True, exist_ok=True)
-            has_picture = draw_training_curve(self.state.log_history, directory / PICTURE)
-            model_card(self._card_facts(directory, has_picture, **given)).save(directory / CARD)
-
-    def _card_facts(
-        self, directory: Path, has_picture: bool, comparison: Sequence[ResultRow] = (), **given: Any
-    ) -> CardFacts:
-        model = self.accelerator.unwrap_model(self.model)
-        repository = self.hub_model_id or self.args.hub_model_id
-        own_name = directory.absolute().name
-        about: dict[str, Any] = {"hyperparameters": self._hyperparameters()}
-        if isinstance(model, PreTrainedModel):
-            # An empty name keeps the summary from taking a directory for a model on the Hub.
-            given["finetuned_from"] = on_the_hub(given.get("finetuned_from") or model.config._name_or_path) or ""
-            summary = TrainingSummary.from_trainer(self, **given)
-            datasets = [tag for tag in _listed(summary.dataset_tags) if tag not in DATASET_LOADERS and on_the_hub(tag)]
-            config = getattr(model.config, "quantization_config", None)
-            if isinstance(config, SAQQuantizationConfig):
-                packed = any(isinstance(m, QuantizedLayer) and m.weight_quantizer for m in model.modules())
-                about["config"] = config.replace(storage="packed" if packed else "float")
-            about |= {
-                "load_from": repository or own_name,
-                "base_model": summary.finetuned_from or None,
-                "datasets": datasets,
-                "dataset_name": ", ".join(_listed(given.get("dataset"))) or None,
-                "license": summary.license,
-                "language": summary.language,
-                "tags": [*_listed(summary.tags), *(model.model_tags or [])],
-                "hyperparameters": {**(summary.hyperparameters or {}), **about["hyperparameters"]},
-            }
-        report = getattr(model, "quantization_report", None)
-        logs = self.state.log_history
-        return CardFacts(
-            **{"config": None, **about},
-            name=given.get("model_name") or (repository or own_name).split("/")[-1],
-            revision=self.args.hub_revision,
-            architecture=type(model).__name__,
-            layers=report.layers if isinstance(report, ConversionReport) else (),
-            has_processor=has_processor(directory),
-            weight_bytes=weight_file_bytes(directory),
-            metrics=self._measured,
-            comparison=comparison,
-            method=self._method(),
-            bit_operations=next((int(entry["bit_operations"]) for entry in logs if "bit_operations" in entry), None),
-            sharpness=[(int(entry["step"]), entry["sharpness"]) for entry in logs if "sharpness" in entry],
-            has_picture=has_picture,
-        )
-
-    def _method(self) -> str:
-        case = self.saq_config.case
-        if case is None:
-            return "QAT (plain quantization-aware training)"
-        name = "SAQ" if case == 3 else f"SAQ case {case}"
-        return f"{name} ([Sharpness-Aware Quantization](https://arxiv.org/abs/2111.12273), case {case})"
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        return {} if self.saq_config.case is None else self.saq_config.to_dict()
-
-    # Pushing ---------------------------------------------------------------------------------------------------------
+class PublishingTrainer(CardTrainer):
+    """Does what [`SAQTrainer`] does with the Hub. Models without quantized layers are published as `Trainer` does."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
@@ -286,25 +137,3 @@ class PublishingTrainer(Trainer):
             yield
         finally:
             vars(self.args).update(before)
-
-    def _is_quantized(self) -> bool:
-        return any(isinstance(module, QuantizedLayer) for module in self.model.modules())
-
-
-def on_the_hub(name: str | None) -> str | None:
-    """`name` if it can be that of a repository: not empty, not a path that exists here, and well-formed."""
-    if not isinstance(name, str) or not name or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def _of_evaluation(metrics: dict[str, Any]) -> dict[str, float]:
-    return measured({name: value for name, value in metrics.items() if name.startswith("eval_")})
-
-
-def _listed(value: str | Sequence[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])

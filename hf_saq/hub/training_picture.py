@@ -1,4 +1,4 @@
-"""A picture of a training run, drawn from the log history that `Trainer` keeps. Needs matplotlib."""
+"""Draw a picture of a training run from the log history that `Trainer` keeps. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ PANEL_INCHES = 4
 
 
 def curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """What there is to draw: panel -> line -> pairs of step and value. Panels without two points in a line are left
-    out."""
+    """Pick what there is to draw: panel -> line -> pairs of step and value. A panel needs two points in a line."""
     panels = {
         "loss": {"training": "loss", "evaluation": "eval_loss"},
         "accuracy": {"accuracy": "eval_accuracy", "top-1": "eval_top1", "top-5": "eval_top5"},

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .wrapping import is_function
+
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 HOOKS = tuple(name for name in vars(nn.Module()) if "_hook" in name)
 """Attributes of a module that hold its hooks."""
@@ -22,7 +24,9 @@ class FloatForm:
 
     @classmethod
     def of(cls, layer: nn.Module) -> FloatForm:
-        return cls(type(layer), {name: value for name, value in vars(layer).items() if name not in _OF_EVERY_MODULE})
+        own = {name: value for name, value in vars(layer).items() if name not in _OF_EVERY_MODULE}
+        # A function on the instance runs the layer it was made for, which would live on behind this one.
+        return cls(type(layer), {name: value for name, value in own.items() if not is_function(value)})
 
     def build(self, weight: nn.Parameter, like: nn.Module) -> nn.Module:
         """Build the float layer around `weight`, with the bias, the hooks and the mode of the layer `like`."""

@@ -46,6 +46,8 @@ class QuantizedLayer(HoldsQuantizers, ABC):
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
     float_form: FloatForm
+    _came_first: frozenset[str] = frozenset()
+    """Quantizers whose values were loaded without the weight, which then is in another part of the checkpoint."""
 
     @classmethod
     def from_float(
@@ -76,6 +78,28 @@ class QuantizedLayer(HoldsQuantizers, ABC):
         operand = in_autocast_type(x_q)
         with operand_recomputed(x_q, operand):
             return self.compute(operand, w_q, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As for any module; a weight that arrives without the values of its quantizers is another one than they were
+        made for. So the weight quantizer is fitted to it, and the activations wait for `calibrate` again."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for child, quantizer in self.named_children():
+            if not isinstance(quantizer, Quantizer):
+                continue
+            has_values = any(f"{prefix}{child}.{name}" in state_dict for name, _ in quantizer.named_parameters())
+            if f"{prefix}weight" not in state_dict:
+                self._came_first |= {child} if has_values else set()
+            elif child in self._came_first:
+                self._came_first -= {child}
+            elif not has_values:
+                quantizer.reset()
+                # Shards of a weight cannot be fitted to; its quantizer stays without a range and says so when used.
+                if (
+                    quantizer is self.weight_quantizer
+                    and type(self.weight) is nn.Parameter
+                    and not self.weight.is_meta
+                ):
+                    quantizer.initialize(self.weight)
 
     def quantized_weight(self) -> Tensor:
         """Compute `Q(w)`, same shape as `weight`."""

@@ -12,11 +12,14 @@ arithmetic; `straight_through`, `statistics` and `scale_search` are what a quant
 from .affine import affine_fake_quantize
 from .contract import Observer, Quantizer
 from .kernels import set_backend
-from .methods.dorefa import DoReFaQuantizer
-from .methods.liq import LIQQuantizer
-from .methods.lsq import LSQQuantizer, lsq_fake_quantize
-from .methods.lsq_plus import LSQPlusQuantizer
-from .methods.pact import PACTQuantizer
+from .methods import (
+    DoReFaQuantizer,
+    LIQQuantizer,
+    LSQPlusQuantizer,
+    LSQQuantizer,
+    PACTQuantizer,
+    lsq_fake_quantize,
+)
 from .registry import QUANTIZERS, check_activation_mode, quantizer_class
 from .scale_search import mse_range, mse_scale
 from .settings import MAX_BITS, MIN_BITS, QuantizerSettings, check_bits

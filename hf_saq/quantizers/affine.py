@@ -41,12 +41,9 @@ class FakeQuantize(torch.autograd.Function):
         offset: Tensor | None,
         grid: Grid,
         factor: float | LSQFactor,
-        given: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, offset)
         ctx.grid, ctx.factor = grid, factor
-        if given is not None:
-            return given.detach()
         step = scale.detach().clamp_min(SCALE_FLOOR)
         if not torch.compiler.is_compiling():
             # Weak, so that whoever manages saved tensors (checkpointing, offloading) decides how long `x` lives.
@@ -64,7 +61,7 @@ class FakeQuantize(torch.autograd.Function):
             grad_scale = (sum_to(terms, scale.shape) * factor).to(scale.dtype)
         if of_offset:  # outside alone
             grad_offset = (sum_to(grad - grad_x, offset.shape) * factor).to(offset.dtype)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_offset, None, None, None
+        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_offset, None, None
 
 
 class MadeOf(NamedTuple):
@@ -94,7 +91,6 @@ def affine_fake_quantize(
     qmax: int,
     grad_scale: float | LSQFactor = 1.0,
     through_rounding: bool = True,
-    given: Tensor | None = None,
 ) -> Tensor:
     """Compute `x_q = s * clip(round(v), qmin, qmax) + o` with `v = (x - o)/s`, differentiable in `x`, `s` and `o`.
 
@@ -110,12 +106,10 @@ def affine_fake_quantize(
         offset: Grid value of code 0, the shape of `scale`; `None` for a grid through zero.
         grad_scale: Factor on the gradients of `scale` and `offset`: a number, or how LSQ finds it.
         through_rounding: Whether the rounding error counts in `d x_q / d s`; if not it is 0 inside, as in PACT.
-        given: Returned in place of `x_q`, with the gradients of `x_q`; the shape and dtype of `x`.
 
     Returns:
         Same shape and dtype as `x`.
     """
     if x.ndim == 0:  # a scale has a dimension, and broadcasting would give it to the result
-        given = None if given is None else given[None]
-        return affine_fake_quantize(x[None], scale, offset, qmin, qmax, grad_scale, through_rounding, given)[0]
-    return FakeQuantize.apply(x, scale, offset, Grid(qmin, qmax, through_rounding), grad_scale, given)
+        return affine_fake_quantize(x[None], scale, offset, qmin, qmax, grad_scale, through_rounding)[0]
+    return FakeQuantize.apply(x, scale, offset, Grid(qmin, qmax, through_rounding), grad_scale)

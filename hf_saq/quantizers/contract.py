@@ -30,14 +30,10 @@ class Quantizer(HasRangeState, ABC):
 
     Attributes:
         observer: While set, `forward` shows it the input and returns the input unchanged (used by `calibrate`).
-        given_output: While set to `(x, y)`, the next `fake_quantize` of that very `x` returns `y`, which somebody has
-            computed already, with the gradients of `Q(x)`. Only where the class has `output_can_be_given`.
     """
 
     activation_modes: ClassVar[tuple[str, ...]] = ("auto", "signed", "unsigned")
     """Values of `activation_mode` that this kind of quantizer can do."""
-    output_can_be_given: ClassVar[bool] = False
-    """Whether `fake_quantize` looks at `given_output`."""
 
     def __init__(self, settings: QuantizerSettings):
         if not isinstance(settings, QuantizerSettings):
@@ -48,7 +44,6 @@ class Quantizer(HasRangeState, ABC):
         super().__init__()
         self.settings = settings
         self.observer: Observer | None = None
-        self.given_output: tuple[Tensor, Tensor] | None = None
 
     # What a quantizer implements -------------------------------------------------------------------------------
 
@@ -115,17 +110,10 @@ class Quantizer(HasRangeState, ABC):
             raise RuntimeError(
                 f"{self.path or type(self).__name__}: this {self.role} quantizer has no range yet. Run "
                 "`hf_saq.calibrate(model, batches)` with a few batches of model inputs, or train with `SAQTrainer`, "
-                "which calibrates from its training data."
+                "which calibrates from its training data. A copy or an average (EMA, SWA) that was begun before "
+                "that has none either: make it of the calibrated model."
             )
         return self.fake_quantize(x)
-
-    def take_given_output(self, x: Tensor) -> Tensor | None:
-        """Return the output that somebody gave for `x`, and forget it; `None` if there is none."""
-        if self.given_output is None or self.given_output[0] is not x:
-            return None
-        _, given = self.given_output
-        self.given_output = None
-        return given
 
     @torch.no_grad()
     def initialize(self, x: Tensor, minimum: float | None = None) -> None:

@@ -1,4 +1,10 @@
-"""What a checkpoint holds of a quantizer besides its learned values: whether it is calibrated, and its sign."""
+"""What a checkpoint holds of a quantizer besides its learned values: whether it is calibrated, and its sign.
+
+Whoever averages state dicts (EMA, SWA, model soups) without leaving out the buffers averages this one too, and the
+result is cut off to an integer. So the three codes lie apart, "not calibrated" lowest: an average of different states,
+also one that is cut off after each of many small steps, is an error sooner or later and does not come to rest at
+another state. (Were "not calibrated" in the middle, cutting off would carry it down to the lowest code.)
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-NOT_CALIBRATED, UNSIGNED, SIGNED = -1, 0, 1
+NOT_CALIBRATED, UNSIGNED, SIGNED = 35, 50, 100
+"""Rounding does not move them: `decay * code + (1 - decay) * code` in float32 is `code` for the decays in use. Simple
+averages (a half, a third) of the outer two are not the middle one."""
+FORMER_CODES = {-1: NOT_CALIBRATED, 0: UNSIGNED, 1: SIGNED}
+"""What the first version of the format stored. No average of the codes above becomes one of these."""
+ROUNDING = 1e-3
+"""How far from an integer the average of equal states may be."""
 
 
 class HasRangeState(nn.Module):
@@ -23,7 +35,7 @@ class HasRangeState(nn.Module):
     in an export. `torch.compile` reads when it traces; its code is made anew when the value read last has changed.
 
     Attributes:
-        range_state: -1 not calibrated, 0 unsigned, 1 signed; int8, a scalar.
+        range_state: `NOT_CALIBRATED`, `UNSIGNED` or `SIGNED`; int8, a scalar.
         path (`str`): Dotted name of this quantizer inside its model, for error messages.
     """
 
@@ -46,9 +58,13 @@ class HasRangeState(nn.Module):
         """Make the quantizer calibrated from here on, with codes of this sign."""
         self._write_state(SIGNED if signed else UNSIGNED)
 
+    @torch.no_grad()
     def check_state(self) -> None:
-        """Raise `ValueError` if the stored state is none of the three."""
-        self._state()
+        """Raise `ValueError` if the stored state is none of the three; codes of older checkpoints are brought up to
+        date."""
+        value, stored = self._state(), self.range_state
+        if not (stored.is_meta or isinstance(stored, FakeTensor)) and stored.item() != value:
+            self._write_state(value)
 
     def _state(self) -> int:
         if torch.compiler.is_compiling():
@@ -73,11 +89,9 @@ class HasRangeState(nn.Module):
             return self._last_value
         self._read_from = None
         value = stored.item()
-        if value not in (NOT_CALIBRATED, UNSIGNED, SIGNED):
-            raise ValueError(
-                f"{self.path}.range_state is {value}; expected -1 (not calibrated), 0 (unsigned) or 1 (signed). "
-                "The checkpoint is damaged or was written by something else."
-            )
+        value = FORMER_CODES.get(value, value)  # type: ignore[arg-type]
+        if value not in FORMER_CODES.values():
+            raise self._wrong_state(value)
         self._remember(int(value), stored)
         return self._last_value
 
@@ -92,8 +106,29 @@ class HasRangeState(nn.Module):
         keep = value != NOT_CALIBRATED and not stored.is_inference()
         self._read_from = (stored, stored._version) if keep else None
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _wrong_state(self, value: float) -> ValueError:
+        if NOT_CALIBRATED < value < SIGNED or value != int(value):
+            cause = (
+                "This looks like an average of state dicts (EMA, SWA, a model soup), and a sign has no average: "
+                "average the parameters of calibrated models and copy their buffers, as torch's AveragedModel does by "
+                "default."
+            )
+        else:
+            cause = "The checkpoint is damaged or was written by something else."
+        return ValueError(
+            f"{self.path}.range_state is {value}; expected {NOT_CALIBRATED} (not calibrated), {UNSIGNED} (unsigned) "
+            f"or {SIGNED} (signed), or one of the older codes -1, 0 and 1. {cause}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key = f"{prefix}range_state"
+        arriving = state_dict.get(key)
+        if isinstance(arriving, Tensor) and arriving.is_floating_point() and not arriving.is_meta:
+            value = arriving.item()
+            if not abs(value - round(value)) < ROUNDING:  # copying it into int8 would cut it off without a word
+                raise self._wrong_state(value)
+            state_dict[key] = arriving.round().to(torch.int8)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.check_state()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ CANDIDATES = 100
 QUANTILES = 2**16
 LEAST_SQUARES_STEPS = 3
 RANGE_CANDIDATES = 50
+MOST_SKIPPED = 8
+"""How many steps two neighbouring values of a channel may be apart for its grid to be recognised."""
 
 
 def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shift: float = 0.0) -> Tensor:
@@ -52,7 +54,12 @@ def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shi
 
     for k in range(1, CANDIDATES):
         keep_if_better((largest * (k / CANDIDATES) / (qmax + shift)).clamp_min(tiny))
-    keep_if_better(_step_of_own_grid(x).clamp_min(tiny).expand_as(scale))
+    if scale.numel() == 1:
+        keep_if_better(_step_of_own_grid(x).clamp_min(tiny).expand_as(scale))
+    else:
+        step = _steps_of_own_grids(x, shared)
+        for skipped in range(1, MOST_SKIPPED + 1):
+            keep_if_better((step / skipped).clamp_min(tiny))
     for _ in range(LEAST_SQUARES_STEPS):
         q = codes(scale)
         keep_if_better((total(x * q) / total(q.square()).clamp_min(tiny)).clamp_min(tiny))
@@ -74,6 +81,17 @@ def _step_of_own_grid(x: Tensor) -> Tensor:
     # Neighbours that differ by rounding alone are one value.
     distances = distances[distances > magnitudes[-1] * torch.finfo(x.dtype).eps * 8]
     return distances.min() if distances.numel() else x.new_zeros(())
+
+
+def _steps_of_own_grids(x: Tensor, shared: list[int]) -> Tensor:
+    """[`_step_of_own_grid`] of each channel, which may be a few times its step: a channel has few values."""
+    kept = [d for d in range(x.ndim) if d not in shared]
+    by_channel = x.abs().permute(*kept, *shared).flatten(len(kept))
+    magnitudes = torch.cat([torch.zeros_like(by_channel[..., :1]), by_channel], dim=-1).sort(dim=-1).values
+    distances = magnitudes.diff(dim=-1)
+    distances = distances.where(distances > magnitudes[..., -1:] * torch.finfo(x.dtype).eps * 8, torch.inf)
+    step = distances.amin(dim=-1).nan_to_num(posinf=0.0)
+    return step.reshape([1 if d in shared else x.shape[d] for d in range(x.ndim)])
 
 
 def mse_range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,34 @@
+"""Sharpness: the second pass. The three cases and their equations are in `three_cases.py`.
+
+Between two backward passes: `seam.py` has caught the gradients at the quantized weights, `three_cases.py` turns them
+into `eps`, `displacement.py` and the seam put it in place, `norm_statistics.py` and `random_state.py` see to it that
+the second pass differs from the first in nothing else. `minimizer.py` holds these parts together; `schedules/`
+decides when to take them.
+
+Comes in: a model with quantized layers, and backward passes. Goes out: gradients at the perturbed point, in `p.grad`.
+Must not know: transformers, configurations, files, what a layer computes.
+"""
+
+from .default_radius import default_rho
+from .displacement import Displacement
+from .minimizer import SharpnessAwareMinimizer
+from .norm_statistics import frozen_norm_statistics, running_statistics
+from .parameter_gradients import set_aside
+from .perturbed_tensors import PerturbedTensors, QuantizedWeight, kinds_of_parameters, quantized_weights
+from .random_state import RNGState
+from .three_cases import Case
+
+__all__ = [
+    "Case",
+    "Displacement",
+    "PerturbedTensors",
+    "QuantizedWeight",
+    "RNGState",
+    "SharpnessAwareMinimizer",
+    "default_rho",
+    "frozen_norm_statistics",
+    "kinds_of_parameters",
+    "quantized_weights",
+    "running_statistics",
+    "set_aside",
+]

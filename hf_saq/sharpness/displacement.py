@@ -1,4 +1,4 @@
-"""`eps` for a whole model, and how it is put in place and taken back."""
+"""Hold `eps` for a whole model, put it in place and take it back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import sharding
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
-    """What is added to a model while it trains at a perturbed point. An empty one adds nothing.
+    """The tensors that are added to a model while it trains at a perturbed point. An empty one adds nothing.
 
     Attributes:
         outputs: Added to `Q(w)`, by the quantizer that makes it.
@@ -24,6 +24,9 @@ class Displacement:
 
     outputs: dict[Quantizer, Tensor] = field(default_factory=dict)
     in_place: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.outputs or self.in_place)
 
     @contextmanager
     def shifted(self) -> Iterator[None]:
@@ -42,7 +45,7 @@ class Displacement:
                 torch._foreach_copy_([sharding.local(p) for p in self.in_place], saved)
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors of this process by the names of quantizers and parameters in `model`, to be stored."""
+        """Name the tensors of this process after the quantizers and parameters of `model`, to be stored."""
         modules = {module: name for name, module in model.named_modules()}
         parameters = {p: name for name, p in model.named_parameters()}
         outputs = {modules[quantizer]: eps for quantizer, eps in self.outputs.items()}
@@ -50,7 +53,7 @@ class Displacement:
 
     @classmethod
     def from_named(cls, tensors: Mapping[str, Tensor], model: nn.Module) -> Displacement:
-        """What [`named`] gave, on the devices of `model`.
+        """Rebuild what [`named`] gave, on the devices of `model`.
 
         Raises:
             ValueError: If a name belongs to no quantizer and no parameter of `model`.

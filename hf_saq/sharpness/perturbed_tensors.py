@@ -1,13 +1,16 @@
-"""Which tensors of a model are perturbed: quantized weights at their quantizer's output, the others in place."""
+"""Find which tensors of a model are perturbed: quantized weights at their quantizer's output, the others in place."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..quantizers import Quantizer
+
+KINDS = ("weight", "scale", "norm", "bias", "other")
+"""Kinds of parameters. One that several modules share is of the first kind that fits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,30 +22,65 @@ class QuantizedWeight:
     quantizer: Quantizer
 
 
+class PerturbedTensors:
+    """The tensors of a model that a perturbation may move, as the model is now.
+
+    Args:
+        model: Its parameters may be replaced, frozen or unfrozen later; [`is_current`] then says no.
+        perturb: Kinds of tensors, some of `KINDS`.
+
+    Attributes:
+        weights: Trainable quantized weights, once for each quantizer, in the order of `named_modules`.
+        in_place: Trainable parameters that are moved themselves, without the quantized weights.
+        latent: Parameters that stand behind `weights`.
+        without_size: Those of `in_place` that the adaptive form does not scale: biases.
+        costly: Parameters whose gradients a first pass may leave out where they are not asked for.
+    """
+
+    def __init__(self, model: nn.Module, perturb: Collection[str]):
+        self.parameters = list(model.parameters())
+        self._signature = _signature(model)
+        kinds = kinds_of_parameters(model)
+        in_place = in_place_parameters(model, perturb)
+        self.weights = quantized_weights(model) if "weight" in perturb else []
+        self.in_place = [p for _, p in in_place]
+        self.latent = {entry.weight: entry for entry in self.weights}
+        self.by_quantizer = {entry.quantizer: entry for entry in self.weights}
+        self.without_size = {p for name, p in in_place if name.endswith("bias")}
+        # Gradients of biases and norms cost next to nothing, and with them the graph begins as early as in a plain
+        # pass: reentrant checkpointing drops the gradients of a block none of whose inputs requires one.
+        self.costly = [p for p, kind in kinds.items() if kind not in ("bias", "norm")]
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Tell whether `model` still has these parameters, each as trainable as it was."""
+        return _signature(model) == self._signature
+
+    def __bool__(self) -> bool:
+        return bool(self.weights or self.in_place)
+
+
+def _signature(model: nn.Module) -> list[tuple[int, bool]]:
+    return [(id(p), p.requires_grad) for p in model.parameters()]
+
+
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
-    """Every trainable weight that a weight quantizer reads, once for each quantizer."""
-    found: list[QuantizedWeight] = []
-    for name, module in model.named_modules():
-        quantizer = getattr(module, "weight_quantizer", None)
-        weight = getattr(module, "weight", None)
-        if isinstance(quantizer, Quantizer) and isinstance(weight, nn.Parameter) and weight.requires_grad:
-            found.append(QuantizedWeight(name, weight, quantizer))
-    return found
+    """List every trainable weight that a weight quantizer reads, once for each quantizer."""
+    return [
+        QuantizedWeight(name, weight, quantizer)
+        for name, weight, quantizer in _weights_behind_quantizers(model)
+        if weight.requires_grad
+    ]
 
 
 def is_normalization(module: nn.Module) -> bool:
-    """Batch, layer, group, RMS and other norms, torch's or a library's own."""
+    """Tell whether `module` is a batch, layer, group, RMS or other norm, torch's or a library's own."""
     return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
 
 
 def kinds_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Each parameter's kind: `weight` (quantized), `bias`, `norm`, `scale` (of a quantizer) or `other`.
-
-    A parameter shared by several modules takes the first kind that fits: weight, scale, norm, bias, other.
-    """
-    latent = {entry.weight for entry in quantized_weights(model)}
+    """Map each parameter to its kind: `weight` (quantized), `bias`, `norm`, `scale` (of a quantizer) or `other`."""
+    latent = {weight for _, weight, _ in _weights_behind_quantizers(model)}
     kinds: dict[nn.Parameter, str] = {}
-    rank = ("weight", "scale", "norm", "bias", "other")
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter in latent:
@@ -53,12 +91,27 @@ def kinds_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
                 kind = "norm"
             else:
                 kind = "bias" if name == "bias" or name.endswith("_bias") else "other"
-            if parameter not in kinds or rank.index(kind) < rank.index(kinds[parameter]):
+            if parameter not in kinds or KINDS.index(kind) < KINDS.index(kinds[parameter]):
                 kinds[parameter] = kind
     return kinds
 
 
 def in_place_parameters(model: nn.Module, perturb: Collection[str]) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters, without the quantized weights, whose kind is in `perturb`."""
+    """List names and trainable parameters, without quantized weights, whose kind is in `perturb`."""
     kinds = kinds_of_parameters(model)
-    return [(n, p) for n, p in model.named_parameters() if kinds[p] != "weight" and kinds[p] in perturb]
+    wanted = set(perturb) - {"weight"}
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and kinds[p] in wanted]
+
+
+def _weights_behind_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Quantizer]]:
+    for name, module in model.named_modules():
+        quantizer, weight = getattr(module, "weight_quantizer", None), getattr(module, "weight", None)
+        if not isinstance(quantizer, Quantizer):
+            continue
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name}: its weight is computed from other parameters since it was quantized (pruning, weight or "
+                "spectral norm), so that it cannot be perturbed. Make that permanent first: "
+                "`torch.nn.utils.prune.remove`, `remove_weight_norm` and the like."
+            )
+        yield name, weight, quantizer

@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 shards over processes, next to plain ones: all that the sharpness-aware step must know of them.
+"""Handle tensors that FSDP2 shards over processes like plain ones: all that a perturbed step must know of them.
 
 Outside of forward and backward the parameters of a model under `fully_shard`, and their gradients, are DTensors of
 which each process holds a part; gradients are already averaged over processes. A quantizer's output and `g_q` are
@@ -7,7 +7,6 @@ plain and whole on each process, `g_q` of its own batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -25,17 +24,17 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor on each process; communicates if it is sharded."""
+    """Return the whole tensor on each process; communicates if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of `tensor` that this process holds, in the same memory."""
+    """Return the part of `tensor` that this process holds, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def with_local(like: Tensor, part: Tensor) -> Tensor:
-    """The tensor that is placed as `like` and of which this process holds `part`; on the device of `like`."""
+    """Build the tensor that is placed as `like` and of which this process holds `part`; on the device of `like`."""
     part = part.to(like.device)
     if not isinstance(like, DTensor):
         return part
@@ -43,7 +42,7 @@ def with_local(like: Tensor, part: Tensor) -> Tensor:
 
 
 def quantized(entry: QuantizedWeight) -> Tensor:
-    """`Q(w)`, whole, in memory of its own."""
+    """Compute `Q(w)`, whole, in memory of its own."""
     if not is_sharded(entry.weight):
         return entry.quantizer.fake_quantize(entry.weight)
     whole = {f"q.{name}": full(p) for name, p in entry.quantizer.named_parameters()}
@@ -71,32 +70,39 @@ def average_over_processes(tensors: list[Tensor]) -> None:
     torch._foreach_div_(tensors, dist.get_world_size())
 
 
-def average_number(value: float, like: Sequence[Tensor]) -> float:
-    """The mean of `value` over all processes, the same to the last bit on each; communicated where `like` lives."""
-    device = like[0].device if like else torch.device("cpu")
-    number = torch.tensor(value, dtype=torch.float64, device=device)
+def averaged(number: Tensor) -> Tensor:
+    """Return the mean of a 0-d `number` over all processes in float64, the same to the last bit on each."""
+    number = precise(number.detach().clone())
     average_over_processes([number])
-    return number.item()
+    return number
+
+
+def precise(number: Tensor) -> Tensor:
+    """Widen to float64, where the device has it."""
+    return number if number.device.type == "mps" else number.double()
 
 
 def global_norms(plain: Sequence[Tensor], sharded: Sequence[Tensor]) -> tuple[float, float]:
-    """Two L2 norms over both lists: the one for this process's `plain` tensors, and the one for all processes' shards.
+    """Compute two L2 norms over both lists: one for this process's `plain` tensors, one for all processes' shards.
 
     The second must be the same everywhere, also where each process has plain tensors of its own: it is the root mean
-    square of the first over processes. Where all have the same, or nothing is sharded, the two are equal.
+    square of the first over processes. Where all have the same, or nothing is sharded, the two are equal. Both are
+    read back from the device at once.
     """
     own = norm(plain)
     if not sharded:
-        return own, own
-    shards = norm(sharded)
-    mean_square = average_number(own**2, sharded)
-    return math.hypot(own, shards), math.hypot(math.sqrt(mean_square), shards)
+        return (length := own.item()), length
+    shards = precise(norm(sharded))
+    mean_square = averaged(own.to(shards) ** 2)
+    both = torch.stack([torch.hypot(own.to(shards), shards), torch.hypot(mean_square.sqrt(), shards)])
+    first, second = both.tolist()
+    return first, second
 
 
-def norm(tensors: Sequence[Tensor]) -> float:
-    """One L2 norm over all elements; all of `tensors` are sharded or none is."""
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Compute one L2 norm over all elements, a 0-d tensor; all of `tensors` are sharded or none is."""
     if not tensors:
-        return 0.0
+        return torch.zeros(())
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -107,7 +113,7 @@ def norm(tensors: Sequence[Tensor]) -> float:
             norms += [torch.linalg.vector_norm(t, dtype=wide) for t in group]
         else:
             norms += torch._foreach_norm(group, 2, dtype=wide)
-    return float(full(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))))
+    return full(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,27 +1,30 @@
-"""`from_pretrained` for quantized models: the `HfQuantizer` of `quant_method="saq"` and its registration."""
+"""Let `from_pretrained` build quantized models: the `HfQuantizer` of `quant_method="saq"`, registered at the end.
+
+It is imported as soon as `transformers.quantizers` is, which may be before transformers has any model. So nothing that
+is imported here may need models of transformers; `conversion` imports its modules when they are used.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ..config import QUANT_METHOD, SAQQuantizationConfig
-from ..conversion import attention_interface
-from ..conversion.first_scales import initialize_weight_quantizers
-from ..conversion.forms import convert_to_packed, dequantize_in_place, is_packed
-from ..conversion.report import note_signs
-from ..conversion.swapping import convert
+from .. import conversion
+from ..config import FORMAT_VERSION, QUANT_METHOD, SAQQuantizationConfig
 from ..layers import PackedLayer
 from ..quantizers import Quantizer
+from .absent_layers import absent_packed_layers, prepare_absent_layers
+from .earlier_versions import first_last_modules_of
 from .seal import check_seal, make_seal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class SAQHfQuantizer(HfQuantizer):
@@ -37,7 +40,7 @@ class SAQHfQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Quantized attention products come with an implementation of their own, which `config.json` does not name."""
         if self.quantization_config.quantize_attention:
-            attention_interface.choose(config)
+            conversion.attention_interface.choose(config)
         return config
 
     def _process_model_before_weight_loading(
@@ -54,10 +57,15 @@ class SAQHfQuantizer(HfQuantizer):
         self._weights = str(checkpoint_files[0]) if checkpoint_files else "what was loaded"
         if checkpoint_files:
             check_seal(checkpoint_files, self.quantization_config.to_dict() if self.pre_quantized else None)
-        if self.quantization_config.storage == "packed":
-            convert_to_packed(model, self.quantization_config)
+        config, stored = self.quantization_config, self.pre_quantized
+        if stored and config.format_version < FORMAT_VERSION:
+            config = config.replace(first_last_modules=first_last_modules_of(model, config))
+        if config.storage == "packed":
+            report = conversion.convert_to_packed(model, config)
         else:
-            convert(model, self.quantization_config)
+            report = conversion.convert(model, config, stored)
+        # A copy: one configuration of the user's may serve several models.
+        self.quantization_config = conversion.as_decided(config, report)
         if not self.pre_quantized:
             # A float checkpoint has no quantizers; they get their values below, so the report should not list them.
             ignored = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
@@ -65,13 +73,13 @@ class SAQHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
-        quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
         if not self.pre_quantized:
-            for quantizer in quantizers:
-                quantizer.reset()
-            initialize_weight_quantizers(model)
+            for module in model.modules():
+                if isinstance(module, Quantizer):
+                    module.reset()
+            conversion.initialize_weight_quantizers(model)
             return model
-        own = model.state_dict(keep_vars=True) if is_packed(model) else _own_tensors(model)
+        own = model.state_dict(keep_vars=True) if conversion.is_packed(model) else _own_tensors(model)
         offloaded = [name for name, tensor in own.items() if tensor.is_meta]
         if offloaded:
             raise ValueError(
@@ -79,25 +87,41 @@ class SAQHfQuantizer(HfQuantizer):
                 f"are used from, for example {offloaded[0]}. Quantized models cannot be offloaded: give every module "
                 "a device it runs on; packed weights take little of it."
             )
+        prepare_absent_layers(model)
+        self.quantization_config = model.config.quantization_config  # type: ignore[union-attr, assignment]
+        self.quantization_config.attach_to(model)
+        own = model.state_dict(keep_vars=True) if conversion.is_packed(model) else _own_tensors(model)
         missing = [name for name, tensor in own.items() if not getattr(tensor, "_is_hf_initialized", False)]
         if missing:
+            new = absent_packed_layers(model)
+            advice = "Nothing was substituted: use the checkpoint it was saved with."
+            if new:
+                advice += (
+                    f" If {new[0]} is to be new, for other classes for example: packed layers cannot be trained. Load "
+                    "the checkpoint in float storage that was packed, or `hf_saq.unpack` this model as it is, save "
+                    "that and load it again."
+                )
             raise ValueError(
                 f"The checkpoint of this {type(model).__name__} lacks {len(missing)} tensor(s) of the quantized "
                 f"model, for example {missing[:3]}. Its config.json says quant_method={QUANT_METHOD!r}, "
                 f"storage={self.quantization_config.storage!r}; {self._weights} is incomplete or belongs to another "
-                "model. Nothing was substituted: use the checkpoint it was saved with."
+                f"model. {advice}"
             )
-        for quantizer in quantizers:
-            quantizer.check_state()
-        note_signs(model)
+        conversion.initialize_weight_quantizers(model)
+        for module in model.modules():
+            if isinstance(module, Quantizer):
+                module.check_state()
+        conversion.note_signs(model)
         for module in model.modules():
             if isinstance(module, PackedLayer):
                 module.check_size()
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """What `save_pretrained` adds to the header of weight files: the seal of a packed model, see `seal.py`."""
-        if not is_packed(model):
+        """Give what `save_pretrained` adds to headers of weight files: the seal of a packed model, see `seal.py`."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        if not conversion.is_packed(model):
             return None, {}
         state = model.state_dict()
         for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
@@ -107,12 +131,12 @@ class SAQHfQuantizer(HfQuantizer):
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
         return None, make_seal(
             revert_weight_conversion(model, state),  # type: ignore[arg-type]
-            self.quantization_config.to_dict(),
+            config.quantization_config.to_dict(),
             json.loads(config.to_json_string()),
         )
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        dequantize_in_place(model)
+        conversion.dequantize_in_place(model)
         return model if dtype is None else model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
@@ -134,7 +158,7 @@ class SAQHfQuantizer(HfQuantizer):
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors that only a quantized checkpoint has, by name: those of quantizers and packed layers."""
+    """Find the tensors that only a quantized checkpoint has, by name: those of quantizers and packed layers."""
     return {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
@@ -144,8 +168,9 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def register() -> None:
-    """Make transformers know `quant_method="saq"` and the attention of that name. Safe to call again, for example when
-    the module is reloaded."""
+    """Make transformers know `quant_method="saq"`. Safe to call again, for example when the module is reloaded."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SAQQuantizationConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SAQHfQuantizer
-    attention_interface.register()
+
+
+register()

@@ -1,17 +1,15 @@
-"""From one saved model to another: directories in, directories out."""
+"""Make one saved model from another: directories in, directories out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from ..conversion.forms import dequantize, pack
-from ..hub.card import model_card, weight_file_bytes
-from ..hub.commits import copy_files
-from .inspection import inspect_checkpoint, local_directory, model_class, stored_config
-
-CARD = "README.md"
+from .saved_directory import PROCESSOR_FILES, copy_files, local_directory, model_class, stored_config
+from .weight_files import weight_file_bytes
 
 
 def pack_saved(source: str, target: str | Path) -> int:
@@ -38,37 +36,14 @@ def dequantize_saved(source: str, target: str | Path) -> int:
     return _rewrite(source, Path(target), dequantize)
 
 
-def write_card(directory: str | Path, load_from: str | None = None, overwrite: bool = False) -> Path:
-    """Write the `README.md` of a saved model from what is stored there; how good it is, is not.
-
-    Args:
-        directory: The saved model.
-        load_from: What the loading snippet names: the repository it will be in. Default: the directory's name.
-        overwrite: Whether to replace a card that is there.
-
-    Raises:
-        ValueError: If there is a card already, or no model of hf_saq.
-    """
-    card = Path(directory) / CARD
-    if card.exists() and not overwrite:
-        raise ValueError(
-            f"{card} exists; it may hold what was measured in training. Replace it with overwrite (--force)."
-        )
-    if not Path(directory).is_dir():
-        raise ValueError(f"{directory} is not a directory; expected that of a saved model.")
-    found = inspect_checkpoint(str(directory))
-    model_card(found.card_facts(load_from or Path(directory).absolute().name)).save(card)
-    return card
-
-
-def _rewrite(source: str, target: Path, change) -> int:
+def _rewrite(source: str, target: Path, change: Callable[[nn.Module], nn.Module]) -> int:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty directory; name a new one.")
     directory = local_directory(source)
     kind = model_class(stored_config(directory))
-    changed: nn.Module = change(kind.from_pretrained(directory))
+    changed = change(kind.from_pretrained(directory))
     changed.save_pretrained(target)  # type: ignore[operator]
-    copy_files([file.name for file in directory.glob("*processor_config.json")], directory, target)
+    copy_files(PROCESSOR_FILES, directory, target)
     size = weight_file_bytes(target)
     assert size is not None
     return size

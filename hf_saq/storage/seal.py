@@ -1,4 +1,4 @@
-"""What a packed checkpoint says about itself, so that nothing but what was saved can be loaded.
+"""Seal a packed checkpoint with what it is, so that nothing but what was saved can be loaded.
 
 The *seal* is one entry of the metadata that a safetensors file has in its header, the same in every shard. It is JSON:
 
@@ -33,7 +33,7 @@ NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights"}
 def make_seal(
     tensors: Mapping[str, Tensor], quantization_config: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The metadata entry for a checkpoint of these `tensors`, under the names they have in the file.
+    """Make the metadata entry for a checkpoint of these `tensors`, under the names they have in the file.
 
     Args:
         config: The fields of `config.json`.
@@ -127,7 +127,8 @@ def _check_quantization(path: Path, saved: dict[str, Any], given: Mapping[str, A
             f"{path} holds packed integers, but config.json has no quantization_config; it is not that of the save."
         )
     given = json.loads(json.dumps(given))
-    for name, value in saved.items():
+    # Fields that the version it was saved with did not have count as not set.
+    for name, value in {**dict.fromkeys(given), **saved}.items():
         if given.get(name) != value:
             raise ValueError(
                 f"config.json: quantization_config.{name} is {given.get(name)!r}, but {path} was saved with "

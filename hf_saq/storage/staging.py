@@ -1,22 +1,22 @@
-"""Saving over an earlier save without a moment at which neither can be loaded."""
+"""Save over an earlier save without a moment at which neither can be loaded."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .weight_files import is_index, is_model_file
+
 STAGE = "_saving"
 """Where a save is written first, inside its directory; `Trainer` uploads nothing that begins with an underscore."""
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @contextmanager
 def staged(directory: str | Path) -> Iterator[Path]:
-    """A directory to save into. Its files replace those of `directory` when all of them are complete.
+    """Give a directory to save into. Its files replace those of `directory` when all of them are complete.
 
     Killed before that, a save changes nothing. The files are then renamed one by one, weights first, which takes well
     under a millisecond: a save killed in between leaves the earlier weights or the later ones. Only where the two
@@ -37,15 +37,14 @@ def staged(directory: str | Path) -> Iterator[Path]:
             (directory / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / path, directory / path)
         written = {path.name for path in new}
-        if any(_WEIGHTS.fullmatch(name) for name in written):
+        if any(is_model_file(name) for name in written):
             for path in directory.iterdir():
-                if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+                if is_model_file(path.name) and path.name not in written:
                     path.unlink()
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def _order(path: Path) -> tuple[int, str]:
-    """Shards, then what makes them count, then everything else."""
-    is_weights, is_index = _WEIGHTS.fullmatch(path.name), path.name.endswith(".index.json")
-    return (1 if is_index else 0) if is_weights else 2, str(path)
+    """Put shards first, then what makes them count, then everything else."""
+    return (1 if is_index(path.name) else 0) if is_model_file(path.name) else 2, str(path)

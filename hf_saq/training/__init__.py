@@ -1,0 +1,28 @@
+"""Train a quantized model: `SAQTrainer`, and the parts of it that a training loop of one's own needs.
+
+Comes in: a model, the two configurations, what `transformers.Trainer` takes. Goes out: trained models, logs, and
+checkpoints that a run goes on from exactly. Must not know: the command line.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_exports
+from .parameter_groups import parameter_groups, quantizer_parameters
+
+if TYPE_CHECKING:
+    from .checkpoints import last_complete_checkpoint, what_is_missing
+    from .trainer import SAQTrainer
+
+# Lazy, because the Trainer takes seconds to import. Not so `parameter_groups`: its module has the same name.
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {"checkpoints": ("last_complete_checkpoint", "what_is_missing"), "trainer": ("SAQTrainer",)},
+)
+
+__all__ = [
+    "SAQTrainer",
+    "last_complete_checkpoint",
+    "parameter_groups",
+    "quantizer_parameters",
+    "what_is_missing",
+]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .schedule_state import FILE_PREFIX
+from ..storage.same_quantization import stored_quantization
+from ..storage.weight_files import holds_weights
 
 STATE_FILE = "trainer_state.json"
 """`Trainer` writes it last: a checkpoint that has it is complete."""
@@ -19,15 +20,23 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "it is not a directory"
+    if stored_quantization(checkpoint).get("storage") == "packed":
+        return "it holds packed integers, for inference; the float weights to train on are in a checkpoint-N folder"
+    if (
+        holds_weights(checkpoint)
+        and not list(checkpoint.glob("optimizer*"))
+        and not (checkpoint / STATE_FILE).exists()
+    ):
+        return (
+            f"{STATE_FILE} is missing: it is a saved model and not a training checkpoint, or its save was not finished"
+        )
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError):
         return f"{STATE_FILE} is missing or cut off, so the save was not finished"
-    tensors = sorted(checkpoint.glob("*.safetensors"))
-    holds_weights = any(not file.name.startswith(FILE_PREFIX) for file in tensors)
-    if not holds_weights and not any(checkpoint.glob("*/*.distcp")) and not any(checkpoint.glob("pytorch_model*.bin")):
+    if not holds_weights(checkpoint):
         return "it holds no weights"
-    for file in tensors:
+    for file in sorted(checkpoint.glob("*.safetensors")):  # also what a schedule remembers
         try:
             with safe_open(file, framework="pt"):
                 pass  # opening compares the size of the file with its header

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..quantizers import Quantizer
-from ..sharpness.perturbed_tensors import kinds_of_parameters
+from ..sharpness import kinds_of_parameters
 
 
 def quantizer_parameters(model: nn.Module) -> set[nn.Parameter]:

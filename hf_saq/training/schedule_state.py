@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..sharpness.schedules.step import ScheduledStep
+from ..sharpness.schedules import ScheduledStep
 
 FILE_PREFIX = "perturbation_state"
 

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+import inspect
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ..analysis.cost import cost
 from ..config import SAQConfig, SAQQuantizationConfig
-from ..conversion.calibration import NEVER_RUN, calibrate, needs_calibration
-from ..conversion.forms import is_packed, pack
-from ..conversion.swapping import leave_in_float, quantize
+from ..conversion.forms import is_packed
+from ..conversion.swapping import quantize
 from ..hub.publishing_trainer import PublishingTrainer
-from ..layers import HoldsQuantizers, QuantizedLayer
-from ..sharpness.default_radius import default_rho
-from ..sharpness.minimizer import SharpnessAwareMinimizer
-from ..sharpness.random_state import RNGState
-from ..sharpness.schedules.partial_batch import batch_size
-from ..sharpness.schedules.step import ScheduledStep
-from ..storage.staging import staged
-from .checkpoints import STATE_FILE, last_complete_checkpoint, what_is_missing
+from ..layers import QuantizedLayer
+from .calibrating import Calibrating
+from .columns import KeepsColumnsOfTransforms
+from .fsdp import check_fsdp, skeleton_of
 from .parameter_groups import quantizer_parameters, split_off_scales
-from .schedule_state import load_schedule, save_schedule
-
-logger = logging.getLogger(__name__)
-
-CALIBRATION_BATCHES = 4
+from .perturbed_steps import PerturbedSteps
+from .saving import SavesAndResumes
 
 
-class SAQTrainer(PublishingTrainer):
+class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTransforms, PublishingTrainer):
     """Trains a quantized image classifier with Sharpness-Aware Quantization (arXiv:2111.12273).
 
     Everything else is [`transformers.Trainer`]: the same arguments, callbacks, evaluation, checkpoints and Hub push.
@@ -56,7 +41,8 @@ class SAQTrainer(PublishingTrainer):
         args: Training arguments.
         saq_config: How to perturb. `SAQConfig(case=None)` is plain quantization-aware training. Default `SAQConfig()`.
         quantization_config: If given, `model` is float and is quantized in place.
-        **kwargs: Those of [`transformers.Trainer`].
+        *more: Those of [`transformers.Trainer`] after `args`, in its order.
+        **kwargs: The same by name.
 
     Raises:
         ValueError: If the model is packed (it has no weights to train), if it has no quantized layer although a
@@ -67,32 +53,44 @@ class SAQTrainer(PublishingTrainer):
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: TrainingArguments | None = None,
-        *,
+        *more: Any,
         saq_config: SAQConfig | None = None,
         quantization_config: SAQQuantizationConfig | None = None,
         **kwargs: Any,
     ):
+        kwargs |= _named(more, kwargs)
+        _check_types(model, args, saq_config, quantization_config)
         if kwargs.get("model_init") is not None:
             raise ValueError("SAQTrainer: model_init is not supported; pass a model, one trainer for each trial.")
         if model is None:
             raise ValueError("SAQTrainer: model is None; pass a quantized model, or a float one and a configuration.")
         if quantization_config is not None:
             model = quantize(model, quantization_config)
+        self.saq_config = saq_config or SAQConfig()
+        self._check_model(model)
+        super().__init__(model=model, args=args, **kwargs)
+        self.args: TrainingArguments
+        self.model: nn.Module
+        self._check_set_up()
+        if self.is_fsdp_enabled:
+            self._skeleton = skeleton_of(self.model)
+        self.prepare_steps()
+
+    def _check_model(self, model: nn.Module) -> None:
         if is_packed(model):
             raise ValueError(
                 f"{type(model).__name__} holds packed integers, which cannot be trained. Load a checkpoint in float "
                 "storage, as training leaves them in `checkpoint-N`."
             )
-        self.saq_config = saq_config or SAQConfig()
-        if self.saq_config.case is not None and not any(isinstance(m, QuantizedLayer) for m in model.modules()):
-            if "other" not in self.saq_config.perturb:
-                raise ValueError(
-                    f"{type(model).__name__} has no quantized layer. Pass quantization_config="
-                    "SAQQuantizationConfig(...), or load it with from_pretrained(..., quantization_config=...)."
-                )
-        super().__init__(model=model, args=args, **kwargs)
-        self.args: TrainingArguments
-        self.model: nn.Module
+        quantized = any(isinstance(m, QuantizedLayer) for m in model.modules())
+        if self.saq_config.case is not None and not quantized and "other" not in self.saq_config.perturb:
+            raise ValueError(
+                f"{type(model).__name__} has no quantized layer. Pass quantization_config="
+                "SAQQuantizationConfig(...), or load it with from_pretrained(..., quantization_config=...)."
+            )
+
+    def _check_set_up(self) -> None:
+        """Raise where the way of training cannot work with two passes."""
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"SAQTrainer: {self.args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot take the "
@@ -103,115 +101,14 @@ class SAQTrainer(PublishingTrainer):
                 "SAQTrainer: DeepSpeed steps inside backward, so a second pass cannot be put before the step. Use DDP "
                 "or FSDP2, or SAQConfig(case=None)."
             )
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if self.saq_config.case is not None and (optim.endswith("lomo") or optim.endswith("layerwise")):
+            raise ValueError(
+                f"SAQTrainer: optim={optim!r} steps inside backward, so a second pass cannot be put before the step. "
+                "Use another optimizer, or SAQConfig(case=None)."
+            )
         if self.is_fsdp_enabled:
-            self._check_fsdp()
-            self._skeleton = _on_meta(self.model)
-        self._mend_loss_scaling()
-        self.minimizer: SharpnessAwareMinimizer | None = None
-        self.scheduled_step: ScheduledStep | None = None
-        if self.saq_config.case is not None:
-            if self.saq_config.rho is None:
-                self.saq_config = copy.copy(self.saq_config)
-                self.saq_config.rho, family = default_rho(self.model)
-                logger.warning(
-                    "SAQConfig.rho is not set; using rho=%g, the default for %s models.", self.saq_config.rho, family
-                )
-            self.minimizer = SharpnessAwareMinimizer(
-                self.model,
-                rho=self.saq_config.rho,
-                case=self.saq_config.case,  # type: ignore[arg-type]
-                adaptive=self.saq_config.adaptive,
-                eta=self.saq_config.eta,
-                perturb=self.saq_config.perturb,
-                sync=self.saq_config.sync,
-            )
-            schedule = self.saq_config.perturbation_schedule()
-            self.scheduled_step = ScheduledStep(self.minimizer, schedule, self._loss_scale)
-        self._step_batches: list[Any] = []
-        self._micro_batch = 0  # how many of them are done
-        self._sharpness: list[Tensor] = []
-        self._ascent_norms: list[float] = []
-        self._perturbed_steps: list[bool] = []  # which of the steps that the trigger decided on
-        self._cost_logs: dict[str, float] = {}  # of a model calibrated here, for the first line of its log
-
-    # The sharpness-aware step ----------------------------------------------------------------------------------------
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """One micro-batch: gradients at the perturbed quantized weights, as far as the schedule asks for them.
-
-        Returns:
-            The clean loss; of a step of one perturbed pass, the perturbed one.
-        """
-        plain_step = super().training_step
-        if self.scheduled_step is None:
-            return plain_step(model, inputs, num_items_in_batch)
-
-        def backward(batch: dict[str, Any], reduce: bool = True) -> Tensor:
-            items: Any = num_items_in_batch
-            if items is not None and self.saq_config.ascent_fraction != 1:  # counted in the whole batch
-                items = items * batch_size(batch) / batch_size(inputs)
-            with nullcontext() if reduce else self.accelerator.no_sync(model=model):
-                return plain_step(model, copy.copy(batch), items)
-
-        batches, k = self._step_batches or [inputs], self._micro_batch
-        self._micro_batch = (k + 1) % len(batches)
-        outcome = self.scheduled_step.micro_batch(k, batches, backward, self.state.global_step, self.state.max_steps)
-        # Losses come divided by the number of micro-batches; logs are per image.
-        self._sharpness += [difference * len(batches) for difference in outcome.sharpness]
-        if outcome.ascent_norm is not None:
-            self._ascent_norms.append(outcome.ascent_norm)
-        if self.saq_config.trigger and self._micro_batch == 0:
-            self._perturbed_steps.append(outcome.ascent_norm is not None)
-        return outcome.loss
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """All micro-batches of the coming optimizer step, kept: a schedule may need them together."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # A callback may have stopped the previous step half-way.
-        self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
-        return batches, num_items
-
-    def _loss_scale(self) -> float:
-        scaler = getattr(self.accelerator, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None else 1.0
-
-    def _mend_loss_scaling(self) -> None:
-        """`Trainer` takes a `**kwargs` in `forward` as a promise to use `num_items_in_batch` in the loss. Image
-        classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large."""
-        if getattr(self.accelerator.unwrap_model(self.model), "accepts_loss_kwargs", None) is None:
-            self.model_accepts_loss_kwargs = False
-
-    def _check_fsdp(self) -> None:
-        """Raise where FSDP cannot do what is asked for, before it shards anything."""
-        plugin = self.accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2 and self.saq_config.case is not None:
-            raise ValueError(
-                "SAQTrainer: FSDP version 1 hides the parameters of a layer in one flat tensor. Set fsdp_version: 2 "
-                'in the accelerate config, or "version": 2 in fsdp_config.'
-            )
-        if plugin.cpu_ram_efficient_loading:
-            raise ValueError(
-                "SAQTrainer: FSDP's cpu_ram_efficient_loading leaves quantizers uncalibrated on all processes but the "
-                "first, and accelerate cannot broadcast their buffers. Set fsdp_cpu_ram_efficient_loading: false."
-            )
-        if self.args.save_on_each_node:
-            raise ValueError("SAQTrainer: under FSDP only the first process holds the model; unset save_on_each_node.")
-        if self.saq_config.case is not None and (
-            self.saq_config.trigger or self.saq_config.reuse in ("previous", "look")
-        ):
-            raise ValueError(
-                f"SAQTrainer: SAQConfig({self.saq_config.perturbation_schedule().kind}) under FSDP2, where gradients "
-                'exist only averaged over processes and in shards. Use interval, ascent_fraction or reuse="stale".'
-            )
-        if self.saq_config.case in (1, 2) and self.saq_config.sync == "local":
-            raise ValueError(
-                f'SAQTrainer: SAQConfig(case={self.saq_config.case}, sync="local") under FSDP2, where gradients of '
-                'latent weights exist only averaged over processes. Set sync="global", or case=3.'
-            )
-
-    # Calibration -----------------------------------------------------------------------------------------------------
+            check_fsdp(self.accelerator, self.args, self.saq_config)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """Calibrate what is not calibrated yet, then train as [`transformers.Trainer.train`].
@@ -221,86 +118,19 @@ class SAQTrainer(PublishingTrainer):
                 finished: one that a killed run left half-written is passed over.
         """
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._complete_checkpoint(resume_from_checkpoint)
+            resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
         else:
             self.calibrate_if_needed()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._step_batches = []
 
-    def _complete_checkpoint(self, asked: str | bool) -> str:
-        if asked is True:
-            found = last_complete_checkpoint(str(self.args.output_dir))
-            if found is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete checkpoint. Name a "
-                    "checkpoint directory, or train from the start."
-                )
-            return found
-        missing = what_is_missing(str(asked))
-        if missing is not None:
-            raise ValueError(
-                f"resume_from_checkpoint={str(asked)!r}: {missing}. Pass True to use the newest complete checkpoint."
-            )
-        return str(asked)
-
-    def calibrate_if_needed(self) -> None:
-        """Fit missing activation ranges to the first batches of the training data, alike on every process."""
-        if not needs_calibration(self.model):
-            return
-        if self.train_dataset is None:
-            raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to do it with.")
-        with unchanged_rng():
-            batches = list(self._calibration_batches())
-            calibrate(self.model, batches)
-            image = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batches[0].items()}
-            found = cost(self.model, image)
-        logger.info("For the first training image:\n%s", found)
-        self._cost_logs = {"bit_operations": found.bops, "weight_bytes": found.weight_bytes}
-
-    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
-        """Plain, unsharded batches: every process must see the same ones."""
-        dataset: Any = self.train_dataset
-        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            shuffle=not isinstance(dataset, IterableDataset),
-            generator=generator,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="calibration"),
-        )
-        for batch in itertools.islice(loader, CALIBRATION_BATCHES):
-            yield {name: value for name, value in self._prepare_inputs(batch).items() if name not in self.label_names}
-
-    # Logs ------------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the quantities of the perturbation to training logs."""
-        if "loss" in logs:
-            logs = {**logs, **self._cost_logs, **self._perturbation_logs()}
-            self._cost_logs = {}
-        super().log(logs, start_time)
-
-    def _perturbation_logs(self) -> dict[str, float]:
-        """Means over processes; which quantities there are is alike on every process, as schedules are."""
-        if self.minimizer is None:
-            return {}
-        found: dict[str, float | Tensor] = {}
-        if self._sharpness:
-            found["sharpness"] = torch.stack(self._sharpness).mean()
-        if self._ascent_norms:
-            found["ascent_norm"] = sum(self._ascent_norms) / len(self._ascent_norms)
-            found["skipped_perturbations"] = float(self.minimizer.skipped)
-        if self._perturbed_steps:
-            found["perturbed_share"] = sum(self._perturbed_steps) / len(self._perturbed_steps)
-        self._sharpness, self._ascent_norms, self._perturbed_steps = [], [], []
-        if not found:
-            return {}
-        values = torch.stack(
-            [torch.as_tensor(v, device=self.accelerator.device, dtype=torch.float32) for v in found.values()]
-        )
-        means = self.accelerator.gather(values[None]).mean(dim=0).tolist()
-        return {name: round(mean, 6) for name, mean in zip(found, means, strict=True)}
-
-    # Optimizer -------------------------------------------------------------------------------------------------------
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As in `Trainer`, which comes here whenever a training begins: also for a second `train()` and where a batch
+        that was too large makes it start anew."""
+        self.start_steps_again()
+        return super()._init_training_state(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in `Trainer`, less the values of quantizers: decaying a step size would shrink the grid."""
@@ -316,111 +146,52 @@ class SAQTrainer(PublishingTrainer):
             groups = split_off_scales(optimizer.param_groups, model or self.model, self.saq_config.scale_lr_ratio)
             for group in groups:
                 optimizer.add_param_group(group)
+        elif not is_new:
+            self._check_own_optimizer(optimizer, model or self.model)
         return optimizer
 
-    # Checkpoints -----------------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model for use: packed integers and scales. Checkpoints during training keep the latent weights."""
-        is_checkpoint = _internal_call and output_dir is not None
-        quantized = any(isinstance(m, QuantizedLayer) and m.weight_quantizer for m in self.model.modules())
-        # A checkpoint in shards has them in files of their own, next to the optimizer's.
-        in_shards = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if is_checkpoint and (in_shards or not self.is_fsdp_enabled) or not (quantized or self.is_fsdp_enabled):
-            super().save_model(output_dir, _internal_call)
-            return
-        model = self._gathered_model() if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model)
-        if quantized and not is_checkpoint and self.args.should_save:
-            model = pack(model)
-        with self._saving(model):
-            super().save_model(output_dir, _internal_call=True)
-        if self.args.push_to_hub and not _internal_call:  # as `Trainer`, with the model in training put back
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in `Trainer`, but what was saved there before stays whole until all that replaces it is written."""
-        if not self.args.should_save:
-            super()._save(output_dir, state_dict)
-            return
-        with staged(output_dir or str(self.args.output_dir)) as directory:
-            super()._save(str(directory), state_dict)
-
-    def _gathered_model(self) -> nn.Module:
-        """An unsharded copy of the model in CPU memory, with values on the main process only."""
-        whole = copy.deepcopy(self._skeleton)
-        state = self.accelerator.get_state_dict(self.model)
-        if self.accelerator.is_main_process:
-            whole.load_state_dict(state, strict=True, assign=True)
-        return whole
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `Trainer`. If this step was saved before, its checkpoint stops counting as complete at once."""
-        if self.args.should_save:
-            directory = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (Path(self._get_output_dir(trial=trial)) / directory / STATE_FILE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """As in `Trainer`, and next to it what the schedule must remember."""
-        super()._save_rng_state(output_dir)
-        if self.scheduled_step is not None:
-            save_schedule(self.scheduled_step, output_dir, self.args.process_index, self.args.world_size)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.scheduled_step is not None:
-            load_schedule(self.scheduled_step, checkpoint, self.args.process_index, self.args.world_size)
-
-    @contextmanager
-    def _saving(self, model: nn.Module) -> Iterator[None]:
-        """Let `Trainer` save another model than the one in training."""
-        trained, sharded = self.model, self.is_fsdp_enabled
-        self.model, self.is_fsdp_enabled = model, False
-        try:
-            yield
-        finally:
-            self.model, self.is_fsdp_enabled = trained, sharded
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Resume exactly. `Trainer` reads the file's names as the module's names and skips what does not match, which
-        drops the weights of ViT, Swin and others whose names on disk differ; `from_pretrained` knows the mapping."""
-        target = self.model if model is None else model
-        plain = self.accelerator.unwrap_model(target)
-        if self.is_fsdp_enabled or not isinstance(plain, PreTrainedModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        _load_exactly(plain, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        plain = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or not isinstance(plain, PreTrainedModel):
-            super()._load_best_model()
-            return
-        logger.info("Loading best model from %s.", self.state.best_model_checkpoint)
-        _load_exactly(plain, str(self.state.best_model_checkpoint))
+    def _check_own_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Warn where an optimizer that was passed in does with the quantizers' values what nobody wants."""
+        scales = {p for p in quantizer_parameters(model) if p.requires_grad}
+        groups = optimizer.param_groups
+        unseen = scales.difference(*(group["params"] for group in groups))
+        decayed = [group for group in groups if group.get("weight_decay") and not scales.isdisjoint(group["params"])]
+        mixed = [g for g in groups if not scales.isdisjoint(g["params"]) and not scales.issuperset(g["params"])]
+        advice = "Build it after quantization from `hf_saq.parameter_groups(model, learning_rate, weight_decay)`."
+        if unseen:
+            warnings.warn(
+                f"SAQTrainer: the optimizer passed in does not have {len(unseen)} of {len(scales)} step sizes, clips "
+                f"and offsets of quantizers: they will stay as they are. {advice}",
+                stacklevel=2,
+            )
+        if decayed or (mixed and self.saq_config.scale_lr_ratio != 1):
+            warnings.warn(
+                "SAQTrainer: the optimizer passed in treats step sizes of quantizers as weights: SAQConfig."
+                f"scale_lr_ratio={self.saq_config.scale_lr_ratio:g} is not applied to it, and {len(decayed)} of its "
+                f"groups decay them, which shrinks their grid. {advice}",
+                stacklevel=2,
+            )
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose parameters take no memory."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+def _check_types(model: Any, args: Any, saq_config: Any, quantization_config: Any) -> None:
+    """Raise `TypeError` where something of another kind is in the place of one of these."""
+    expected = {
+        "model": (model, nn.Module, "a model, for example of from_pretrained"),
+        "args": (args, TrainingArguments, "TrainingArguments"),
+        "saq_config": (saq_config, SAQConfig, "a SAQConfig, as in SAQConfig(rho=0.1)"),
+        "quantization_config": (quantization_config, SAQQuantizationConfig, "a SAQQuantizationConfig"),
+    }
+    for name, (value, kind, what) in expected.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"SAQTrainer: {name} is a {type(value).__name__}; expected {what}.")
 
 
-def _load_exactly(model: PreTrainedModel, directory: str) -> None:
-    """Put the checkpoint's tensors into `model`; every one must be there and fit."""
-    loaded = type(model).from_pretrained(directory, dtype=model.dtype)
-    stored = getattr(loaded.config, "quantization_config", None)
-    idle = set(getattr(stored, "modules_to_not_convert", None) or ())  # among them those that calibration found idle
-    quantized = {name for name, m in model.named_modules() if isinstance(m, HoldsQuantizers) and name in idle}
-    leave_in_float(model, sorted(quantized), NEVER_RUN)
-    model.load_state_dict(loaded.state_dict(), strict=True)
-
-
-@contextmanager
-def unchanged_rng() -> Iterator[None]:
-    """Leave the random generators as they were, so that calibrating does not change the training run."""
-    state = RNGState()
-    try:
-        yield
-    finally:
-        state.restore()
+def _named(more: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name arguments that were given by position, as `Trainer` takes them: a collator, data sets and so on."""
+    names = list(inspect.signature(Trainer.__init__).parameters)[3:]
+    named = dict(zip(names, more, strict=False))
+    twice = sorted(named.keys() & kwargs.keys())
+    if len(more) > len(names) or twice:
+        found = f"{twice[0]} is given twice" if twice else f"{len(more) + 2} arguments are given by position"
+        raise TypeError(f"SAQTrainer: {found}; expected model, args, then {', '.join(names)}, each once.")
+    return named

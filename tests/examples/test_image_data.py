@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
-from test_recipes import generated_data, tiny_checkpoint
+from recipe_data import generated_data, tiny_checkpoint
 from tiny_models import TRANSFORMERS_MODELS
 from transformers import AutoImageProcessor, ViTImageProcessor
 

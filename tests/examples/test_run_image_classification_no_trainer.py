@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from processes import run_python
 from transformers import AutoModelForImageClassification
 
 from hf_saq.layers import PackedLayer
@@ -57,15 +56,8 @@ def test_a_run(tmp_path, monkeypatch):
 
 
 def test_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(EXAMPLES / "run_image_classification_no_trainer.py"), *SMALL, f"--output_dir={tmp_path}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    script_of_two = EXAMPLES / "run_image_classification_no_trainer.py"
+    done = run_python(script_of_two, *SMALL, f"--output_dir={tmp_path}", processes=2)
     assert done.stdout.count("W4A4") == 1  # the two knew of each other
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["quantized"] == results["reloaded"]

@@ -62,3 +62,14 @@ def test_rare_large_values_count_as_much_as_they_weigh():
     x[: int(3e-4 * len(x))] = 6.0
     scale = mse_scale(x, (1,), 0, 255)
     assert scale.item() * 255 == pytest.approx(6.0, rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_channel_on_a_grid_of_its_own_is_kept(bits: int):
+    """Steps as training leaves them, none of which the search over clipping points would propose."""
+    generator = torch.Generator().manual_seed(0)
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    steps = torch.rand(266, 1, generator=generator) + 0.1
+    w = (torch.randn(266, 40, generator=generator) * 2 ** (bits - 2)).round().clamp(qmin, qmax) * steps
+    scale = mse_scale(w, (266, 1), qmin, qmax)
+    assert_close((w / scale).round().clamp(qmin, qmax) * scale, w, rtol=1e-5, atol=1e-6)

@@ -21,21 +21,18 @@ def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: fl
     return round_straight_through((x / s).clamp(qmin, qmax)) * s
 
 
-def lsq_fake_quantize(
-    x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0, given: Tensor | None = None
-) -> Tensor:
-    """Compute `s * clip(round(x/s), qmin, qmax)` (Eq. 1-2, arXiv:1902.08153), differentiable in `x` and `scale`.
+def lsq_fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0) -> Tensor:
+    """`s * clip(round(x/s), qmin, qmax)` (Eq. 1-2, arXiv:1902.08153), differentiable in `x` and `scale`.
 
     Args:
         x: Any shape.
         scale: Step size `s`, `(1,)` or broadcastable against `x`.
         grad_scale: Factor on the gradient of `scale` (the paper's `g`).
-        given: Returned in place of the quantized `x`, with its gradients.
 
     Returns:
         Same shape and dtype as `x`.
     """
-    return affine_fake_quantize(x, scale, None, qmin, qmax, grad_scale, given=given)
+    return affine_fake_quantize(x, scale, None, qmin, qmax, grad_scale)
 
 
 class LSQQuantizer(Quantizer):
@@ -47,15 +44,13 @@ class LSQQuantizer(Quantizer):
     """
 
     scale: nn.Parameter
-    output_can_be_given = True
 
     def __init__(self, settings: QuantizerSettings):
         super().__init__(settings)
         self.scale = nn.Parameter(torch.ones(self.scale_shape, dtype=torch.float32))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        factor, given = LSQFactor(self.role), self.take_given_output(x)
-        return affine_fake_quantize(x, self.scale, None, self.qmin, self.qmax, factor, given=given)
+        return affine_fake_quantize(x, self.scale, None, self.qmin, self.qmax, LSQFactor(self.role))
 
     def fit(self, x: Tensor) -> None:
         x = x.to(self.scale.dtype)

@@ -1,16 +1,70 @@
-"""LookSAM: the part of the perturbed gradient that makes minima flat, kept for a few steps. arXiv:2203.02714."""
+"""LookSAM: keep the part of the perturbed gradient that makes minima flat for a few steps. arXiv:2203.02714."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import sharding
+from .knobs import Knobs
+from .rule import Action, MicroBatch, Outcome
+from .stale import check_renewal
+from .two_passes import TwoPasses
 
 ROUNDING = 100
 """A component shorter than so many units in the last place of the gradient is noise, and is not used."""
+
+
+class Look(TwoPasses):
+    """Keeps a component of the gradient of every two-pass step and adds it to the gradients of the steps between."""
+
+    has_state = True
+    needs_whole_gradients = True
+
+    def forget(self) -> None:
+        super().forget()
+        self.component = OrthogonalComponent(self.knobs.look_alpha)
+        self._clean_grads: dict[nn.Parameter, Tensor] = {}
+
+    @classmethod
+    def check(cls, knobs: Knobs) -> None:
+        check_renewal("look", knobs)
+        if knobs.ascent_fraction < 1:
+            raise ValueError(
+                f"reuse='look' with ascent_fraction={knobs.ascent_fraction}: the clean and the perturbed gradient "
+                "that it compares must come from the same images. Leave ascent_fraction out, or use reuse='stale'."
+            )
+
+    @classmethod
+    def action(cls, knobs: Knobs, step: int) -> Action:
+        return "reuse" if step % knobs.interval else "two passes"
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._clean_grads = {}
+
+    def micro_batch(self, micro: MicroBatch) -> Outcome:
+        if micro.action == "two passes":
+            outcome, _ = self.two_passes(micro, self._clean_grads)
+            if micro.is_last:
+                self.component.keep(self._clean_grads)
+                self._clean_grads = {}
+            return outcome
+        outcome = Outcome(micro.backward(micro.batch))
+        if micro.is_last:
+            self.component.add_to_gradients(self.minimizer.model)
+        return outcome
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.component.named(self.minimizer.model), {}
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:  # noqa: ARG002
+        self.component.load(tensors, self.minimizer.model)
 
 
 class OrthogonalComponent:
@@ -26,8 +80,8 @@ class OrthogonalComponent:
         alpha: The paper's `alpha`.
 
     Attributes:
-        direction (`dict[nn.Parameter, Tensor]`): `g_v / ||g_v||`; empty before the first step that keeps one, or where
-            there was nothing but rounding errors to keep.
+        direction (`dict[nn.Parameter, Tensor]`): `g_v / ||g_v||`; empty before the first step that keeps one, zero
+            where there was nothing but rounding errors to keep.
     """
 
     def __init__(self, alpha: float):
@@ -36,35 +90,41 @@ class OrthogonalComponent:
 
     @torch.no_grad()
     def keep(self, clean: dict[nn.Parameter, Tensor]) -> None:
-        """Keep the component of `p.grad` that is orthogonal to `clean`, in the memory of `clean`."""
+        """Keep the component of `p.grad` that is orthogonal to `clean`, in the memory of `clean`.
+
+        Nothing is read back from the device: where there is nothing to keep the direction becomes zero.
+        """
+        self.direction = {}
         parameters = [p for p in clean if p.grad is not None]
+        if not parameters:
+            return
         g, g_s = [clean[p] for p in parameters], [_grad(p) for p in parameters]
         sharding.average_over_processes(g)
-        self.direction = {}
-        length, perturbed_length = sharding.norm(g), sharding.norm(g_s)
-        if not (0 < length < float("inf") and 0 < perturbed_length < float("inf")):
-            return
-        share = sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(g, g_s, strict=True)) / length**2
-        torch._foreach_mul_(g, -share)
-        torch._foreach_add_(g, g_s)  # g is now g_v
-        norm = sharding.norm(g)
-        if norm > ROUNDING * max(torch.finfo(t.dtype).eps for t in g) * perturbed_length:
-            torch._foreach_mul_(g, 1 / norm)
-            self.direction = dict(zip(parameters, g, strict=True))
+        length, perturbed_length = sharding.precise(sharding.norm(g)), sharding.precise(sharding.norm(g_s))
+        products = ((a * b).sum(dtype=length.dtype).to(length.device) for a, b in zip(g, g_s, strict=True))
+        share = reduce(add, products) / length**2
+        for a, b in zip(g, g_s, strict=True):
+            a.mul_(-share.to(a.device)).add_(b)  # g is now g_v
+        norm = sharding.precise(sharding.norm(g))
+        smallest = ROUNDING * max(torch.finfo(t.dtype).eps for t in g) * perturbed_length
+        found = torch.isfinite(length) & torch.isfinite(perturbed_length) & (norm > smallest)
+        factor = torch.where(found, 1 / norm, 0.0)
+        for a in g:
+            a.mul_(factor.to(a.device)).nan_to_num_(0.0, 0.0, 0.0)  # zero times infinity is not zero
+        self.direction = dict(zip(parameters, g, strict=True))
 
     @torch.no_grad()
     def add_to_gradients(self, model: nn.Module) -> None:
-        """`g + alpha * ||g|| / ||g_v|| * g_v`, in `p.grad`."""
+        """Add `alpha * ||g|| / ||g_v|| * g_v` to `g`, which is in `p.grad`; reads `||g||` back from the device."""
         # In the model's order, which a resumed run shares: the last bit of a norm depends on the order of its terms.
         parameters = [p for p in model.parameters() if p in self.direction and p.grad is not None]
         if parameters:
             grads = [_grad(p) for p in parameters]
-            torch._foreach_add_(
-                grads, [self.direction[p] for p in parameters], alpha=self.alpha * sharding.norm(grads)
-            )
+            alpha = self.alpha * sharding.norm(grads).item()
+            torch._foreach_add_(grads, [self.direction[p] for p in parameters], alpha=alpha)
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """`direction` by the names of parameters in `model`, to be stored."""
+        """Name the tensors of `direction` after the parameters of `model`, to be stored."""
         return {name: self.direction[p] for name, p in model.named_parameters() if p in self.direction}
 
     def load(self, tensors: Mapping[str, Tensor], model: nn.Module) -> None:

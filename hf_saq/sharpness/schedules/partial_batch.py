@@ -1,63 +1,133 @@
-"""The first samples of a batch of any structure."""
+"""Take the first samples of a batch, where its structure says without doubt what a sample is.
+
+A batch is a mapping, a tuple or list, or one tensor. Each value in it is one of three things:
+
+- one entry a sample: a tensor, an array, or a list, all of the same length, which is the size of the batch;
+- a structure of such values: a mapping, or a list or tuple that holds some of that length;
+- shared by all samples: a number, a string, `None`, a tensor without dimensions.
+
+Anything else, a tensor of another length for example, may be one value a class as well as one value a sample of a
+packed batch. A part of such a batch cannot be taken without knowing what its loss does with it, so it is used whole.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from .schedule import ceil_of_product
+from .knobs import ceil_of_product
 
 MINIMUM = 2
-"""Samples: a batch norm behind global pooling has no statistics of a single one, and torch refuses it."""
+"""Samples of a part: a batch norm behind global pooling has no statistics of a single one, and torch refuses it.
+Parts are even, since what mixes pairs of images (mixup) refuses odd ones."""
 
 
-def first_samples(batch: Any, fraction: float) -> Any:
-    """The first `ceil(fraction * n)` of the `n` samples of `batch`, at least two; the batch itself if these are all.
+class Samples(NamedTuple):
+    """How many samples a batch has, or why no part of it can be taken."""
 
-    `n` is the length of dimension 0 that most tensors in `batch` have. Every tensor of that length is sliced (a view),
-    anything else is kept as it is, in the same structure of tuples, lists and mappings.
+    size: int | None
+    reason: str = ""
 
-    Raises:
-        ValueError: If no tensor in `batch` has a dimension 0.
+
+def count_samples(batch: Any, names: Collection[str] | None = None) -> Samples:
+    """Find the size of a batch.
+
+    Args:
+        names: Where given, the keys of a mapping whose values have one entry a sample; other keys are doubtful.
     """
-    size = batch_size(batch)
-    count = max(ceil_of_product(fraction, size), MINIMUM)
-    return batch if count >= size else _sliced(batch, size, count)
-
-
-def batch_size(batch: Any) -> int:
-    """The length of dimension 0 that most tensors in `batch` have, of the first one where several are as frequent."""
-    lengths = Counter(tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0)
-    if not lengths:
+    if names is not None and isinstance(batch, Mapping):
+        unknown = [str(name) for name, value in batch.items() if name not in names and not _is_shared(value)]
+        if unknown:
+            return Samples(None, f"whether {', '.join(unknown)} has one entry a sample is not known")
+    if isinstance(batch, (list, tuple)) and _could_be_samples_themselves(batch):
+        return Samples(None, f"a {type(batch).__name__} of {len(batch)} alike tensors may be a list of samples")
+    tensors = list(_tensors(batch))
+    if not tensors:
         held = list(batch) if isinstance(batch, Mapping) else batch
-        raise ValueError(
-            f"ascent_fraction: the batch is a {type(batch).__name__} of {held!r}, in which no tensor has a batch "
-            "dimension to take a part of. Collate samples into tensors, or set ascent_fraction=1."
-        )
-    return lengths.most_common(1)[0][0]
+        return Samples(None, f"no tensor in this {type(batch).__name__} of {held!r:.80} has a batch dimension")
+    size = max(tensors, key=lambda tensor: tensor.ndim).shape[0]  # images have the most dimensions
+    doubtful = _doubtful(batch, size, "")
+    return Samples(None, doubtful) if doubtful else Samples(size)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
+def first_samples(batch: Any, fraction: float, names: Collection[str] | None = None) -> Any:
+    """Return the first samples of `batch`, as many as [`part_size`] says, in the same structure; tensors are views.
+
+    Returns:
+        The batch itself if these are all, or if no part of it can be taken.
+    """
+    size, _ = count_samples(batch, names)
+    if size is None or part_size(size, fraction) == size:
+        return batch
+    return _sliced(batch, size, part_size(size, fraction))
+
+
+def part_size(size: int, fraction: float) -> int:
+    """Count the samples in a part of a batch of `size`: `fraction` of them, even, at least `MINIMUM`, at most all."""
+    count = max(ceil_of_product(fraction, size), MINIMUM)
+    return min(count + count % 2, size)
+
+
+def share_of_samples(batches: Iterable[Any], fraction: float, names: Collection[str] | None = None) -> float:
+    """Compute the share of all samples of `batches` that are in their parts."""
+    sizes = [count_samples(batch, names).size for batch in batches]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes) or sum(known) == 0:
+        return 1.0
+    return sum(part_size(size, fraction) for size in known) / sum(known)
+
+
+def _is_shared(value: Any) -> bool:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim == 0
+    return not isinstance(value, (Mapping, list, tuple))
+
+
+def _could_be_samples_themselves(batch: list | tuple) -> bool:
+    """Tell whether the entries are alike, such as a list of images, so that slicing each would cut samples."""
+    if len(batch) < 2 or not all(isinstance(value, Tensor) for value in batch):
+        return False
+    return len({value.shape for value in batch}) == 1 and batch[0].ndim > 2
+
+
+def _tensors(batch: Any) -> Iterable[Tensor | np.ndarray]:
+    if isinstance(batch, (Tensor, np.ndarray)):
+        if batch.ndim > 0:
+            yield batch
     elif isinstance(batch, (Mapping, list, tuple)):
         for value in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _tensors(value)
 
 
-def _sliced(batch: Any, size: int, count: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:count] if batch.ndim > 0 and batch.shape[0] == size else batch
-    if isinstance(batch, Mapping):
-        part: Any = copy.copy(batch)  # a `BatchEncoding` stays one
-        for name, value in batch.items():
-            part[name] = _sliced(value, size, count)
+def _doubtful(value: Any, size: int, where: str) -> str:
+    """Say what in `value` has neither one entry for each of `size` samples nor is shared; `""` if nothing."""
+    if _is_shared(value):
+        return ""
+    if isinstance(value, (Tensor, np.ndarray)):
+        found = f"{where or 'a tensor'} has {value.shape[0]} entries where others have {size}"
+        return "" if value.shape[0] == size else found
+    if where and isinstance(value, (list, tuple)) and len(value) == size:
+        return ""  # one entry a sample, whatever it is
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    doubts = (_doubtful(inner, size, f"{where}[{key!r}]") for key, inner in items)
+    return next((doubt for doubt in doubts if doubt), "")
+
+
+def _sliced(value: Any, size: int, count: int, is_top: bool = True) -> Any:
+    if _is_shared(value):
+        return value
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value[:count]
+    if isinstance(value, Mapping):
+        part: Any = copy.copy(value)  # a `BatchEncoding` stays one
+        for name, inner in value.items():
+            part[name] = _sliced(inner, size, count, is_top=False)
         return part
-    if isinstance(batch, (list, tuple)):
-        values = [_sliced(value, size, count) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
+    if not is_top and len(value) == size:
+        return value[:count]
+    values = [_sliced(inner, size, count, is_top=False) for inner in value]
+    return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)

@@ -1,0 +1,16 @@
+"""Benchmarks: a room for each question, whose name is that of its results and of its make target.
+
+- `step_cost`: what does a training step cost, against float and against plain quantization-aware training?
+- `accuracy`: does sharpness-aware quantization beat plain quantization-aware training?
+- `schedules`: what do cheaper schedules keep of the gain, and what do they cost?
+- `quantizers`: what do quantizers keep of the float model's accuracy at 4, 3 and 2 bits?
+- `float_function`: what do conversion and training keep of the float model's function?
+- `packed_size`: what does a packed file take on disk, in memory and to load?
+- `shared`: parts that several rooms use.
+
+Scripts run from the root of the repository: `python -m benchmarks.<room>.<script>`. In a room, `sweep` or `measure`
+makes results and `page` writes a page of docs/ from them. A run that is stored in `benchmarks/results` is not run
+again, so an interrupted script goes on where it stopped.
+
+Must not know: tests. Nothing in `hf_saq` knows benchmarks.
+"""

@@ -1,0 +1,53 @@
+"""The ways to train that the accuracy benchmark compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_saq.sharpness.schedules import PRESETS
+
+from ..shared.schedule_variants import saq_config
+
+QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
+CASES = ("case 1", "case 2")
+DISTILL_ALPHA = 0.5
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train a quantized model.
+
+    Attributes:
+        saq: Fields of `SAQConfig` besides `rho`; `None`: plain quantization-aware training.
+        radius_of: Method whose radius it uses; itself, if it has one of its own.
+        length: Steps, relative to those of plain training.
+        distill_alpha: Weight of the float model's logits in the loss.
+    """
+
+    saq: dict[str, Any] | None = field(default_factory=dict)
+    radius_of: str = SAQ
+    length: int = 1
+    distill_alpha: float = 0.0
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes over those of plain training."""
+        return self.length * (1 if self.saq is None else saq_config(0.0, self.saq).perturbation_schedule().cost)
+
+
+METHODS: dict[str, Method] = {
+    QAT: Method(saq=None),
+    LONGER: Method(saq=None, length=2),
+    SAQ: Method(),
+    "case 2": Method({"case": 2}, radius_of="case 2"),
+    "case 1": Method({"case": 1}, radius_of="case 1"),
+    ADAPTIVE: Method({"adaptive": True}, radius_of=ADAPTIVE),
+    BALANCED: Method(dict(PRESETS["balanced"])),
+    "qat, distilled": Method(saq=None, distill_alpha=DISTILL_ALPHA),
+    "case 3, distilled": Method(distill_alpha=DISTILL_ALPHA),
+}
+"""`case 2` is SAM as it stands, on a quantized model; `balanced` is the preset. In the order of the tables."""
+
+DEFAULT = [QAT, SAQ, LONGER, "case 2", "case 1", ADAPTIVE, BALANCED]
+"""Those of a sweep unless others are asked for: what carries a claim first."""

@@ -1,0 +1,129 @@
+"""Tables of docs/results.md: what SAQ gains over each of the others, and every method of each setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+from ..shared.markdown import head, row
+from ..shared.paired import Difference
+from .methods import CASES, LONGER, METHODS, QAT, SAQ
+from .settings import Setting, training_images
+from .tasks import TASKS
+
+LOW_BITS = 3
+
+
+def claims(settings: Sequence[Setting]) -> str:
+    """Every comparison that the method is to be judged by, and what its interval allows to say."""
+    lines = [
+        "## In short",
+        "",
+        "SAQ (case 3) minus each of the others, mean over seeds of the paired difference in top-1, in points, with "
+        "its 95 % interval. **Bold**: the interval does not contain zero.",
+        "",
+        *head("task", "seeds", "minus QAT, same steps", "minus QAT, twice the steps", "minus case 2", "minus case 1"),
+    ]
+    for s in settings:
+        found = [s.gain(SAQ, over) for over in (QAT, LONGER, "case 2", "case 1")]
+        lines.append(row(s.name, str(len(s.runs.get(SAQ, {}))), *map(shown, found)))
+    lines += ["", *(f"- {sentence}" for sentence in sentences(settings))]
+    return "\n".join(lines) + "\n"
+
+
+def shown(gain: Difference | None) -> str:
+    """A cell: bold if the whole interval lies on one side of zero, a dash if there is no comparison."""
+    if gain is None:
+        return "-"
+    return f"**{gain}**" if gain.sign else str(gain)
+
+
+def sentences(settings: Sequence[Setting]) -> list[str]:
+    """What the table says, counted."""
+
+    def count(over: str, among: Sequence[Setting]) -> str:
+        found = [d for s in among if (d := s.gain(SAQ, over)) is not None]
+        if not found:
+            return "no comparison was run"
+        higher = sum(d.mean > 0 for d in found)
+        surely, surely_not = (sum(d.sign == sign for d in found) for sign in (1, -1))
+        return (
+            f"higher in mean in {higher} of {len(found)} settings, with an interval above zero in {surely} and below "
+            f"zero in {surely_not}"
+        )
+
+    low = [s for s in settings if s.bits <= LOW_BITS]
+    tasks = {s.task for s in low if (d := s.gain(SAQ)) is not None and d.mean > 0}
+    said = [
+        f"SAQ against QAT with the same number of steps: {count(QAT, settings)}; at {LOW_BITS} bits or fewer it is "
+        f"higher in mean in some setting of {len(tasks)} of {len({s.task for s in low})} tasks.",
+        f"SAQ against QAT with twice the steps, which costs the same: {count(LONGER, settings)}.",
+    ]
+    for case in CASES:
+        said.append(f"SAQ against {case}: {count(case, settings)}.")
+    intervals = sum(d is not None for s in settings for d in (s.gain(SAQ, m) for m in (QAT, LONGER, *CASES)))
+    said.append(f"{intervals} intervals are shown, uncorrected: one in twenty misses its mean by chance alone.")
+    return said
+
+
+def table(setting: Setting) -> str:
+    """Of one setting: every method, its cost, accuracy and gain."""
+    lines = [
+        f"## {setting.name}",
+        "",
+        f"{training_images(setting)} training images; {floats(setting)}",
+        "",
+        *head("method", "passes", "radius", "seeds", "top-1 %", "gain over QAT"),
+    ]
+    for method in METHODS:
+        test = setting.test(method)
+        if not test:
+            continue
+        saq = next(iter(setting.runs[method].values()))["arguments"]["saq"]
+        spread = f" ± {stdev(test.values()):.2f}" if len(test) > 1 else ""
+        gain = setting.gain(method) if method != QAT else None
+        cells = [
+            method,
+            f"{METHODS[method].passes:.2f}",
+            f"{saq['rho']:g}" if saq else "-",
+            str(len(test)),
+            f"{mean(test.values()):.2f}{spread}",
+            shown(gain),
+        ]
+        lines.append(row(*cells))
+    return "\n".join(lines) + "\n"
+
+
+def floats(setting: Setting) -> str:
+    """How good the float models are."""
+    found = sorted(setting.float_tests().values())
+    if TASKS[setting.task].float_per_seed:
+        return f"the float model has {mean(found):.2f} % in the mean over seeds."
+    if len(found) == 1:
+        return f"the float model has {found[0]:.2f} %."
+    each = ", ".join(f"{value:.2f} %" for value in found)
+    return f"{len(found)} float models, each trained on another machine and with seeds of its own: {each}."
+
+
+def size_table(studies: Sequence[Sequence[Setting]]) -> str:
+    if not studies:
+        return ""
+    lines = [
+        "## How the gain depends on the number of images",
+        "",
+        "The same number of steps and batch size throughout; learning rate and radius are those that were chosen at "
+        "the task's own number of images.",
+        "",
+        *head("task", "training images", "float %", "QAT %", "SAQ %", "seeds", "SAQ minus QAT"),
+    ]
+    for study in studies:
+        for s in study:
+            gain = s.gain(SAQ)
+            if gain is None:
+                continue
+            both = sorted(set(s.test(QAT)) & set(s.test(SAQ)))
+            floats = [100 * s.runs[QAT][seed]["outcome"]["float_test"] for seed in both]
+            means = [mean(s.test(m)[seed] for seed in both) for m in (QAT, SAQ)]
+            cells = [s.name, str(training_images(s)), f"{mean(floats):.2f}", *(f"{m:.2f}" for m in means)]
+            lines.append(row(*cells, str(len(both)), shown(gain)))
+    return "\n".join(lines) + "\n"

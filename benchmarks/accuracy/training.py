@@ -1,0 +1,121 @@
+"""What one run computes, in a process of the pool: a float model, quantized, calibrated, trained and scored."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from examples.distillation import distillation_loss
+from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
+
+from ..shared.images import Batch, Images, draw_per_class
+from ..shared.runs import fingerprint_of
+from ..shared.schedule_variants import saq_config
+from ..shared.stored_tensors import made_once
+from ..shared.training_loop import accuracy, fit, logits_of, plain_loss
+from .task import Data, Paths
+from .tasks import TASKS
+
+CALIBRATION_BATCHES, CALIBRATION_BATCH = 2, 128
+DISTILL_TEMPERATURE = 2.0
+
+
+def workers(processes: int) -> Executor:
+    """What computes: this very process if there is to be one. One thread each: models and images are small."""
+    if processes == 1:
+        return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
+
+
+@lru_cache(maxsize=2)
+def images_of(task_name: str, paths: Paths) -> Data:
+    return TASKS[task_name].load(paths)
+
+
+def ensure_float_model(task_name: str, paths: Paths) -> None:
+    float_state(task_name, paths, None, 0)
+
+
+@lru_cache(maxsize=4)
+def float_state(task_name: str, paths: Paths, count: int | None, seed: int) -> dict[str, Tensor]:
+    """The float model's weights; one that all seeds share is kept in the cache."""
+    task, data = TASKS[task_name], images_of(task_name, paths)
+    if task.float_per_seed:
+        return task.train_float(paths, data, drawn(data, count, seed), seed).state_dict()
+    return made_once(
+        paths.cache / f"{task_name}-float.safetensors",
+        lambda: task.train_float(paths, data, data.training, 0).state_dict(),
+    )
+
+
+def drawn(data: Data, count: int | None, seed: int) -> Images:
+    return data.training if count is None else draw_per_class(data.training, count, seed)
+
+
+def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
+    """Quantize, calibrate, train and score one model: validation accuracy and, if it is no trial, test accuracy."""
+    task, data = TASKS[arguments["task"]], images_of(arguments["task"], paths)
+    seed, count, device = arguments["seed"], arguments["images_per_class"], torch.device(arguments["device"])
+    images = drawn(data, count, seed)
+    state = float_state(
+        arguments["task"], paths, count if task.float_per_seed else None, seed if task.float_per_seed else 0
+    )
+    float_model = task.build()
+    float_model.load_state_dict(copy.deepcopy(state))
+    bits = arguments["bits"]
+    config = SAQQuantizationConfig(weight_bits=bits, activation_bits=bits, **arguments["quantization"])
+    layout = torch.channels_last if task.channels_last else torch.contiguous_format
+    model = quantize(copy.deepcopy(float_model), config).to(device, memory_format=layout)  # type: ignore[call-overload]
+    shown = data.evaluation_batches(images[slice(0, CALIBRATION_BATCHES * CALIBRATION_BATCH)], CALIBRATION_BATCH)
+    calibrate(model, [moved(batch, device, layout)["pixels"] for batch in shown])
+    saq = None if arguments["saq"] is None else saq_of(arguments["saq"])
+    torch.manual_seed(seed)  # of dropout
+    outcome = fit(
+        model,
+        (moved(batch, device, layout) for batch in data.training_batches(images, task.batch_size, seed)),
+        arguments["steps"],
+        task.optimizer_of(model, arguments["lr"]),
+        saq,
+        plain_loss
+        if not arguments["distill_alpha"]
+        else partial(distilled, teacher(float_model, device), arguments["distill_alpha"]),
+    )
+
+    def score(scored: nn.Module, some: Images) -> float:
+        return accuracy(scored.to(device), (moved(batch, device, layout) for batch in data.evaluation_batches(some)))
+
+    outcome["validation"] = score(model, data.validation)
+    outcome["float_model"] = fingerprint_of(state)
+    outcome["training_images"] = len(images)
+    if arguments["kind"] == "run":
+        test = data.test[slice(0, arguments["test_images"])]
+        outcome["test"] = score(model, test)
+        outcome["float_test"] = score(float_model, test)
+    return outcome
+
+
+def saq_of(stored: dict[str, Any]) -> SAQConfig:
+    fields = dict(stored)
+    return saq_config(fields.pop("rho"), fields)
+
+
+def moved(batch: Batch, device: torch.device, layout: torch.memory_format) -> Batch:
+    pixels = batch["pixels"].to(device, memory_format=layout)
+    return {"pixels": pixels, "labels": batch["labels"].to(device)}
+
+
+def teacher(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device).eval().requires_grad_(False)
+
+
+def distilled(float_model: nn.Module, alpha: float, model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        expected = logits_of(float_model, batch["pixels"])
+    found = logits_of(model, batch["pixels"])
+    return distillation_loss(found, expected, batch["labels"], alpha, DISTILL_TEMPERATURE)

@@ -1,0 +1,121 @@
+"""Collect what a model card may say about a training run, from the `Trainer` that ran it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.modelcard import TrainingSummary
+
+from ..config import SAQConfig, SAQQuantizationConfig
+from ..conversion.report import ConversionReport
+from ..layers import QuantizedLayer
+from ..storage.saved_directory import has_processor
+from ..storage.weight_files import weight_file_bytes
+from .card_facts import CardFacts, ResultRow
+
+DATASET_LOADERS = {"imagefolder", "webdataset", "generator", "arrow", "csv", "json", "pandas", "parquet", "text"}
+"""Builders of `datasets` that read files of the user: their names are not those of datasets on the Hub."""
+
+
+def facts_of_run(
+    trainer: Trainer,
+    saq_config: SAQConfig,
+    metrics: Mapping[str, float],
+    directory: Path,
+    has_picture: bool,
+    comparison: Sequence[ResultRow] = (),
+    **given: Any,
+) -> CardFacts:
+    """Collect what a run knows about the model it trained.
+
+    Args:
+        metrics: Measured on the weights as they are now.
+        directory: Where the model is saved; sizes are those of its files.
+        comparison: Rows of other models that the same run measured.
+        **given: What the user says, as in [`transformers.Trainer.create_model_card`].
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    repository = trainer.hub_model_id or trainer.args.hub_model_id
+    own_name = directory.absolute().name
+    about: dict[str, Any] = {"config": None, "hyperparameters": _hyperparameters(saq_config)}
+    if isinstance(model, PreTrainedModel):
+        about |= _of_transformers(trainer, model, about["hyperparameters"], given)
+        about["load_from"] = repository or own_name
+    report = getattr(model, "quantization_report", None)
+    logs = trainer.state.log_history
+    return CardFacts(
+        **about,
+        name=given.get("model_name") or (repository or own_name).split("/")[-1],
+        revision=trainer.args.hub_revision,
+        architecture=type(model).__name__,
+        layers=report.layers if isinstance(report, ConversionReport) else (),
+        has_processor=has_processor(directory),
+        weight_bytes=weight_file_bytes(directory),
+        metrics=metrics,
+        comparison=comparison,
+        method=_method(saq_config),
+        bit_operations=next((int(entry["bit_operations"]) for entry in logs if "bit_operations" in entry), None),
+        sharpness=[(int(entry["step"]), entry["sharpness"]) for entry in logs if "sharpness" in entry],
+        has_picture=has_picture,
+    )
+
+
+def on_the_hub(name: str | None) -> str | None:
+    """Return `name` if it can be that of a repository: not empty, not a path that exists here, and well-formed."""
+    if not isinstance(name, str) or not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _of_transformers(
+    trainer: Trainer, model: PreTrainedModel, hyperparameters: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Collect what transformers' own summary of a run knows, and how the model is quantized now."""
+    # An empty name keeps the summary from taking a directory for a model on the Hub.
+    base_model = on_the_hub(given.get("finetuned_from") or model.config._name_or_path) or ""
+    summary = TrainingSummary.from_trainer(trainer, **{**given, "finetuned_from": base_model})
+    config = getattr(model.config, "quantization_config", None)
+    if isinstance(config, SAQQuantizationConfig):
+        config = config.replace(storage="packed" if _will_be_packed(model) else "float")
+    else:
+        config = None
+    return {
+        "config": config,
+        "base_model": summary.finetuned_from or None,
+        "datasets": [t for t in _listed(summary.dataset_tags) if t not in DATASET_LOADERS and on_the_hub(t)],
+        "dataset_name": ", ".join(_listed(given.get("dataset"))) or None,
+        "license": summary.license,
+        "language": summary.language,
+        "tags": [*_listed(summary.tags), *(model.model_tags or [])],
+        "hyperparameters": {**(summary.hyperparameters or {}), **hyperparameters},
+    }
+
+
+def _will_be_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedLayer) and module.weight_quantizer for module in model.modules())
+
+
+def _method(saq_config: SAQConfig) -> str:
+    case = saq_config.case
+    if case is None:
+        return "QAT (plain quantization-aware training)"
+    name = "SAQ" if case == 3 else f"SAQ case {case}"
+    return f"{name} ([Sharpness-Aware Quantization](https://arxiv.org/abs/2111.12273), case {case})"
+
+
+def _hyperparameters(saq_config: SAQConfig) -> dict[str, Any]:
+    return {} if saq_config.case is None else saq_config.to_dict()
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

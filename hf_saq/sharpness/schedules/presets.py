@@ -1,0 +1,36 @@
+"""Presets: settings of the knobs that have a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {"interval": 1, "ascent_fraction": 1.0, "reuse": None, "trigger": False},
+    "balanced": {"interval": 1, "ascent_fraction": 0.125, "reuse": None, "trigger": False},
+    "free": {"interval": 1, "ascent_fraction": 1.0, "reuse": "previous", "trigger": False},
+}
+"""Knobs by the name of a preset, for 2, 1.125 and 1 passes. In docs/schedules.md `balanced` is the cheapest of those
+that keep at least nine tenths of the gain of `full`; `free` is the one without a second pass."""
+
+DEFAULT_PRESET = "balanced"
+
+
+def resolve_preset(schedule: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Complete the knobs in `given` that are not `None` by those of the preset `schedule`.
+
+    Without a preset they are those of the default one; or, where some are given, the others are as in "full".
+
+    Raises:
+        ValueError: If there is no such preset or a given knob contradicts it. The message starts with a field's name.
+    """
+    if schedule is not None and schedule not in PRESETS:
+        raise ValueError(f"schedule={schedule!r}; expected one of {[None, *PRESETS]}.")
+    explicit = {name: value for name, value in given.items() if value is not None}
+    preset = PRESETS[schedule or ("full" if explicit else DEFAULT_PRESET)]
+    for name, value in explicit.items() if schedule is not None else ():
+        if value != preset[name]:
+            raise ValueError(
+                f"schedule={schedule!r} means {name}={preset[name]!r}, but {name}={value!r} is given as well. Leave "
+                "one of them out."
+            )
+    return {**preset, **explicit}

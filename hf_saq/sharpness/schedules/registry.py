@@ -1,0 +1,20 @@
+"""List the schedules by the name that `reuse` takes. A new schedule is one file and one line here."""
+
+from __future__ import annotations
+
+from .look import Look
+from .previous import Previous
+from .rule import StepRule
+from .stale import Stale
+from .trigger import Triggered
+from .two_passes import TwoPasses
+
+SCHEDULES: dict[str | None, type[StepRule]] = {
+    None: TwoPasses,
+    "stale": Stale,
+    "previous": Previous,
+    "look": Look,
+}
+
+TRIGGER = Triggered
+"""The schedule of `trigger=True`, which decides itself when to perturb."""

@@ -1,0 +1,135 @@
+"""What every schedule has in common: a rule for the passes of one optimizer step, and what it leaves for the next."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from ..minimizer import SharpnessAwareMinimizer
+from .knobs import Knobs
+
+Action = Literal["plain", "two passes", "reuse", "watch"]
+
+
+class Backward(Protocol):
+    """Forward and backward of one micro-batch, whose loss is divided by the number of micro-batches of the step.
+
+    With `reduce=False` gradients are not to be communicated, as in `accelerator.no_sync(model)`.
+    """
+
+    def __call__(self, batch: Any, reduce: bool = True) -> Tensor: ...
+
+
+@dataclass
+class Outcome:
+    """What one micro-batch gave, for the log.
+
+    Attributes:
+        loss: At the quantized weights; at the perturbed ones in a step of one perturbed pass. With `ascent_fraction`,
+            of the samples that the first pass saw.
+        sharpness: Perturbed minus clean loss, for each micro-batch that has both of the same samples.
+        ascent_norm: Of the gradient that a new `eps` was made of here, per sample and without loss scale.
+    """
+
+    loss: Tensor
+    sharpness: list[Tensor] = field(default_factory=list)
+    ascent_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of an optimizer step.
+
+    Attributes:
+        k: Its number in the step, from 0.
+        batches: All micro-batches of the step.
+        backward: Runs forward and backward of one of them.
+        action: What this step does.
+        progress: Fraction of training that is over.
+    """
+
+    k: int
+    batches: Sequence[Any]
+    backward: Backward
+    action: Action
+    progress: float
+
+    @property
+    def batch(self) -> Any:
+        return self.batches[self.k]
+
+    @property
+    def is_last(self) -> bool:
+        return self.k == len(self.batches) - 1
+
+
+class StepRule(ABC):
+    """The passes of an optimizer step under one schedule. A new schedule is a subclass and a line in `registry.py`.
+
+    Class attributes say what a rule needs, so that what contradicts it is refused before training starts. Subclasses
+    implement [`micro_batch`]; those that remember something between steps also [`state`] and [`load_state`].
+
+    Args:
+        minimizer: Its contexts are the parts that a step is made of.
+        knobs: Those of the schedule.
+        loss_scale: Returns what losses are multiplied with at the moment (fp16).
+        sample_names: Keys of a batch whose values have one entry a sample; `None` goes by their lengths alone.
+
+    Attributes:
+        share: Share of the samples of the step that the backward under way sees; below 1 in a first pass on parts.
+    """
+
+    has_state: ClassVar[bool] = True
+    """Whether a step depends on earlier ones by more than the weights."""
+    needs_whole_gradients: ClassVar[bool] = True
+    """Whether it reads gradients of parameters as one process computes them, which FSDP2 does not have."""
+
+    def __init__(
+        self,
+        minimizer: SharpnessAwareMinimizer,
+        knobs: Knobs,
+        loss_scale: Callable[[], float] = lambda: 1.0,
+        sample_names: Collection[str] | None = None,
+    ):
+        self.minimizer, self.knobs, self.loss_scale, self.sample_names = minimizer, knobs, loss_scale, sample_names
+        self.share = 1.0
+        self.forget()
+
+    @classmethod  # noqa: B027 (most rules have nothing to check)
+    def check(cls, knobs: Knobs) -> None:
+        """Raise `ValueError` if a knob contradicts this rule. The message starts with a knob's name."""
+
+    @classmethod
+    def action(cls, knobs: Knobs, step: int) -> Action:  # noqa: ARG003
+        """Decide what step `step` (0-based, counted from the first that may be perturbed) does."""
+        return "reuse"
+
+    @classmethod
+    def first_passes(cls, knobs: Knobs) -> float:  # noqa: ARG003
+        """Count the first passes of a step, of whole batches, on average: what a step costs beyond a plain one."""
+        return 0.0
+
+    def forget(self) -> None:  # noqa: B027
+        """Forget what earlier steps left. Called when the rule is built, too: here its state is made."""
+
+    def begin_step(self) -> None:  # noqa: B027
+        """Forget what belongs to the step before, which may have been stopped half-way."""
+
+    @abstractmethod
+    def micro_batch(self, micro: MicroBatch) -> Outcome:
+        """Leave the gradients of this micro-batch in `p.grad`, for every action but `"plain"`."""
+
+    def norm_per_sample(self, factor: float = 1.0) -> float:
+        """Compute the norm that the last `eps` was made of, times `factor`, without loss scale."""
+        return self.minimizer.ascent_norm * factor / self.loss_scale()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what the next step needs of the earlier ones, on this process: named tensors, JSON-plain values."""
+        return {}, {}
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take what [`state`] gave. Raises `ValueError` if the tensors are not those of this model."""

@@ -1,0 +1,112 @@
+"""The reference: a first pass makes `eps`, a second gives the gradients; `interval` says in which steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..displacement import Displacement
+from ..norm_statistics import frozen_norm_statistics
+from .knobs import Knobs
+from .partial_batch import count_samples, first_samples, share_of_samples
+from .rule import Action, MicroBatch, Outcome, StepRule
+
+
+class TwoPasses(StepRule):
+    """Perturbs in two passes. Rules that refresh something in such steps build on it.
+
+    With `sync="global"`, and where [`one_eps_for_a_step`] says so, one `eps` is made from all micro-batches: their
+    second passes follow once the last has had its first. Otherwise each micro-batch has its own.
+    """
+
+    has_state = False
+    needs_whole_gradients = False
+    _said = False
+
+    def forget(self) -> None:
+        self._clean_losses: list[Tensor] = []
+        self._share = 1.0  # of the samples that first passes of this step see
+
+    @classmethod
+    def action(cls, knobs: Knobs, step: int) -> Action:
+        return "plain" if step % knobs.interval else "two passes"
+
+    @classmethod
+    def first_passes(cls, knobs: Knobs) -> float:
+        return knobs.ascent_fraction / knobs.interval
+
+    def begin_step(self) -> None:
+        self._clean_losses = []
+
+    def micro_batch(self, micro: MicroBatch) -> Outcome:
+        outcome, _ = self.two_passes(micro)
+        return outcome
+
+    @property
+    def one_eps_for_a_step(self) -> bool:
+        return self.minimizer.sync == "global"
+
+    def two_passes(
+        self, micro: MicroBatch, clean: dict[nn.Parameter, Tensor] | None = None
+    ) -> tuple[Outcome, Displacement]:
+        """Run both passes of one micro-batch; or, where one `eps` serves the step, its first pass alone, and after the
+        last first pass all second ones.
+
+        Args:
+            clean: If given, the clean gradients are added up here.
+
+        Returns:
+            What came out, and the `eps`, which is empty as long as there is none.
+        """
+        together = self.one_eps_for_a_step
+        if micro.k == 0 or not together:
+            self._share = self._share_of(micro.batches if together else [micro.batch])
+        # Running statistics come from the one pass that sees the whole batch: of a part they would be noise.
+        partial = self._share < 1
+        with frozen_norm_statistics(self.minimizer.model) if partial else nullcontext(), self.minimizer.ascent(clean):
+            self._clean_losses.append(self._first_backward(micro.batch, micro))
+        outcome, eps = Outcome(self._clean_losses[-1]), Displacement()
+        if together and not micro.is_last:
+            return outcome, eps
+        second = micro.batches if together else [micro.batch]
+        for j, (batch, clean_loss) in enumerate(zip(second, self._clean_losses, strict=True), start=1):
+            with self.minimizer.perturbed(update_statistics=partial) as eps:
+                perturbed_loss = micro.backward(batch, reduce=j == len(second))
+            if not partial:
+                outcome.sharpness.append(perturbed_loss - clean_loss)
+        self._clean_losses = []
+        outcome.ascent_norm = self.norm_per_sample(len(micro.batches) / len(second))
+        return outcome, eps
+
+    def _first_backward(self, batch: Any, micro: MicroBatch) -> Tensor:
+        if self._share == 1:
+            return micro.backward(batch, reduce=False)
+        self.share = self._share
+        try:
+            part = first_samples(batch, self.knobs.ascent_fraction, self.sample_names)
+            return micro.backward(part, reduce=False)
+        finally:
+            self.share = 1.0
+
+    def _share_of(self, batches: Sequence[Any]) -> float:
+        """Compute the share of samples that first passes on parts of `batches`, which climb together, see.
+
+        It is one number for all of them: their losses share one divisor, also where they differ in size.
+        """
+        fraction = self.knobs.ascent_fraction
+        if fraction == 1:
+            return 1.0
+        reasons = [found.reason for found in (count_samples(b, self.sample_names) for b in batches) if found.reason]
+        if reasons and not self._said:
+            self._said = True
+            warnings.warn(
+                f"ascent_fraction={fraction}: no part of a batch can be taken, because {reasons[0]}. The perturbation "
+                "is made from whole batches, at the cost of a whole pass. Give every value of a batch one entry a "
+                'sample, or choose schedule="full" to say that this is intended.',
+                stacklevel=2,
+            )
+        return 1.0 if reasons else share_of_samples(batches, fraction, self.sample_names)

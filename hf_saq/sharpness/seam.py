@@ -1,0 +1,127 @@
+"""The seam between quantization and sharpness: the output of every weight quantizer, `w_q`.
+
+A zero leaf `eps` is added there. After a first backward the gradient of that leaf is `g_q`, the gradient at the
+quantized weight before any clip mask; scaled in place that same memory is the `eps` of the second pass. Layers never
+learn of it. (`retain_grad` on `w_q` would not do: it is `None` under gradient checkpointing, and keeps only the last
+use of a layer that runs twice.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Quantizer
+from .parameter_gradients import ClearingWatch
+from .perturbed_tensors import QuantizedWeight
+from .rounding import RoundingCheck
+
+
+class _CatchGradient(torch.autograd.Function):
+    """Compute `w_q + eps` for `eps = 0` without the addition; the backward hands the gradient to both."""
+
+    @staticmethod
+    def forward(ctx, w_q: Tensor, eps: Tensor) -> Tensor:  # noqa: ARG004 (autograd's signature)
+        return w_q.view_as(w_q)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad if ctx.needs_input_grad[0] else None, grad
+
+
+class Seam:
+    """Hooks on weight quantizers that catch gradients at their outputs, add `eps` to them, or both.
+
+    Attributes:
+        leaves: The zero leaf behind each quantizer whose gradient is wanted; its `.grad` is `g_q`.
+        rounding: Looks at what is added, once.
+    """
+
+    def __init__(self) -> None:
+        self.leaves: dict[Quantizer, Tensor] = {}
+        self.rounding = RoundingCheck()
+        self._added: Mapping[Quantizer, Tensor] = {}
+        self._catches, self._passes_on = False, True
+        self._handles: dict[Quantizer, torch.utils.hooks.RemovableHandle] = {}
+
+    def __deepcopy__(self, memo: dict) -> Seam:
+        return self  # copying a model copies its hooks; they must not drag a second seam along
+
+    def attach(self, quantizers: Iterable[Quantizer]) -> None:
+        """Hook on to these quantizers, and let go of all others."""
+        wanted = dict.fromkeys(quantizers)
+        for quantizer in [q for q in self._handles if q not in wanted]:
+            self._handles.pop(quantizer).remove()
+        for quantizer in wanted:
+            if quantizer not in self._handles:
+                self._handles[quantizer] = quantizer.register_forward_hook(self._hook)
+
+    def place_leaves(self, weights: Iterable[QuantizedWeight]) -> None:
+        """Put a zero leaf behind every quantizer before the forward, so that compiled code finds it ready."""
+        for entry in weights:
+            # Expanded from one element: a zero of the weight's shape that takes no memory. Its gradient does.
+            zero = torch.zeros((), dtype=entry.weight.dtype, device=entry.weight.device)
+            self.leaves.setdefault(entry.quantizer, zero.expand(entry.weight.shape).requires_grad_())
+
+    @contextmanager
+    def catching(self, pass_on: bool) -> Iterator[None]:
+        """Catch gradients at the leaves inside the block.
+
+        Args:
+            pass_on: Whether gradients also reach what lies behind `w_q`; if not, autograd need not compute them.
+        """
+        before = self._catches, self._passes_on
+        self._catches, self._passes_on = True, pass_on
+        try:
+            yield
+        finally:
+            self._catches, self._passes_on = before
+
+    @contextmanager
+    def clearing_with(self, watch: ClearingWatch) -> Iterator[None]:
+        """Forget what leaves have caught inside the block whenever `watch` notices that gradients were cleared."""
+        caught_before = any(leaf.grad is not None for leaf in self.leaves.values())
+
+        def forget() -> None:
+            if caught_before:
+                raise RuntimeError(
+                    "zero_grad() inside of a first pass that adds to an earlier one (several micro-batches that share "
+                    'one eps): what the earlier ones gave would be lost. Use sync="local" without reuse, or do not '
+                    "clear gradients inside of the loss."
+                )
+            for leaf in self.leaves.values():
+                leaf.grad = None
+
+        watch.followers.append(forget)
+        handles = [leaf.register_hook(lambda grad: watch.check()) for leaf in self.leaves.values()]  # noqa: ARG005
+        try:
+            yield
+            watch.check()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def adding(self, eps: Mapping[Quantizer, Tensor]) -> Iterator[None]:
+        """Let quantizers return `w_q + eps` inside the block."""
+        before, self._added = self._added, eps
+        try:
+            yield
+        finally:
+            self._added = before
+
+    def _hook(self, quantizer: nn.Module, args: tuple, w_q: Tensor) -> Tensor:  # noqa: ARG002 (a forward hook)
+        assert isinstance(quantizer, Quantizer)
+        eps = self._added.get(quantizer)
+        if eps is not None:
+            self.rounding.look(w_q, eps)
+            w_q = w_q + eps.to(w_q.dtype)  # FSDP2 may hand out weights in half precision
+        leaf = self.leaves.get(quantizer) if self._catches else None
+        if leaf is not None:
+            w_q = _CatchGradient.apply(w_q if self._passes_on else w_q.detach(), leaf)
+        return w_q
+
+    _hook.stays_behind = True  # type: ignore[attr-defined]  # see layers/wrapping.py

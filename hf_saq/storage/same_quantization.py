@@ -1,0 +1,76 @@
+"""Tell whether a saved model is quantized as the one at hand, field by field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import QUANT_METHOD, SAQQuantizationConfig
+
+COMPARED = (
+    "weight_bits",
+    "activation_bits",
+    "quantizer",
+    "weight_granularity",
+    "activation_mode",
+    "first_last_bits",
+    "quantize_attention",
+    "overrides",
+)
+"""Fields that change what a model computes from the same tensors. `scale_init` only changes first values."""
+
+
+def stored_quantization(directory: str | Path) -> dict[str, Any]:
+    """Read the `quantization_config` of a saved model as it stands there; empty if it has none."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def check_same_quantization(model: nn.Module, directory: str | Path) -> list[str]:
+    """Raise `ValueError` unless the model saved in `directory` is quantized as `model` is.
+
+    Returns:
+        Layers that were quantized at first and that hf_saq left in float before the model was saved.
+    """
+    own = getattr(getattr(model, "config", None), "quantization_config", None)
+    found = stored_quantization(directory)
+    is_ours = found.get("quant_method") == QUANT_METHOD
+    if own is None and not is_ours:
+        return []
+    if own is None or not is_ours:
+        kinds = ("a quantized model", "is in float: quantize it with the configuration of the checkpoint")
+        if not is_ours:
+            kinds = ("a float model", "is quantized: a checkpoint without scales cannot be gone on from")
+        raise ValueError(
+            f"{directory} is a checkpoint of {kinds[0]}, but this {type(model).__name__} {kinds[1]}. To start from "
+            "its weights load it with from_pretrained, with a quantization_config where it has none."
+        )
+    stored = SAQQuantizationConfig.from_dict(found)
+    _compare("storage", stored.storage, own.storage, model, directory)
+    for name in COMPARED:
+        _compare(name, getattr(stored, name), getattr(own, name), model, directory)
+    _compare("order of overrides", list(stored.overrides), list(own.overrides), model, directory)
+    if own.first_last_bits is not None and stored.first_last_modules is not None:
+        _compare("first_last_modules", stored.first_last_modules, own.first_last_modules, model, directory)
+    theirs, ours = set(stored.modules_to_not_convert or ()), set(own.modules_to_not_convert or ())
+    # Version 1 does not tell what the user listed from what calibration added.
+    listed = theirs - set(stored.modules_found_idle or ()) if stored.format_version > 1 else set()
+    if listed - ours or (ours - set(own.modules_found_idle or ())) - theirs:
+        _compare("modules_to_not_convert", sorted(theirs), sorted(ours), model, directory)
+    return sorted(theirs - ours)
+
+
+def _compare(name: str, stored: Any, own: Any, model: nn.Module, directory: str | Path) -> None:
+    if stored != own:
+        raise ValueError(
+            f"{directory} was saved with {name}={stored!r}, but this {type(model).__name__} is quantized with "
+            f"{name}={own!r}. A run goes on only as it began: quantize the model as the checkpoint was, or start a "
+            "new run from its weights with from_pretrained."
+        )

@@ -1,0 +1,95 @@
+"""Read single tensors, and the sizes of tensors, from the weight files of a saved model, and find their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from .weight_files import weight_files
+
+_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""By the type names of safetensors."""
+
+
+class StoredTensors:
+    """Finds tensors by their names on disk; nothing is read before it is asked for.
+
+    Attributes:
+        sizes: Name of each weight file -> its bytes.
+
+    Raises:
+        ValueError: If there is no weight file or one of them cannot be read.
+    """
+
+    def __init__(self, directory: Path):
+        files = weight_files(directory)
+        if not files:
+            raise ValueError(f"{directory} has no weight file (*.safetensors).")
+        self.sizes = {file.name: file.stat().st_size for file in files}
+        self._where: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self._where |= dict.fromkeys(opened.keys(), file)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file} cannot be read ({error}). It is cut off or damaged; get it again."
+                ) from error
+
+    @property
+    def names(self) -> set[str]:
+        """Names on disk of all tensors."""
+        return set(self._where)
+
+    def kind_of(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Tell shape and type of a tensor from the header of its file."""
+        with safe_open(self._where[name], framework="pt") as opened:
+            part = opened.get_slice(name)
+            return torch.Size(part.get_shape()), _TYPES.get(part.get_dtype(), torch.float32)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Read one tensor; `None` if no file has it."""
+        if name not in self._where:
+            return None
+        with safe_open(self._where[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    def bytes_of(self, name: str) -> int | None:
+        """Tell the size of a tensor from the header of its file; `None` if no file has it."""
+        if name not in self._where:
+            return None
+        shape, dtype = self.kind_of(name)
+        return shape.numel() * dtype.itemsize
+
+
+def names_on_disk(model: nn.Module) -> dict[str, str] | None:
+    """Map names of tensors in a model to those in its file; transformers saves some architectures under older names.
+
+    Returns:
+        Name in the model -> name in the file; `None` if transformers also stores tensors in another form.
+    """
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in state}
+    names = {id(tensor): name for name, tensor in state.items()}
+    renamed = revert_weight_conversion(model, dict(state))
+    if any(id(tensor) not in names for tensor in renamed.values()):
+        return None
+    return {names[id(tensor)]: name for name, tensor in renamed.items()}

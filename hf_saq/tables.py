@@ -1,0 +1,38 @@
+"""Lay out text that people read: tables in plain text and in Markdown, sizes of files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Align columns with spaces, two between neighbours, none at the end of a line.
+
+    Args:
+        rows: The cells of each line, the heading among them; every line has as many.
+        right: Numbers of the columns that are aligned to the right, counted from 0.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown and leave out the columns that have no entry below the heading."""
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = [
+        [head[i] for i in used],
+        ["---"] * len(used),
+        *([row[i].replace("|", "\\|") for i in used] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def kibibytes(count: int) -> str:
+    """Write a number of bytes as KiB, with one decimal: 12,345.6 KiB."""
+    return f"{count / 1024:,.1f} KiB"

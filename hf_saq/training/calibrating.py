@@ -1,0 +1,113 @@
+"""Calibration from the training data, before training starts."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+
+from ..analysis import cost
+from ..conversion import calibrate, needs_calibration
+from ..sharpness import RNGState, set_aside
+from .replayed_stream import ReplayedStream
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_BATCHES = 4
+
+
+class Calibrating(Trainer):
+    """What [`SAQTrainer`] does for a model whose activations have no range yet.
+
+    The model runs as training will run it: on the batches of `get_train_dataloader`, through `compute_loss`.
+    """
+
+    model: nn.Module
+    _cost_logs: dict[str, float] = {}
+    """Of a model calibrated here, for the first line of its log."""
+
+    def calibrate_if_needed(self) -> None:
+        """Fit missing activation ranges to the first batches of the training data, alike on every process."""
+        if not needs_calibration(self.model):
+            return
+        if self.train_dataset is None:
+            raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to do it with.")
+        if isinstance(self.train_dataset, IterableDataset) and not _is_of_datasets(self.train_dataset):
+            self.train_dataset = ReplayedStream(self.train_dataset)
+        self._move_to_device()
+        with unchanged_rng():
+            batches = self._first_batches()
+            calibrate(self.model, batches, run=self._run_for_calibration)
+            self._count_cost(batches[0])
+
+    def _first_batches(self) -> list[Any]:
+        try:
+            batches = list(itertools.islice(iter(self.get_train_dataloader()), CALIBRATION_BATCHES))
+        except ValueError as error:
+            if "does not contain any data" not in str(error):  # what accelerate says of an empty stream
+                raise
+            batches = []
+        if not batches:
+            raise ValueError(
+                "SAQTrainer: the training data gave no batch to calibrate with. Give a train_dataset with at least "
+                "one sample, and at least a whole batch where dataloader_drop_last is set."
+            )
+        return batches
+
+    def _move_to_device(self) -> None:
+        """Put the model where its batches will be; `Trainer` has done so unless a full evaluation is to be in bf16."""
+        if self.place_model_on_device and not self.is_model_parallel:
+            self._move_model_to_device(self.model, self.args.device)
+
+    def _run_for_calibration(self, batch: Any) -> None:
+        # With gradients, for losses that run a backward of their own; none of them is left behind.
+        with torch.enable_grad(), set_aside(self.model.parameters()), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(copy.copy(batch))
+            items = self._get_num_items_in_batch([inputs], self.args.device)
+            self.compute_loss(self.model, inputs, num_items_in_batch=items)
+
+    def _count_cost(self, batch: Any) -> None:
+        """Count for the log what the model costs for one image. A line of the log never stops a training."""
+        try:
+            inputs = {
+                name: value[:1] if isinstance(value, Tensor) and value.ndim > 0 else value
+                for name, value in self._prepare_inputs(batch).items()
+                if name not in self.label_names
+            }
+            found = cost(self.model, inputs)
+        except Exception as error:
+            logger.info(
+                "The cost of the model is not logged: it cannot be called with the inputs of a batch (%s).", error
+            )
+            return
+        logger.info("For the first training image:\n%s", found)
+        self._cost_logs = {"bit_operations": found.bops, "weight_bytes": found.weight_bytes}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what a model calibrated here costs to the first line of the training log."""
+        if "loss" in logs:
+            logs, self._cost_logs = {**logs, **self._cost_logs}, {}
+        super().log(logs, start_time)
+
+
+def _is_of_datasets(dataset: Any) -> bool:
+    """Tell whether `dataset` is a stream of the library `datasets`, which can be read again from its beginning."""
+    return type(dataset).__module__.split(".")[0] == "datasets"
+
+
+@contextmanager
+def unchanged_rng() -> Iterator[None]:
+    """Leave the random generators as they were, so that calibrating does not change the training run."""
+    state = RNGState()
+    try:
+        yield
+    finally:
+        state.restore()

@@ -1,0 +1,128 @@
+"""The sharpness-aware step inside of `transformers.Trainer`, and its logs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..config import SAQConfig
+from ..sharpness import SharpnessAwareMinimizer, default_rho
+from ..sharpness.schedules import KNOBS, ScheduledStep
+from .step_logs import StepLogs
+
+logger = logging.getLogger(__name__)
+
+
+class PerturbedSteps(Trainer):
+    """What [`SAQTrainer`] does in an optimizer step.
+
+    Attributes:
+        minimizer: `None` for plain quantization-aware training.
+        scheduled_step: Runs the passes of a step; `None` likewise.
+    """
+
+    saq_config: SAQConfig
+    model: nn.Module
+    minimizer: SharpnessAwareMinimizer | None = None
+    scheduled_step: ScheduledStep | None = None
+
+    def prepare_steps(self) -> None:
+        """Build what the steps need; to be called once the model and the accelerator are there."""
+        self._step_batches: list[Any] = []
+        self._micro_batch = 0  # how many of them are done
+        self._logs = StepLogs()
+        if getattr(self.accelerator.unwrap_model(self.model), "accepts_loss_kwargs", None) is None:
+            # `Trainer` takes a `**kwargs` in `forward` as a promise to use `num_items_in_batch` in the loss. Image
+            # classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large.
+            self.model_accepts_loss_kwargs = False
+        config = self.saq_config
+        if config.case is None:
+            return
+        rho = config.rho
+        if rho is None:
+            rho, family = default_rho(self.model)
+            logger.warning("SAQConfig.rho is not set; using rho=%g, the default for %s models.", rho, family)
+        self.minimizer = SharpnessAwareMinimizer(
+            self.model,
+            rho=rho,
+            case=config.case,  # type: ignore[arg-type]
+            adaptive=config.adaptive,
+            eta=config.eta,
+            perturb=config.perturb,
+            sync=config.sync,
+        )
+        self.scheduled_step = ScheduledStep(
+            self.minimizer, config.perturbation_schedule(), self._loss_scale, self._sample_names()
+        )
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one micro-batch: gradients at the perturbed quantized weights, as far as the schedule asks for them.
+
+        Returns:
+            The clean loss; of a step of one perturbed pass, the perturbed one.
+        """
+        plain_step, step = super().training_step, self.scheduled_step
+        if step is None:
+            return plain_step(model, inputs, num_items_in_batch)
+        if callable(getattr(self.optimizer, "train", None)):
+            # A schedule-free optimizer moves parameters here: before a perturbation is in place, not while it is.
+            self.optimizer.train()  # type: ignore[union-attr]
+
+        def backward(batch: dict[str, Any], reduce: bool = True) -> Tensor:
+            items: Any = num_items_in_batch
+            if items is not None and step.share != 1:  # counted in whole batches
+                items = items * step.share
+            with nullcontext() if reduce else self.accelerator.no_sync(model=model):
+                return plain_step(model, copy.copy(batch), items)
+
+        batches, k = self._step_batches or [inputs], self._micro_batch
+        batches[k] = inputs  # a subclass may have changed it on the way here
+        self._micro_batch = (k + 1) % len(batches)
+        outcome = step.micro_batch(k, batches, backward, self.state.global_step, self.state.max_steps)
+        self._logs.add(outcome, len(batches), was_watched=step.schedule.trigger and self._micro_batch == 0)
+        return outcome.loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """Keep all micro-batches of the coming optimizer step: a schedule may need them together."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # A callback may have stopped the previous step half-way.
+        self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
+        return batches, num_items
+
+    def start_steps_again(self) -> None:
+        """Forget what the steps of an earlier training left: batches, sums for the log, the schedule's memory."""
+        self._step_batches, self._micro_batch, self._logs = [], 0, StepLogs()
+        if self.scheduled_step is not None:
+            self.scheduled_step.start_again()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the quantities of the perturbation to training logs."""
+        if "loss" in logs and self.minimizer is not None:
+            logs = {**logs, **self._logs.take(self.accelerator, self.minimizer.skipped)}
+        super().log(logs, start_time)
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """List for the model card what the steps used: the configuration, and what its presets and defaults meant."""
+        if self.minimizer is None or self.scheduled_step is None:
+            return {}
+        schedule = self.scheduled_step.schedule
+        resolved = {name: getattr(schedule, name) for name in KNOBS}
+        return {**self.saq_config.to_dict(), **resolved, "rho": self.minimizer.rho}
+
+    def _sample_names(self) -> set[str]:
+        """Name the values of a batch that have one entry a sample: the model's main input and the labels."""
+        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "pixel_values")
+        return {main_input, "pixel_values", *self.label_names}
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0

@@ -1,0 +1,153 @@
+"""Saving what is to be used, saving what is to be resumed, and resuming exactly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..conversion.calibration import NEVER_RUN
+from ..conversion.forms import pack
+from ..conversion.swapping import leave_in_float
+from ..layers import HoldsQuantizers, QuantizedLayer
+from ..sharpness.schedules import ScheduledStep
+from ..storage.exact_loading import load_exactly
+from ..storage.same_quantization import check_same_quantization, stored_quantization
+from ..storage.staging import staged
+from .checkpoints import STATE_FILE, last_complete_checkpoint, what_is_missing
+from .fsdp import gathered
+from .schedule_state import load_schedule, save_schedule
+
+logger = logging.getLogger(__name__)
+
+
+class SavesAndResumes(Trainer):
+    """What [`SAQTrainer`] does with files.
+
+    `save_model` writes packed integers; `checkpoint-N` holds the latent float weights and what a schedule remembers.
+    """
+
+    model: nn.Module
+    scheduled_step: ScheduledStep | None
+    _skeleton: nn.Module
+    """Of a model under FSDP, which is saved from its shards."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model for use: packed integers and scales. Checkpoints during training keep the latent weights."""
+        is_checkpoint = _internal_call and output_dir is not None
+        quantized = any(isinstance(m, QuantizedLayer) and m.weight_quantizer for m in self.model.modules())
+        # A checkpoint in shards has them in files of their own, next to the optimizer's.
+        in_shards = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if is_checkpoint and (in_shards or not self.is_fsdp_enabled) or not (quantized or self.is_fsdp_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.is_fsdp_enabled:
+            model = gathered(self.accelerator, self.model, self._skeleton)
+        else:
+            model = self.accelerator.unwrap_model(self.model)
+        if quantized and not is_checkpoint and self.args.should_save:
+            model = pack(model)
+        with self._saving(model):
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:  # as `Trainer`, with the model in training put back
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in `Trainer`, but what was saved there before stays whole until all that replaces it is written."""
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with staged(output_dir or str(self.args.output_dir)) as directory:
+            super()._save(str(directory), state_dict)
+
+    @contextmanager
+    def _saving(self, model: nn.Module) -> Iterator[None]:
+        """Let `Trainer` save another model than the one in training."""
+        trained, sharded = self.model, self.is_fsdp_enabled
+        self.model, self.is_fsdp_enabled = model, False
+        try:
+            yield
+        finally:
+            self.model, self.is_fsdp_enabled = trained, sharded
+
+    # Training checkpoints ----------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`. If this step was saved before, its checkpoint stops counting as complete at once."""
+        if self.args.should_save:
+            directory = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (Path(self._get_output_dir(trial=trial)) / directory / STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As in `Trainer`, and next to it what the schedule must remember."""
+        super()._save_rng_state(output_dir)
+        if self.scheduled_step is not None:
+            save_schedule(self.scheduled_step, output_dir, self.args.process_index, self.args.world_size)
+
+    # Resuming ----------------------------------------------------------------------------------------------------
+
+    def complete_checkpoint(self, asked: str | bool) -> str:
+        """Return the checkpoint to resume from: the one that is named, or for `True` the newest complete one.
+
+        Raises:
+            ValueError: If it is not complete, or there is none.
+        """
+        if asked is True:
+            found = last_complete_checkpoint(str(self.args.output_dir))
+            if found is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete checkpoint. Name a "
+                    "checkpoint directory, or train from the start."
+                )
+            return found
+        missing = what_is_missing(str(asked))
+        if missing is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={str(asked)!r}: {missing}. Pass True to use the newest complete checkpoint."
+            )
+        return str(asked)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.scheduled_step is not None:
+            load_schedule(self.scheduled_step, checkpoint, self.args.process_index, self.args.world_size)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Resume exactly. `Trainer` reads the file's names as the module's names and skips what does not match, which
+        drops the weights of ViT, Swin and others whose names on disk differ."""
+        target = self.model if model is None else model
+        plain = self.accelerator.unwrap_model(target)
+        if self._has_files_of_another_kind(plain):
+            if self.is_fsdp_enabled and stored_quantization(resume_from_checkpoint):
+                check_same_quantization(plain, resume_from_checkpoint)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        go_on_from(plain, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        plain = self.accelerator.unwrap_model(self.model)
+        if self._has_files_of_another_kind(plain):
+            super()._load_best_model()
+            return
+        logger.info("Loading best model from %s.", self.state.best_model_checkpoint)
+        go_on_from(plain, str(self.state.best_model_checkpoint))
+
+    def _has_files_of_another_kind(self, model: nn.Module) -> bool:
+        """Say whether checkpoints are shards or adapters, which `Trainer` and peft load themselves."""
+        is_adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+        return self.is_fsdp_enabled or is_adapted or not isinstance(model, PreTrainedModel)
+
+
+def go_on_from(model: PreTrainedModel, checkpoint: str) -> None:
+    """Bring `model` to the state saved in `checkpoint`; raises `ValueError` where it is not a state of this model."""
+    idle = check_same_quantization(model, checkpoint)
+    quantized = {name for name, m in model.named_modules() if isinstance(m, HoldsQuantizers) and m.own_quantizers()}
+    leave_in_float(model, [name for name in idle if name in quantized], NEVER_RUN)
+    load_exactly(model, checkpoint)

@@ -1,0 +1,67 @@
+"""What perturbed steps leave for the log: means since the last line of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sharpness.schedules import Outcome
+
+QUANTITIES = ("sharpness", "ascent_norm", "perturbed_share")
+
+
+class StepLogs:
+    """Sums of what the steps since the last line of the log gave.
+
+    Sums stay on the device of what is added, so that nothing waits for them before they are logged.
+    """
+
+    def __init__(self) -> None:
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self._totals: dict[str, Tensor | float] = dict.fromkeys(QUANTITIES, 0.0)
+        self._counts = dict.fromkeys(QUANTITIES, 0)
+
+    def _add(self, name: str, value: Tensor | float) -> None:
+        self._totals[name] = self._totals[name] + value
+        self._counts[name] += 1
+
+    def add(self, outcome: Outcome, micro_batches: int, was_watched: bool) -> None:
+        """Take in what one micro-batch gave.
+
+        Args:
+            micro_batches: Of the step; losses come divided by it, and logs are per image.
+            was_watched: Whether a trigger has just decided about this step.
+        """
+        for difference in outcome.sharpness:
+            self._add("sharpness", difference.detach() * micro_batches)
+        if outcome.ascent_norm is not None:
+            self._add("ascent_norm", outcome.ascent_norm)
+        if was_watched:
+            self._add("perturbed_share", float(outcome.ascent_norm is not None))
+
+    def take(self, accelerator: Any, skipped: int) -> dict[str, float]:
+        """Return the means over all processes by their names in the log, and start anew.
+
+        Every process sends the same numbers, whatever it has seen, so that none waits for another.
+
+        Args:
+            skipped: How often there was no direction to perturb in, so far.
+        """
+        device = accelerator.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        own = [*self._totals.values(), *self._counts.values(), float(skipped)]
+        self._start_again()
+        sums = accelerator.gather(torch.stack([torch.as_tensor(v, device=device, dtype=wide) for v in own])[None])
+        *sums, all_skipped = sums.sum(dim=0).tolist()
+        found = {
+            name: round(total / count, 6)
+            for name, total, count in zip(QUANTITIES, sums[: len(QUANTITIES)], sums[len(QUANTITIES) :], strict=True)
+            if count
+        }
+        if "ascent_norm" in found:
+            found["skipped_perturbations"] = round(all_skipped / accelerator.num_processes, 6)
+        return found

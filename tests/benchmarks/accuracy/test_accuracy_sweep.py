@@ -1,0 +1,139 @@
+"""The sweep over tasks, bits and methods: a whole tiny run, and going on after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks.accuracy import page, study
+from benchmarks.accuracy import sweep as script
+from benchmarks.accuracy.methods import QAT, SAQ
+from benchmarks.accuracy.tasks import TASKS
+from hf_saq.sharpness.schedules import PRESETS
+
+
+def stored(tmp_path):
+    return {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+
+
+def test_a_sweep_and_what_a_restart_skips(tiny, tmp_path, monkeypatch):
+    tiny += ["--methods", QAT, SAQ, "qat, twice the steps", "balanced", "case 3, distilled"]
+    script.main(tiny)
+    records = stored(tmp_path)
+    names = {f"digits-w2-{m.replace(', ', '-').replace(' ', '-')}" for m in tiny[tiny.index("--methods") + 1 :]}
+    trials = {"digits-w2-qat-trial-lr0.004-seed100"}
+    trials |= {f"digits-w2-case-3-trial-lr0.004-rho{rho}-seed100" for rho in ("0.1", "0.3")}
+    assert set(records) == {f"{name}-seed{seed}" for name in names for seed in (0, 1)} | trials
+    outcomes = {m: records[f"digits-w2-{m}-seed0"]["outcome"] for m in ("qat", "case-3", "qat-twice-the-steps")}
+    assert len({o["float_model"] for o in outcomes.values()}) == 1
+    assert [o["steps"] for o in outcomes.values()] == [3, 3, 6]
+    assert [o["perturbed_share"] for o in outcomes.values()] == [0, 1, 0]
+    radii = {records[f"digits-w2-{m}-seed1"]["arguments"]["saq"]["rho"] for m in ("case-3", "balanced")}
+    assert len(radii) == 1 and radii <= {0.1, 0.3}
+    assert all("test" not in records[name]["outcome"] for name in trials)
+    assert all(0 <= records[name]["outcome"]["test"] <= 1 for name in set(records) - trials)
+
+    trained = []
+    original = study.train_one
+    monkeypatch.setattr(study, "train_one", lambda *a: trained.append(a) or original(*a))
+    script.main(tiny)
+    assert not trained
+    (tmp_path / "results" / "digits-w2-case-3-seed1.json").unlink()
+    script.main(tiny)
+    assert len(trained) == 1
+    again, before = stored(tmp_path)["digits-w2-case-3-seed1"]["outcome"], records["digits-w2-case-3-seed1"]["outcome"]
+    assert {**again, "cpu_seconds": 0} == {**before, "cpu_seconds": 0}
+
+    # Other numbers of images are other runs, with the settings chosen for the task's own.
+    script.main([*tiny, "--images_per_class", "2", "4", "--methods", QAT, SAQ])
+    found = stored(tmp_path)
+    assert {f"digits-w2-n{n}-{m}-seed{s}" for n in (2, 4) for m in ("qat", "case-3") for s in (0, 1)} == set(
+        found
+    ) - set(records)
+    assert (
+        found["digits-w2-n4-case-3-seed0"]["arguments"]["saq"] == records["digits-w2-case-3-seed0"]["arguments"]["saq"]
+    )
+    assert found["digits-w2-n4-case-3-seed0"]["outcome"]["training_images"] == 40
+
+    document = tmp_path / "docs" / "page.md"
+    page.write_page(tmp_path / "results", document)
+    text = document.read_text()
+    assert "| digits, tiny ViT, W2A2 | 20 |" in text and "</svg>" in (document.parent / "page_images.svg").read_text()
+
+
+def test_hopeless_values_are_not_tried(tiny, tmp_path, monkeypatch):
+    """Far below the best so far: the next larger radius is left out."""
+    task = dataclasses.replace(TASKS["digits"], radii=(0.1, 0.2, 0.3, 0.4))
+    monkeypatch.setitem(TASKS, "digits", task)
+    scores = {None: 0.5, 0.1: 0.6, 0.2: 0.56, 0.3: 0.5}
+    monkeypatch.setattr(
+        study,
+        "train_one",
+        lambda a, paths: {"test": 0.5} if a["kind"] == "run" else {"validation": scores[(a["saq"] or {}).get("rho")]},
+    )
+    script.main([*tiny, "--methods", QAT, SAQ])
+    records = stored(tmp_path).values()
+    tried = {
+        r["arguments"]["saq"]["rho"] for r in records if r["arguments"]["kind"] == "trial" and r["arguments"]["saq"]
+    }
+    assert tried == {0.1, 0.2, 0.3}
+
+
+def test_the_best_radius_on_validation_is_taken(tiny, tmp_path, monkeypatch):
+    """The smaller of equals; each case has its own, and `balanced` that of case 3."""
+    scores = {(QAT, None): 0.5, (SAQ, 0.1): 0.6, (SAQ, 0.3): 0.6, ("case 2", 0.1): 0.2, ("case 2", 0.3): 0.4}
+
+    def train_one(arguments, paths):
+        rho = arguments["saq"]["rho"] if arguments["saq"] else None
+        if arguments["kind"] == "run":
+            return {"test": 0.5}
+        return {"validation": scores[arguments["method"], rho]}
+
+    monkeypatch.setattr(study, "train_one", train_one)
+    script.main([*tiny, "--methods", QAT, SAQ, "case 2", "balanced"])
+    chosen = {r["arguments"]["method"]: r["arguments"]["saq"] for n, r in stored(tmp_path).items() if "trial" not in n}
+    assert chosen[QAT] is None and chosen[SAQ] == {"rho": 0.1} and chosen["case 2"] == {"rho": 0.3, "case": 2}
+    assert chosen["balanced"] == {"rho": 0.1, **PRESETS["balanced"]}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--methods", "sam"], r"--methods \['sam'\]: unknown; expected some of \['qat'"),
+        (["--tasks", "imagenet"], r"--tasks \['imagenet'\]: unknown"),
+        (["--seeds", "100"], r"--seeds \[100\]: expected none of \[100\]"),
+        (["--processes", "0"], "--processes 0: expected at least one"),
+        (["--bits", "7"], r"--bits \[7\]: none of the tasks"),
+    ],
+)
+def test_mistakes(tiny, extra, message):
+    with pytest.raises(ValueError, match=message):
+        script.main([*tiny, *extra])
+
+
+def test_tasks_without_their_data_are_skipped(tiny, tmp_path, capsys):
+    tiny[tiny.index("digits")] = "flowers"
+    script.main([*tiny, "--bits", "3", "--flowers", str(tmp_path / "nowhere"), "--mobilenet", str(tmp_path)])
+    assert f"flowers: skipped, {tmp_path / 'nowhere'} is not there; name another place with --flowers." in (
+        capsys.readouterr().out
+    )
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_sweep_does_not_mix_float_models(tiny, tmp_path, monkeypatch):
+    """A run that was stored elsewhere keeps others of its seed from starting here; other seeds may."""
+    monkeypatch.setitem(TASKS, "digits", dataclasses.replace(TASKS["digits"], float_per_seed=False))
+    script.main([*tiny, "--methods", QAT])
+    path = tmp_path / "results" / "digits-w2-qat-seed1.json"
+    moved = json.loads(path.read_text())
+    moved["outcome"]["float_model"] = "another"
+    path.write_text(json.dumps(moved))
+    with pytest.raises(ValueError, match=r"digits-w2-qat-seed1: .* float model another, found .* other than \[0, 1\]"):
+        script.main([*tiny, "--methods", QAT, SAQ])
+    with pytest.raises(ValueError, match="digits-w2-qat-seed1: this run is stored"):
+        script.main([*tiny, "--methods", SAQ])  # other methods alone are compared with it as well
+    script.main([*tiny, "--methods", QAT])  # nothing to train, nothing to mix
+    script.main([*tiny, "--methods", QAT, SAQ, "--seeds", "2"])
+    assert "digits-w2-case-3-seed2" in stored(tmp_path) and "digits-w2-case-3-seed1" not in stored(tmp_path)

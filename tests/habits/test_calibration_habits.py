@@ -1,0 +1,180 @@
+"""What users train on and with, and how a model without activation ranges is calibrated: as training will run it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import NUM_LABELS, images, resnet, vit
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from training import BATCH, Images, InOrder, arguments
+
+from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
+from hf_saq.conversion import is_calibrated, needs_calibration
+
+
+def trainer_of(model, tmp_path, cls=InOrder, data=None, config=None, steps=2, changes=None, **kwargs):
+    return cls(
+        model,
+        arguments(tmp_path, max_steps=steps, **(changes or {})),
+        saq_config=SAQConfig(case=None),
+        quantization_config=config or SAQQuantizationConfig(),
+        train_dataset=data if data is not None else Images(8, torch.float32),
+        **kwargs,
+    )
+
+
+class CalledByHand(InOrder):
+    """A model with a forward of its own: called with a position, and with nothing that it does not know."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return nn.functional.cross_entropy(model(inputs["pixel_values"]), inputs["labels"])
+
+
+class NeedsLabels(nn.Module):
+    """A forward that is of no use without labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, NUM_LABELS))
+
+    def forward(self, pixel_values, labels):
+        logits = self.net(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Attack(InOrder):
+    """Adversarial training: the loss runs a backward of its own, then clears gradients."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        leaf = inputs["pixel_values"].clone().requires_grad_()
+        model(pixel_values=leaf, labels=inputs["labels"]).loss.backward()
+        model.zero_grad()
+        moved = inputs["pixel_values"] + 0.1 * leaf.grad.sign()
+        return model(pixel_values=moved, labels=inputs["labels"]).loss
+
+
+def with_a_number(rows):
+    """A collator that adds a tensor without dimensions, as one for a temperature or an epoch."""
+    collated = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {**collated, "temperature": torch.tensor(2.0)}
+
+
+class UsesTheNumber(InOrder):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(pixel_values=inputs["pixel_values"], labels=inputs["labels"]).loss / inputs["temperature"]
+
+
+def summed_loss(outputs, labels, num_items_in_batch=None):
+    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, NUM_LABELS))
+
+
+@pytest.mark.parametrize(
+    ("build", "cls", "kwargs"),
+    [
+        (small_net, CalledByHand, {}),
+        (NeedsLabels, InOrder, {}),
+        (vit, Attack, {}),
+        (vit, UsesTheNumber, dict(data_collator=with_a_number)),
+        (vit, InOrder, dict(compute_loss_func=summed_loss)),
+    ],
+    ids=["called_by_hand", "needs_labels", "backward_in_the_loss", "tensor_without_dimensions", "loss_by_items"],
+)
+def test_whatever_training_runs_calibrates(build, cls, kwargs, tmp_path):
+    model = build()
+    trainer = trainer_of(model, tmp_path, cls, **kwargs)
+    trainer.calibrate_if_needed()
+    assert is_calibrated(model) and all(p.grad is None for p in model.parameters())
+    trainer.train()
+
+
+class OwnLoader(InOrder):
+    """A loader of one's own: the batches of training are twice as bright as the data set."""
+
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=BATCH, collate_fn=self.brighten)
+
+    @staticmethod
+    def brighten(rows):
+        return {
+            "pixel_values": 2 * torch.stack([row["pixel_values"] for row in rows]),
+            "labels": torch.stack([row["labels"] for row in rows]),
+        }
+
+
+def test_ranges_are_those_of_the_batches_that_training_sees(tmp_path):
+    data = Images(8, torch.float32)
+    trainer = trainer_of(resnet(), tmp_path, OwnLoader, data)
+    trainer.calibrate_if_needed()
+    expected = quantize(resnet(), SAQQuantizationConfig())
+    calibrate(expected, [{"pixel_values": 2 * part} for part in data.pixel_values.split(BATCH)])
+    for (name, p), q in zip(trainer.model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_weight_only_quantization_is_run_once(tmp_path):
+    """Layers that the model never calls are found by running it; that is done once, not before each training."""
+    trainer = trainer_of(vit(), tmp_path, config=SAQQuantizationConfig(activation_bits=None))
+    assert needs_calibration(trainer.model)
+    trainer.train()
+    assert not needs_calibration(trainer.model)
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+class Once(IterableDataset):
+    """A stream that can be read once, from a socket for example."""
+
+    def __init__(self, count: int):
+        data = Images(max(count, 1), torch.float32)
+        self.samples = iter([data[k] for k in range(count)])
+
+    def __iter__(self):
+        yield from self.samples
+
+
+@pytest.mark.parametrize(("count", "steps"), [(24, 6), (8, 2)], ids=["longer_than_calibration", "shorter"])
+def test_a_stream_that_can_be_read_once_loses_nothing(count, steps, tmp_path):
+    seen: list[torch.Tensor] = []
+
+    class Seeing(InOrder):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if model.training:
+                seen.append(inputs["pixel_values"].clone())
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    trainer_of(vit(), tmp_path, Seeing, Once(count), steps=steps).train()
+    assert torch.equal(torch.cat(seen), Images(count, torch.float32).pixel_values)
+
+
+class Again(IterableDataset):
+    """A stream that begins anew whenever it is read."""
+
+    def __iter__(self):
+        data = Images(8, torch.float32)
+        yield from (data[k] for k in range(8))
+
+
+def test_a_stream_that_begins_anew_does_so_in_later_epochs(tmp_path):
+    trainer = trainer_of(vit(), tmp_path, data=Again(), steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 6  # three readings of two batches
+    assert len(list(trainer.train_dataset)) == 8
+
+
+def test_data_without_a_batch_is_told_of(tmp_path):
+    trainer = trainer_of(vit(), tmp_path, data=Once(0))
+    with pytest.raises(ValueError, match="the training data gave no batch to calibrate with"):
+        trainer.train()
+
+
+def test_an_evaluation_before_the_first_step_meets_a_calibrated_model(tmp_path):
+    trainer = trainer_of(vit(), tmp_path, changes=dict(eval_on_start=True), eval_dataset=Images(4, torch.float32))
+    trainer.train()
+    assert "eval_loss" in trainer.state.log_history[0]
+    assert torch.isfinite(trainer.model(pixel_values=images(2)).logits).all()

@@ -1,0 +1,88 @@
+"""What people pass to `SAQTrainer`: what they passed to `Trainer`, their own optimizer, sometimes the wrong thing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from quantized_models import quantized
+from tiny_models import vit
+from training import Images, arguments
+from transformers import AutoModelForImageClassification, default_data_collator
+
+from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, pack, parameter_groups, quantize
+from hf_saq.storage.saved_directory import model_class
+
+
+def trainer_with(optimizer, model, tmp_path, **config) -> SAQTrainer:
+    return SAQTrainer(
+        model,
+        arguments(tmp_path, max_steps=1),
+        saq_config=SAQConfig(case=None, **config),
+        train_dataset=Images(8, torch.float32),
+        optimizers=(optimizer, None),
+    )
+
+
+def test_arguments_in_the_order_of_trainer(tmp_path):
+    """`Trainer(model, args, collator, train_dataset)` becomes `SAQTrainer(...)` without a change."""
+    data = Images(8, torch.float32)
+    trainer = SAQTrainer(quantized(), arguments(tmp_path, max_steps=1), default_data_collator, data)
+    assert trainer.data_collator is default_data_collator and trainer.train_dataset is data
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"saq_config": {"rho": 0.1}}, "saq_config is a dict; expected a SAQConfig"),
+        ({"saq_config": SAQQuantizationConfig()}, "saq_config is a SAQQuantizationConfig; expected a SAQConfig"),
+        ({"quantization_config": SAQConfig()}, "quantization_config is a SAQConfig; expected a SAQQuantizationConfig"),
+        ({"model": "google/vit-base-patch16-224"}, "model is a str; expected a model, for example of from_pretrained"),
+        ({"args": {"max_steps": 1}}, "args is a dict; expected TrainingArguments"),
+    ],
+    ids=["dict", "swapped", "swapped-too", "name", "args"],
+)
+def test_the_wrong_kind_of_thing(given, message, tmp_path):
+    """One sentence says which argument it is, what it is, and what was expected."""
+    with pytest.raises(TypeError, match=f"^SAQTrainer: {message}"):
+        SAQTrainer(**{"model": vit(), "args": arguments(tmp_path), **given})
+
+
+def test_an_optimizer_from_before_quantization_never_sees_the_step_sizes(tmp_path):
+    """`AdamW(model.parameters())`, then `quantize`: weights are the same objects, step sizes are not in it."""
+    model = vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    quantized_model = quantize(model, SAQQuantizationConfig())
+    with pytest.warns(UserWarning, match="does not have 28 of 28 step sizes, clips and offsets of quantizers"):
+        trainer_with(optimizer, quantized_model, tmp_path).create_optimizer()
+
+
+def test_an_optimizer_that_decays_step_sizes(tmp_path):
+    """`AdamW(model.parameters())` after quantization: their own rate is not applied, and decay shrinks the grid."""
+    model = quantized()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.warns(UserWarning, match="scale_lr_ratio=0.1 is not applied to it, and 1 of its groups decay them"):
+        trainer_with(optimizer, model, tmp_path, scale_lr_ratio=0.1).create_optimizer()
+
+
+def test_an_optimizer_of_parameter_groups_is_right(tmp_path):
+    """Nothing is said, and warnings are errors here."""
+    model = quantized()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, weight_decay=0.1))
+    trainer_with(optimizer, model, tmp_path).create_optimizer()
+
+
+def test_packing_before_calibration_is_told():
+    with pytest.warns(UserWarning, match="^pack: ViT.* is not calibrated: 14 quantizers have no range yet"):
+        pack(quantize(vit(), SAQQuantizationConfig()))
+
+
+@pytest.mark.parametrize("name", ["logging", "pipeline", "ViTConfig", "ViTImageProcessor", "no_such_thing", None, 3])
+def test_a_configuration_that_names_something_else_than_a_model(name):
+    """`architectures` comes from a file: what it names is called only if it is a model."""
+    config = vit().config
+    config.architectures = [name]
+    assert model_class(config) is AutoModelForImageClassification
+    config.architectures = json.loads('["ViTForImageClassification"]')
+    assert model_class(config) is type(vit())

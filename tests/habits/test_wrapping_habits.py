@@ -1,0 +1,173 @@
+"""Users wrap layers: replaced forwards, accelerate's hooks, weights computed from others, a minimizer that watches.
+
+Each goes on working or is refused by name; no copy runs the original in secret or carries it along.
+"""
+
+from __future__ import annotations
+
+import io
+import types
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_module
+from minimizer_nets import batch, linear_net, two_passes
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, dequantize, pack, quantize, unpack
+from hf_saq.layers.float_form import FloatForm
+
+CONFIG = SAQQuantizationConfig(weight_bits=8, activation_bits=8)
+
+
+def quantized() -> nn.Module:
+    net = linear_net().eval()
+    return calibrate(quantize(net, CONFIG), [batch(net)[0]])
+
+
+def double(layer: nn.Module) -> nn.Module:
+    """What many tools do: keep the old forward and put a function of one's own in its place."""
+    old = layer.forward
+    layer.forward = lambda x: old(x) * 2  # type: ignore[method-assign]
+    return layer
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused():
+    """A user replaced the forward of one layer: `quantize` names it and changes nothing."""
+    net = linear_net()
+    double(net[3])
+    with pytest.raises(ValueError, match=r"1 of its layers cannot be replaced .* 3: its forward was replaced on the"):
+        quantize(net, CONFIG)
+    assert type(net[0]) is nn.Linear
+
+
+def test_a_wrapped_layer_that_is_left_in_float_keeps_its_wrapper():
+    """A user lists the layer in modules_to_not_convert: the others are quantized, its wrapper works on."""
+    net, plain = linear_net().eval(), linear_net().eval()
+    double(net[3])
+    x = batch(net)[0]
+    excluding = CONFIG.replace(modules_to_not_convert=["3"])
+    calibrate(quantize(net, excluding), [x])
+    calibrate(quantize(plain, excluding), [x])
+    assert torch.allclose(net[:4](x), plain[:4](x) * 2)
+
+
+@pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: cpu_offload(net, execution_device="cpu"),
+        lambda net: dispatch_model(net, {f"0.{i}": "cpu" for i in range(6)}, force_hooks=True),
+    ],
+    ids=["cpu_offload", "dispatch_model"],
+)
+def test_layers_under_hooks_of_accelerate_are_refused(wrap):
+    """A user dispatches the float model first: the error names a layer and what to do, and that works."""
+    net = wrap(nn.Sequential(linear_net()))
+    with pytest.raises(ValueError, match=r"0\.0: accelerate's hooks .*remove_hook_from_module"):
+        quantize(net, CONFIG)
+    remove_hook_from_module(net, recurse=True)
+    assert len(quantize(net, CONFIG).quantization_report.converted) == 3
+
+
+def test_no_function_of_a_float_layer_is_remembered():
+    """However a function came onto a layer, the float form does not keep it: it would run the old weights."""
+    layer = double(nn.Linear(3, 3))
+    layer.note = types.MethodType(lambda self: 1, layer)
+    assert set(FloatForm.of(layer).attributes) == {"in_features", "out_features"}
+
+
+@pytest.mark.parametrize("change", [pack, dequantize], ids=["pack", "dequantize"])
+def test_a_quantized_layer_whose_forward_was_replaced_is_not_copied_without_it(change):
+    """A user wraps a quantized layer by hand: a packed copy would go without the wrapper, so there is none."""
+    net = quantized()
+    double(net[0])
+    with pytest.raises(ValueError, match=r"^0: its forward was replaced"):
+        change(net)
+
+
+@pytest.mark.parametrize("change", [pack, dequantize], ids=["pack", "dequantize"])
+def test_a_model_whose_forward_holds_the_original_is_not_copied(change):
+    """A user replaces the forward of the whole model by a closure: a copy would run the original's weights."""
+    with pytest.raises(ValueError, match="Sequential: its forward was replaced .* a copy would run the original"):
+        change(double(quantized()))
+
+
+def test_a_forward_bound_to_its_module_is_copied():
+    """A user binds a method to the model: the copy runs its own weights, as before."""
+    net = quantized()
+    net.forward = types.MethodType(lambda self, x: nn.Sequential.forward(self, x) * 2, net)  # type: ignore[method-assign]
+    x = batch(net)[0]
+    packed, expected = pack(net), net(x)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert torch.allclose(packed(x), expected)
+
+
+# A minimizer that watches ------------------------------------------------------------------------------------------
+
+
+def pickled_size(model: nn.Module) -> int:
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    return len(stream.getvalue())
+
+
+@pytest.mark.parametrize("change", [pack, dequantize, lambda net: unpack(pack(net))], ids=["pack", "float", "unpack"])
+def test_copies_go_without_the_hooks_of_the_minimizer(change):
+    """A user packs while training: the copy pickles as small as one made before, and training goes on."""
+    net = quantized()
+    without = pickled_size(change(net))
+    minimizer = SharpnessAwareMinimizer(net, rho=0.1)
+    copied = change(net)
+    assert pickled_size(copied) == without
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in copied.modules())
+    two_passes(net, minimizer, batch(net))
+    assert minimizer.ascent_norm > 0
+
+
+def test_hooks_of_others_are_copied():
+    """A user's own hook on a layer is still there after `pack`."""
+    net, calls = quantized(), []
+    net[0].register_forward_hook(lambda *args: calls.append(1))
+    pack(net)(batch(net)[0])
+    assert calls == [1]
+
+
+# Weights that are computed from others -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize(
+    "compute",
+    [weight_norm, spectral_norm, parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
+    ids=["old weight_norm", "old spectral_norm", "parametrized", "pruned"],
+)
+class TestComputedWeights:
+    def test_before_quantization_such_a_layer_stays_in_float(self, compute):
+        """A user prunes or normalizes a weight, then quantizes: the report says that this layer stays in float."""
+        net = linear_net()
+        compute(net[0])
+        reasons = {layer.name: layer.reason for layer in quantize(net, CONFIG).quantization_report.skipped}
+        assert set(reasons) == {"0"} and reasons["0"]
+
+    @pytest.mark.parametrize(
+        "use", [pack, dequantize, lambda net: SharpnessAwareMinimizer(net, rho=0.1)], ids=["pack", "float", "perturb"]
+    )
+    def test_after_quantization_its_copies_and_its_perturbation_are_refused(self, compute, use):
+        """A user does so after `quantize`: the error names the layer and says to make it permanent."""
+        net = quantized()
+        compute(net[0])
+        with pytest.raises(ValueError, match=r"^0: its weight is computed from other parameters since .*prune.remove"):
+            use(net)
+
+
+def test_pruning_made_permanent_is_packed():
+    """A user removes the mask as told: packing works, and pruned weights are zero."""
+    net = quantized()
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    prune.remove(net[0], "weight")
+    assert (pack(net)[0].quantized_weight() == 0).float().mean() >= 0.5

@@ -1,0 +1,42 @@
+"""Started by torchrun: each process calibrates on data of its own, plain and under FSDP2; all leave what they have."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from minimizer_nets import linear_net
+from torch.distributed.fsdp import fully_shard
+
+from hf_saq import SAQQuantizationConfig, calibrate, quantize
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def main(output: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    own = torch.randn(32, 12, generator=generator) * (1 + rank)
+    own = own.abs() if rank else own  # the sign of the first layer differs
+    results = {}
+    for quantizer in ("lsq", "lsq_plus", "pact"):
+        for sharded in (False, True):
+            net = quantize(linear_net().eval(), SAQQuantizationConfig(quantizer=quantizer))
+            net = fully_shard(net) if sharded else net
+            calibrate(net, [own])
+            logits = net(torch.randn(4, 12, generator=torch.Generator().manual_seed(5))).detach()
+            if sharded:
+                net.reshard()
+            state = {name: whole(t).detach().clone() for name, t in net.state_dict().items()}
+            results[quantizer, sharded] = {"state": state, "logits": logits}
+    torch.save(results, output / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

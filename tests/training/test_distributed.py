@@ -1,0 +1,76 @@
+"""Two processes on the gloo backend against the plain-PyTorch reference, which simulates both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrices import matrix
+from processes import SUPPORT, run_python
+from reference import largest_difference
+from training import FAMILIES, HOW, SCHEDULES, reference_result, scheduled_reference
+
+TOLERANCE = 1e-11
+MATRIX = "test_training_equals_the_reference"
+ALWAYS = [("vit", "3-local", 1), ("vit", "3-global", 1)]
+"""Runs that tests below compare, whichever of the matrix are selected."""
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory) -> dict:
+    """Results of two processes, which train what the selected tests ask for."""
+    output = tmp_path_factory.mktemp("distributed")
+    items = [item for item in request.session.items if item.path == request.path and MATRIX in item.name]
+    asked = [tuple(item.callspec.params[name] for name in ("family", "how", "accumulation")) for item in items]
+    runs = {*asked, *ALWAYS}
+    torch.save(sorted(runs), output / "runs.pt")
+    run_python(SUPPORT / "distributed_worker.py", output)
+    return torch.load(output / "results.pt", weights_only=True)
+
+
+@matrix(4, accumulation=[2, 1], family=FAMILIES, how=HOW.keys())
+def test_training_equals_the_reference(accumulation, family, how, results):
+    case, sync = HOW[how]
+    result = results[family, how, accumulation]
+    expected = reference_result(family, case, accumulation, sync, processes=2)
+    assert largest_difference(Trained(result["state"]), expected) < TOLERANCE
+    assert result["replicas"][0] == result["replicas"][1]
+
+
+class Trained:
+    """`largest_difference` reads nothing but the state."""
+
+    def __init__(self, state: dict):
+        self.state_dict = lambda: state
+
+
+@pytest.mark.parametrize("k", range(len(SCHEDULES)), ids=[str(run) for run in SCHEDULES])
+def test_schedules_equal_the_reference(k, results):
+    family, case, accumulation, sync, knobs = SCHEDULES[k]
+    result = results["schedules"][k]
+    expected, _ = scheduled_reference(family, case, accumulation, sync, knobs, processes=2)
+    assert largest_difference(Trained(result["state"]), expected) < TOLERANCE
+    assert result["replicas"][0] == result["replicas"][1]
+    kept, mean = result["kept"].T
+    assert mean[0] == mean[1]  # what the trigger decides by
+    assert (mean[0] > 0) == ("trigger" in knobs)
+    if sync == "local" and knobs.get("reuse") in ("stale", "previous"):
+        assert kept[0] != kept[1]  # each process has an eps of its own
+    else:
+        assert kept[0] == kept[1]
+
+
+def test_each_process_resumes_with_its_own_eps(results):
+    assert results["resumed"]["equal"].all()
+    kept = results["resumed"]["kept"].flatten()
+    assert kept[0] != kept[1] and kept.min() > 0
+
+
+def test_local_and_global_differ(results):
+    """Otherwise the two modes, and the two simulations of them, would be one."""
+    a, b = (results["vit", f"3-{sync}", 1]["state"]["classifier.weight"] for sync in ("local", "global"))
+    assert (a - b).abs().max() > 1e4 * TOLERANCE
+
+
+def test_the_global_norm_is_that_of_all_processes(results):
+    norms = {sync: results["vit", f"3-{sync}", 1]["logs"][0]["ascent_norm"] for sync in ("local", "global")}
+    assert norms["global"] < norms["local"]  # a mean of two different gradients is shorter than they are on average

@@ -1,0 +1,183 @@
+"""Resuming is exact: train(2n) equals train(n), save, resume in a fresh process's objects, train(n)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from matrices import matrix
+from processes import SUPPORT, run_python
+from resume_runs import MODELS, MOMENTS, STEPS, make_trainer
+from transformers import TrainerCallback
+
+from hf_saq import SAQConfig
+from hf_saq.training.checkpoints import last_complete_checkpoint, what_is_missing
+from hf_saq.training.schedule_state import load_schedule
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_equal_states(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def interrupted(family, output_dir, step, **how):
+    """Train to `step`, then resume in a new trainer with a fresh float model."""
+    first = make_trainer(family, output_dir, **how)
+    first.add_callback(StopAt(step))
+    first.train()
+    second = make_trainer(family, output_dir, **how)
+    second.train(resume_from_checkpoint=True)
+    return second
+
+
+@matrix(2, family=MODELS.keys(), sync=["local", "global"])
+def test_resume_is_exact(family, sync, tmp_path):
+    how = {"saq_config": SAQConfig(rho=0.1, sync=sync, interval=2 if sync == "global" else 1)}
+    whole = make_trainer(family, tmp_path / "whole", **how)
+    whole.train()
+    resumed = interrupted(family, tmp_path / "parts", 4, **how)
+    assert resumed.state.global_step == STEPS
+    assert_equal_states(state_of(resumed), state_of(whole))
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+SCHEDULES = {
+    "stale": ("vit", dict(reuse="stale", interval=3)),
+    "previous": ("swin", dict(reuse="previous")),
+    "look": ("vit", dict(reuse="look", interval=3, sync="global")),
+    "trigger": ("resnet", dict(trigger=True)),
+}
+"""Interrupted after step 4, when each of them needs what earlier steps left."""
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_resume_under_a_schedule_is_exact(name, tmp_path):
+    family, knobs = SCHEDULES[name]
+    whole = make_trainer(family, tmp_path / "whole", saq_config=SAQConfig(rho=0.1, **(knobs or {"schedule": "full"})))
+    whole.train()
+    resumed = interrupted(
+        family, tmp_path / "parts", 4, saq_config=SAQConfig(rho=0.1, **(knobs or {"schedule": "full"}))
+    )
+    assert resumed.state.global_step == STEPS
+    assert_equal_states(state_of(resumed), state_of(whole))
+    tensors, values = whole.scheduled_step.state()
+    assert_equal_states(resumed.scheduled_step.state()[0], tensors)
+    assert resumed.scheduled_step.state()[1] == values
+    assert tensors or values["mean"] is not None  # there was something to remember
+
+
+def test_the_state_of_a_schedule_must_be_there_and_fit(tmp_path):
+    how = dict(saq_config=SAQConfig(rho=0.1, reuse="previous"), max_steps=2)
+    trainer = make_trainer("vit", tmp_path, **how)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    file = checkpoint / "perturbation_state_0.safetensors"
+    with pytest.raises(ValueError, match="was written with processes 1, but this run has 2"):
+        load_schedule(trainer.scheduled_step, checkpoint, process=0, processes=2)
+    other = make_trainer("vit", tmp_path, saq_config=SAQConfig(rho=0.1, reuse="look", interval=2))
+    with pytest.raises(ValueError, match="was written with schedule \"reuse='previous'\", but this run has"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="a stored perturbation is for this tensor, but ResNet.* has no quantizer"):
+        fresh = make_trainer("resnet", tmp_path, **how)
+        load_schedule(fresh.scheduled_step, checkpoint, process=0, processes=1)
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "perturbation_state_0.safetensors cannot be read" in what_is_missing(checkpoint)
+    file.unlink()
+    with pytest.raises(ValueError, match="perturbation_state_0.safetensors is missing: a run with reuse='previous'"):
+        make_trainer("vit", tmp_path, **how).train(resume_from_checkpoint=True)
+    make_trainer("vit", tmp_path, max_steps=2).train(resume_from_checkpoint=True)  # nothing to remember, nothing asked
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+def test_the_best_model_is_loaded_exactly(family, tmp_path):
+    """ViT and Swin have other names on disk than in memory; a raw load would leave the last weights in place."""
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            kept[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
+
+    trainer = make_trainer(
+        family,
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the worst loss: an early checkpoint, not the last state
+    )
+    trainer.add_callback(Keep())
+    trainer.train()
+    best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert_equal_states(state_of(trainer), kept[best])
+    if best != STEPS:
+        assert any(not torch.equal(kept[STEPS][n], v) for n, v in kept[best].items())
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("killed")
+    run_python(SUPPORT / "resume_runs.py", directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, torch.Tensor]:
+    trainer = make_trainer("vit", tmp_path_factory.mktemp("whole"))
+    trainer.train()
+    return state_of(trainer)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_from_the_last_complete_checkpoint(moment, killed, uninterrupted, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(killed / moment, directory)
+    expected = "checkpoint-4" if moment == "between_saves" else "checkpoint-2"
+    assert Path(last_complete_checkpoint(directory)).name == expected
+    trainer = make_trainer("vit", directory)
+    trainer.train(resume_from_checkpoint=True)
+    assert_equal_states(state_of(trainer), uninterrupted)
+    assert Path(last_complete_checkpoint(directory)).name == f"checkpoint-{STEPS}"
+
+
+def test_saving_a_step_again_first_takes_the_old_state_away(tmp_path, monkeypatch):
+    trainer = make_trainer("vit", tmp_path, max_steps=2)
+    trainer.train()
+    assert what_is_missing(tmp_path / "checkpoint-2") is None
+    again = make_trainer("vit", tmp_path, max_steps=2)
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    assert "trainer_state.json" in what_is_missing(tmp_path / "checkpoint-2")
+
+
+def test_clear_errors(tmp_path):
+    trainer = make_trainer("vit", tmp_path / "run", max_steps=2)
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="it is not a directory"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        make_trainer("vit", tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+    weights.unlink()
+    assert what_is_missing(checkpoint) == "it holds no weights"
