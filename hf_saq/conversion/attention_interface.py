@@ -58,7 +58,7 @@ def quantized_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The attention function: the products of `module` compute, or its own eager attention where it has none."""
+    """Attend with the products of `module`, or with its own eager attention where it has none."""
     arguments: dict[str, Any] = {"scaling": scaling, "dropout": dropout}
     if softcap is not None:
         arguments["softcap"] = softcap
@@ -78,14 +78,14 @@ def quantized_attention(
 
 
 def uses_interface(module: nn.Module) -> bool:
-    """Whether the forward of `module` looks its attention function up in the attention interface."""
+    """Tell whether the forward of `module` looks its attention function up in the attention interface."""
     forward = inspect.unwrap(type(module).forward)
     code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
     return code is not None and any(isinstance(known.get(name), AttentionInterface) for name in _names(code))
 
 
 def unsupported(module: nn.Module) -> str:
-    """Why a module for which `uses_interface` holds keeps its products in float; `""` if it need not."""
+    """Say why a module for which `uses_interface` holds keeps its products in float; `""` if it need not."""
     eager = _eager_attention(module)
     if eager is None:
         return "its eager attention was not found, so what it computes is not known"
@@ -95,7 +95,7 @@ def unsupported(module: nn.Module) -> str:
 
 
 def _eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """What the file of `module` calls eager attention: by convention a function of this name."""
+    """Find what the file of `module` calls eager attention: by convention a function of this name."""
     return inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
 
 

@@ -22,7 +22,7 @@ from .observing import run_in_float, run_quantized
 
 
 class _Correction:
-    """Of one layer: the mean outputs it has in float, and how far they must be moved to be that when quantized."""
+    """Keeps the mean outputs that a layer has in float, and how far its quantized outputs must move to have them."""
 
     def __init__(self) -> None:
         self.float_means: list[Tensor] = []  # one for each call in one batch
@@ -33,7 +33,7 @@ class _Correction:
         self.float_means.append(_channel_means(layer, output))
 
     def apply(self, layer: QuantizedLayer, output: Tensor) -> Tensor:
-        """The quantized output with its means as in float, so that later layers see no error of this one."""
+        """Give the quantized output its means in float, so that later layers see no error of this one."""
         shift = self.float_means.pop(0) - _channel_means(layer, output)
         values = output.numel() // len(shift)
         self.shift, self.count = self.shift + shift * values, self.count + values

@@ -14,7 +14,7 @@ _SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
 
 
 def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLayer:
-    """The quantized form of one float layer, its quantizers not yet initialized."""
+    """Build the quantized form of one float layer, its quantizers not yet initialized."""
     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
     form = quantized_form(layer)
     assert form is not None
@@ -31,7 +31,7 @@ def build(layer: nn.Module, name: str, settings: dict[str, Any]) -> QuantizedLay
 
 
 def build_products(attention: nn.Module, name: str, settings: dict[str, Any]) -> QuantAttentionProducts:
-    """The products of one attention module, their quantizers not yet initialized; `name` is theirs."""
+    """Build the products of one attention module, their quantizers not yet initialized; `name` is theirs."""
     device = next((tensor.device for tensor in attention.parameters()), torch.device("cpu"))
     quantizers: dict[str, Quantizer | None] = {}
     for operand in ("query", "key", "value"):

@@ -1,4 +1,4 @@
-"""First values of activation quantizers, from real batches run through the float model."""
+"""Find first values of activation quantizers from real batches run through the float model."""
 
 from __future__ import annotations
 
@@ -132,5 +132,5 @@ def needs_calibration(model: nn.Module) -> bool:
 
 
 def is_calibrated(model: nn.Module) -> bool:
-    """Whether every quantizer of `model` has its range."""
+    """Tell whether every quantizer of `model` has its range."""
     return all(module.initialized for module in model.modules() if isinstance(module, Quantizer))

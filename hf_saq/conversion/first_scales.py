@@ -1,4 +1,4 @@
-"""First scales of weights, and a warning where they leave nothing of a layer's channels."""
+"""Find first scales of weights, and warn where they leave nothing of a layer's channels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def initialize_weight_quantizers(model: nn.Module) -> None:
 
 
 def channels_rounded_to_zero(layer: QuantizedLayer) -> tuple[int, int]:
-    """How many output channels of a layer keep no weight other than zero although they have some, and of how many."""
+    """Count the output channels whose weights all become zero although they are not, and all output channels."""
     assert layer.weight_quantizer is not None
     channels = layer.weight.shape[layer.channel_axis]
     if layer.weight_quantizer.has_offset:

@@ -1,4 +1,4 @@
-"""Whole models between their trainable, packed and plain float forms."""
+"""Bring whole models from one form to another: their trainable, packed and plain float forms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .swapping import convert, replace_modules
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """A copy of a quantized model whose weights are packed integers: small on disk and in memory, for inference only.
+    """Copy a quantized model with packed integers as weights: small on disk and in memory, for inference only.
 
     The latent float weights are dropped; keep a float-storage checkpoint to go on training. Warns where activations
     are not calibrated yet.
@@ -50,7 +50,7 @@ def pack(model: nn.Module) -> nn.Module:
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """A copy of a packed model that can be trained: float weights that quantize to the very same codes.
+    """Copy a packed model so that it can be trained: float weights that quantize to the very same codes.
 
     The weights lie on the grid (with LIQ all of a layer next to it, by less than half a step); what was lost in
     packing, where between two grid values they were, does not come back.
@@ -70,7 +70,7 @@ def unpack(model: nn.Module) -> nn.Module:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """A plain float copy of a quantized or packed model, with every layer of the class it had before `quantize`.
+    """Copy a quantized or packed model as plain float, with every layer of the class it had before `quantize`.
 
     Its weights are the quantized ones, as floats. **Inputs of layers are no longer quantized**, nor are attention
     products, so that its outputs are those of the quantized model only where `activation_bits` was `None`. The copy
@@ -88,7 +88,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def dequantize_in_place(model: nn.Module) -> None:
-    """[`dequantize`] without the copy, for `model.dequantize()` of transformers."""
+    """Do what [`dequantize`] does without the copy, for `model.dequantize()` of transformers."""
     with torch.no_grad():
         replace_modules(model, _float_layers(model))
     _forget_quantization(model)
@@ -152,7 +152,7 @@ def _check_weights_are_parameters(model: nn.Module) -> None:
 
 
 def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The float layer that stands in for each quantized one."""
+    """Build the float layer that stands in for each quantized one."""
     _check_on_device(model)
     _check_weights_are_parameters(model)
     layers = [module for module in model.modules() if isinstance(module, (QuantizedLayer, PackedLayer))]

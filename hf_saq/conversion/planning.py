@@ -1,4 +1,4 @@
-"""Which layers of a model are quantized and how: decided before anything is changed."""
+"""Decide which layers of a model are quantized and how, before anything is changed."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def _first_and_heads(
 
 
 def products_name(name: str) -> str:
-    """The name that the products of the attention module called `name` have, or would have."""
+    """Make the name that the products of the attention module called `name` have, or would have."""
     return f"{name}.{attention_interface.CHILD}" if name else attention_interface.CHILD
 
 
 def _attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """Attention modules that go through the attention interface, by name; raises if none of them can be quantized."""
+    """Find attention modules that use the attention interface, by name; raise if none of them can be quantized."""
     found = {name: m for name, m in model.named_modules() if attention_interface.uses_interface(m)}
     reasons = {name: attention_interface.unsupported(m) for name, m in found.items()}
     if not found or all(reasons.values()):

@@ -14,7 +14,7 @@ from ..tables import text_table
 
 @dataclass
 class LayerPlan:
-    """What is to happen to one layer. `settings` is empty and `reason` says why where it stays in float.
+    """Says what is to happen to one layer. `settings` is empty and `reason` says why where it stays in float.
 
     The products of an attention count as a layer, which has no weight; `layer_type` is then that of the attention.
     `sign` is that of the activations: `auto` until they are calibrated.

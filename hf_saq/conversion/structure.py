@@ -9,7 +9,7 @@ from ..layers import QUANTIZED_LAYERS, quantized_form
 
 
 def first_and_heads(model: nn.Module) -> set[str]:
-    """Names of the first layer and of the classification heads, found by structure.
+    """Find the names of the first layer and of the classification heads, found by structure.
 
     Heads are, in this order: what timm's `get_classifier` returns; what a transformers model keeps outside of its
     `base_model`; the last layer.
@@ -42,7 +42,7 @@ def _outside_base_model(model: nn.Module) -> list[nn.Module]:
 
 
 def unsupported(module: nn.Module) -> str | None:
-    """Why a weighted layer stays in float: `""` if it can be quantized, `None` if it is not such a layer at all."""
+    """Say why a weighted layer stays in float: `""` if it can be quantized, `None` if it is no such layer at all."""
     if quantized_form(module) is not None:
         return "" if isinstance(module.weight, nn.Parameter) else "its weight is computed from other parameters"
     if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -58,7 +58,7 @@ def unsupported(module: nn.Module) -> str | None:
 
 
 def tied_to_something_else(model: nn.Module) -> dict[nn.Module, str]:
-    """Layers that share their weight with a module that cannot be quantized, such as an embedding, and the reason."""
+    """Find layers that share their weight with a module that has no quantized form, such as an embedding; say so."""
     # transformers ties weights after loading them; until then it only lists which ones.
     source_of: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}

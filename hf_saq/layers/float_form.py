@@ -1,4 +1,4 @@
-"""What is remembered of a float layer, so that a quantized one can become it again."""
+"""Remember a float layer, so that a quantized one can become it again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "_hook" in name)
 
 @dataclass(frozen=True)
 class FloatForm:
-    """The class of a float layer and what its constructor left on it, without its tensors and hooks."""
+    """Holds the class of a float layer and what its constructor left on it, without its tensors and hooks."""
 
     kind: type[nn.Module]
     attributes: dict[str, Any]
@@ -29,7 +29,7 @@ class FloatForm:
         return cls(type(layer), {name: value for name, value in own.items() if not is_function(value)})
 
     def build(self, weight: nn.Parameter, like: nn.Module) -> nn.Module:
-        """The float layer around `weight`, with the bias, the hooks and the mode of the layer `like`."""
+        """Build the float layer around `weight`, with the bias, the hooks and the mode of the layer `like`."""
         # Not by calling the class: the constructor of a subclass may take anything.
         layer = self.kind.__new__(self.kind)
         nn.Module.__init__(layer)

@@ -62,7 +62,7 @@ class PackedLayer(nn.Module):
 
     @property
     def settings(self) -> QuantizerSettings:
-        """The settings of the weight quantizer."""
+        """What the weight quantizer was told to do."""
         assert self._functional.weight_quantizer is not None
         return self._functional.weight_quantizer.settings
 
@@ -72,7 +72,7 @@ class PackedLayer(nn.Module):
 
     @classmethod
     def skeleton(cls, layer: QuantizedLayer) -> PackedLayer:
-        """A packed layer of the shape of `layer`, still without its codes."""
+        """Make a packed layer of the shape of `layer`, still without its codes."""
         assert layer.weight_quantizer is not None
         quantizer = layer.weight_quantizer
         with torch.device("meta"):
@@ -89,7 +89,7 @@ class PackedLayer(nn.Module):
 
     @classmethod
     def from_quantized(cls, layer: QuantizedLayer) -> PackedLayer:
-        """The packed form of a trained `layer`."""
+        """Pack a trained `layer`."""
         assert layer.weight_quantizer is not None
         packed = cls.skeleton(layer)
         quantizer = layer.weight_quantizer
@@ -104,7 +104,7 @@ class PackedLayer(nn.Module):
 
     @torch.no_grad()
     def to_quantized(self) -> QuantizedLayer:
-        """The trainable form: a latent weight that quantizes to the same codes on the same grid.
+        """Make the trainable form: a latent weight that quantizes to the same codes on the same grid.
 
         Raises:
             ValueError: If the quantizer cannot be brought to that grid.
@@ -144,12 +144,12 @@ class PackedLayer(nn.Module):
             )
 
     def codes(self) -> Tensor:
-        """The integer codes of the weight, int16, in the weight's shape."""
+        """Unpack the integer codes of the weight, int16, in the weight's shape."""
         self.check_size()
         return unpack_codes(self.packed_weight, self.bits, self.weight_shape, signed=True)
 
     def quantized_weight(self) -> Tensor:
-        """`Q(w)` decoded from the codes, in the layer's dtype."""
+        """Decode `Q(w)` from the codes, in the layer's dtype."""
         weight = self.codes() * self.weight_scale
         if self.weight_offset is not None:
             weight = weight.add_(self.weight_offset)
@@ -166,7 +166,7 @@ class PackedLayer(nn.Module):
         return self._functional.compute(x, self.quantized_weight(), self.bias)
 
     def _apply(self, fn, recurse=True):
-        """As for any module, but `.to(torch.bfloat16)` and the like leave codes and grid as they are."""
+        """Move and convert like any module, but let `.to(torch.bfloat16)` and the like leave codes and grid alone."""
         kept = list(self._buffers.values())
         keeping = without_narrowing(fn)
         return super()._apply(lambda t: keeping(t) if any(t is one for one in kept) else fn(t), recurse)

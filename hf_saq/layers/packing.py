@@ -21,7 +21,7 @@ CODES_PER_GROUP = 8
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Count the bytes that `count` codes of `bits` bits take."""
     return -(-count * bits // 8)
 
 
@@ -50,7 +50,7 @@ def pack_codes(codes: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...], signed: bool) -> Tensor:
-    """The int16 codes of `shape` that [`pack_codes`] packed.
+    """Unpack the int16 codes of `shape` that [`pack_codes`] packed.
 
     Raises:
         ValueError: If `bits` is not 2 to 8, or `packed` not uint8 of the size that `shape` and `bits` ask for.

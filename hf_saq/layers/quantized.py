@@ -20,7 +20,7 @@ class HoldsQuantizers(nn.Module):
         return [child for child in self.children() if isinstance(child, Quantizer)]
 
     def leave_in_float(self) -> None:
-        """Give up all of them, for good."""
+        """Give up all quantizers of this module, for good."""
         for name, child in list(self.named_children()):
             if isinstance(child, Quantizer):
                 setattr(self, name, None)
@@ -53,7 +53,7 @@ class QuantizedLayer(HoldsQuantizers, ABC):
     def from_float(
         cls, layer: nn.Module, weight_quantizer: Quantizer | None, activation_quantizer: Quantizer | None
     ) -> QuantizedLayer:
-        """A quantized layer that shares the parameters of the float `layer`."""
+        """Make a quantized layer that shares the parameters of the float `layer`."""
         with torch.device("meta"):  # the fresh weights are replaced at once
             new = cls(**cls.constructor_arguments(layer))
         new.weight, new.bias = layer.weight, layer.bias
@@ -67,11 +67,11 @@ class QuantizedLayer(HoldsQuantizers, ABC):
     @staticmethod
     @abstractmethod
     def constructor_arguments(layer: Any) -> dict[str, Any]:
-        """Arguments that rebuild a layer of the same shape as the float `layer`."""
+        """List the arguments that rebuild a layer of the same shape as the float `layer`."""
 
     @abstractmethod
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the float layer computes, of these operands in place of its own."""
+        """Compute what the float layer does, with these operands in place of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         x_q, w_q = self.quantized_input(x), self.quantized_weight()
@@ -102,7 +102,7 @@ class QuantizedLayer(HoldsQuantizers, ABC):
                     quantizer.initialize(self.weight)
 
     def quantized_weight(self) -> Tensor:
-        """`Q(w)`, same shape as `weight`."""
+        """Compute `Q(w)`, same shape as `weight`."""
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:

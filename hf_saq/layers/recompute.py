@@ -17,7 +17,7 @@ from ..quantizers.affine import MadeOf, made_of
 
 
 def in_autocast_type(x_q: Tensor) -> Tensor:
-    """`x_q` in the type that a product takes under autocast: a cast that is ours can be done again."""
+    """Convert `x_q` to the type that a product takes under autocast: a cast that is ours can be done again."""
     device = x_q.device.type
     if x_q.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         return x_q.to(torch.get_autocast_dtype(device))
@@ -25,7 +25,7 @@ def in_autocast_type(x_q: Tensor) -> Tensor:
 
 
 def operand_recomputed(x_q: Tensor, operand: Tensor) -> AbstractContextManager:
-    """Inside, an operation that saves `operand`, or a view of it, saves how to compute it again instead.
+    """Let operations inside that would save `operand`, or a view of it, save how to compute it again instead.
 
     Hooks on saved tensors that are active outside (checkpointing, offloading, counting) get all other tensors.
 
@@ -70,7 +70,7 @@ def _hooks(made: MadeOf, x: Tensor, operand: Tensor) -> saved_tensors_hooks:
 
 
 class _Recipe(NamedTuple):
-    """A view of a quantized input, before it is made."""
+    """Says how to make a view of a quantized input again."""
 
     made: MadeOf
     packed_x: Any

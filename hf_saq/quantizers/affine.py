@@ -31,7 +31,7 @@ class LSQFactor(NamedTuple):
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Saves nothing but its inputs: `x` is alive anyway, a mask and a rounding error of its size would not be."""
+    """Quantizes, and saves nothing but its inputs: `x` is alive anyway, a mask of its size would not be."""
 
     @staticmethod
     def forward(
@@ -65,7 +65,7 @@ class FakeQuantize(torch.autograd.Function):
 
 
 class MadeOf(NamedTuple):
-    """What the output of [`FakeQuantize`] was made of, and can be made of again."""
+    """Holds what the output of [`FakeQuantize`] was made of, so that it can be made again."""
 
     x: weakref.ref[Tensor]
     scale: Tensor
@@ -74,12 +74,12 @@ class MadeOf(NamedTuple):
 
     @torch.no_grad()
     def remake(self, x: Tensor) -> Tensor:
-        """The output, of an equal `x`."""
+        """Make the output again, from an equal `x`."""
         return quantize_forward(x, self.scale, self.offset, self.grid)
 
 
 def made_of(x_q: Tensor) -> MadeOf | None:
-    """Of what fake quantization made `x_q`; `None` if it is the result of something else, or needs no gradient."""
+    """Tell what fake quantization made `x_q` of; `None` if something else made it, or if it needs no gradient."""
     return getattr(x_q.grad_fn, "made_of", None)
 
 
@@ -92,7 +92,7 @@ def affine_fake_quantize(
     grad_scale: float | LSQFactor = 1.0,
     through_rounding: bool = True,
 ) -> Tensor:
-    """`x_q = s * clip(round(v), qmin, qmax) + o` with `v = (x - o)/s`, differentiable in `x`, `s` and `o`.
+    """Compute `x_q = s * clip(round(v), qmin, qmax) + o` with `v = (x - o)/s`, differentiable in `x`, `s` and `o`.
 
     With rounding passed straight through, and "inside" meaning `qmin <= v <= qmax`:
 

@@ -49,7 +49,7 @@ class Quantizer(HasRangeState, ABC):
 
     @abstractmethod
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """The grid value nearest to each element, same shape and dtype as `x`, with the quantizer's gradients."""
+        """Return the grid value nearest to each element, in shape and dtype of `x`, with the quantizer's gradients."""
 
     @abstractmethod
     def fit(self, x: Tensor) -> None:
@@ -57,7 +57,7 @@ class Quantizer(HasRangeState, ABC):
 
     @abstractmethod
     def grid(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`(scale, offset)`, detached, each of shape `scale_shape`: `value = code * scale + offset`.
+        """Return `(scale, offset)`, detached, each of shape `scale_shape`: `value = code * scale + offset`.
 
         Args:
             x: The tensor that is quantized. Only a grid that depends on its statistics needs it (LIQ weights).
@@ -141,15 +141,15 @@ class Quantizer(HasRangeState, ABC):
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> Tensor:
-        """Integer codes of `x` in `[qmin, qmax]`, dtype int16: those behind `fake_quantize(x)`."""
+        """Return the integer codes of `x` in `[qmin, qmax]`, dtype int16: those behind `fake_quantize(x)`."""
         scale, offset = self.grid(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # as `fake_quantize` computes
         return ((x - offset) / scale).round().clamp(self.qmin, self.qmax).to(torch.int16)
 
     def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:  # noqa: ARG002
-        """A weight that quantizes to `codes` on the grid `code * scale + offset`, which becomes this quantizer's own.
+        """Make `code * scale + offset` the grid of this quantizer and return a weight that quantizes to `codes` on it.
 
-        What unpacking needs; the inverse of `quantize` and `grid`, as far as there is one.
+        Unpacking needs it. It is the inverse of `quantize` and `grid`, as far as there is one.
 
         Args:
             codes: Integer codes of a weight, of any shape.
@@ -166,12 +166,12 @@ class Quantizer(HasRangeState, ABC):
 
     @torch.no_grad()
     def dequantize(self, codes: Tensor, x: Tensor | None = None) -> Tensor:
-        """Grid values of integer `codes`, in the dtype of the scale. `x` is for `grid`, see there."""
+        """Return the grid values of integer `codes`, in the dtype of the scale. `x` is for `grid`, see there."""
         scale, offset = self.grid(x)
         return codes.to(scale.dtype) * scale + offset
 
     def _apply(self, fn, recurse=True):
-        """As for any module, but `.to(torch.bfloat16)` and the like leave the grid as it is."""
+        """Move and convert as any module does, but let `.to(torch.bfloat16)` and the like leave the grid as it is."""
         return super()._apply(without_narrowing(fn), recurse)
 
     def extra_repr(self) -> str:

@@ -55,7 +55,7 @@ class HasRangeState(nn.Module):
 
     @torch.no_grad()
     def take_state(self, signed: bool) -> None:
-        """From here on the quantizer is calibrated, with codes of this sign."""
+        """Make the quantizer calibrated from here on, with codes of this sign."""
         self._write_state(SIGNED if signed else UNSIGNED)
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class HasRangeState(nn.Module):
         return self._look()
 
     def _look(self) -> int:
-        """The value of the buffer, read if it may be another than the one read last."""
+        """Return the value of the buffer; read it only if it may be another than the one read last."""
         stored = self._buffers["range_state"]  # what `functional_call` puts in its place too
         assert stored is not None
         if self._read_from is not None and self._read_from[0] is stored and self._read_from[1] == stored._version:
@@ -132,5 +132,5 @@ class HasRangeState(nn.Module):
         self.check_state()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what is unpickled, has another buffer and reads it by itself."""
+        """Leave out what was read: a copy, or what is unpickled, has another buffer and reads it by itself."""
         return {**self.__dict__, "_read_from": None}

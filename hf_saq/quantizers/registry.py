@@ -19,7 +19,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 
 
 def quantizer_class(name: str) -> type[Quantizer]:
-    """The class registered as `name`. Raises `ValueError` with the known names otherwise."""
+    """Return the class registered as `name`. Raises `ValueError` with the known names otherwise."""
     if name not in QUANTIZERS:
         raise ValueError(f"quantizer={name!r} is unknown; expected one of {sorted(QUANTIZERS)}.")
     return QUANTIZERS[name]

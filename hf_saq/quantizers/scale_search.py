@@ -67,7 +67,7 @@ def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shi
 
 
 def _quantiles(x: Tensor) -> Tensor:
-    """The values of `x`, or `QUANTILES` of them that share its distribution: every n-th of the sorted ones."""
+    """Take the values of `x`, or `QUANTILES` of them that share its distribution: every n-th of the sorted ones."""
     if x.numel() <= QUANTILES:
         return x.reshape(-1)
     middle = (torch.arange(QUANTILES, device=x.device, dtype=torch.float64) + 0.5) * (x.numel() / QUANTILES)
@@ -75,7 +75,7 @@ def _quantiles(x: Tensor) -> Tensor:
 
 
 def _step_of_own_grid(x: Tensor) -> Tensor:
-    """The smallest distance of two different magnitudes in `x`, zero among them: if `x` lies on a grid, its step."""
+    """Find the smallest distance of two magnitudes in `x`, zero among them: the step, if `x` lies on a grid."""
     magnitudes = torch.cat([x.new_zeros(1), x.abs().reshape(-1)]).unique()  # sorted
     distances = magnitudes.diff()
     # Neighbours that differ by rounding alone are one value.
@@ -95,7 +95,7 @@ def _steps_of_own_grids(x: Tensor, shared: list[int]) -> Tensor:
 
 
 def mse_range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The ends of `levels` evenly spaced values with the smallest mean squared error on `x`, found one end at a time.
+    """Find the ends of `levels` evenly spaced values with the smallest mean squared error on `x`, one after the other.
 
     The upper end moves from the largest value towards the mean in 50 steps, then the lower end likewise, then the
     upper end once more: the two hardly depend on each other unless the distribution is skewed.

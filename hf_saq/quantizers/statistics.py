@@ -12,7 +12,7 @@ def shared_dimensions(x: Tensor, scale_shape: tuple[int, ...]) -> list[int]:
 
 
 def mean_and_std(x: Tensor, scale_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and (unbiased) standard deviation of the elements that share one scale, detached, each `scale_shape`."""
+    """Take mean and (unbiased) deviation of the elements that share one scale, detached, each `scale_shape`."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     shared = shared_dimensions(x, scale_shape)
     count = max(x.numel() // torch.Size(scale_shape).numel(), 1)

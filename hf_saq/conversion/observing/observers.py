@@ -1,4 +1,4 @@
-"""Observers: what calibration keeps of the inputs that quantizers see."""
+"""Observers keep what calibration keeps of the inputs that quantizers see."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def backward(
 def _flattened(
     operands: Sequence[Tensor], scale: Tensor, offset: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor | None] | None:
-    """All operands as views with one or two dimensions in the order of memory, so that shapes share compiled code.
+    """View all operands with one or two dimensions in the order of memory, so that shapes share compiled code.
 
     Operands have one shape and one order of strides. One dimension for a scale per tensor; two, `(channels, rest)` or
     `(rest, channels)`, for a scale along the first or last dimension. `None` where there is no such view.
@@ -69,7 +69,7 @@ def _flattened(
 
 
 def _in_memory_order(t: Tensor) -> Tensor | None:
-    """`t` as a view with one dimension that runs through its memory; `None` if it has gaps or overlaps."""
+    """View `t` with one dimension that runs through its memory; `None` if it has gaps or overlaps."""
     if t.is_contiguous():
         return t.view(-1)
     order = sorted(range(t.ndim), key=lambda d: (t.stride(d), t.shape[d]), reverse=True)
@@ -78,7 +78,7 @@ def _in_memory_order(t: Tensor) -> Tensor | None:
 
 
 def _as(flat: Tensor, x: Tensor) -> Tensor:
-    """A result of flattened operands in the shape and layout of `x`."""
+    """View a result of flattened operands in the shape and layout of `x`."""
     return flat.view(x.shape) if x.is_contiguous() else flat.as_strided(x.shape, x.stride())
 
 

@@ -10,7 +10,7 @@ from .formulas import Grid, bounds, fake_quantized, gradient_terms
 
 
 def quantize_forward(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
-    """`fake_quantized` by the backend that fits; same shape, dtype and memory layout as `x`.
+    """Compute `fake_quantized` by the backend that fits; same shape, dtype and memory layout as `x`.
 
     Args:
         scale: Positive, `(1,)` or broadcastable against `x`.
@@ -25,7 +25,7 @@ def quantize_forward(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid
 def quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, need_terms: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`gradient_terms` by the backend that fits."""
+    """Compute `gradient_terms` by the backend that fits."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():  # the former: differentiated once more
         return gradient_terms(grad, x, scale, offset, *bounds(grid, x), grid.through_rounding, need_terms)
     if grad.stride() != x.stride():  # one layout for all, and one order of summation

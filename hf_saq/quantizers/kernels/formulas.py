@@ -23,7 +23,7 @@ class Grid(NamedTuple):
 
 
 def fake_quantized(x: Tensor, scale: Tensor, offset: Tensor | None, qmin: Tensor, qmax: Tensor) -> Tensor:
-    """`s * clip(round(v), qmin, qmax) + o` with `v = (x - o) / s`."""
+    """Compute `s * clip(round(v), qmin, qmax) + o` with `v = (x - o) / s`."""
     x_q = _place(x, scale, offset).round().clamp(qmin, qmax) * scale
     return (x_q if offset is None else x_q + offset).to(x.dtype)
 
@@ -38,7 +38,7 @@ def gradient_terms(
     through_rounding: bool,
     need_terms: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of `x`, and what sums up to that of the scale: `grad * d x_q / d s` of each element.
+    """Compute the gradient of `x`, and what sums up to that of the scale: `grad * d x_q / d s` of each element.
 
     `d x_q / d s` is `round(v) - v` inside (Eq. 3 of LSQ), or 0 if not `through_rounding`; outside the clip bound.
     """
@@ -53,7 +53,7 @@ def gradient_terms(
 
 
 def bounds(grid: Grid, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`qmin` and `qmax` as tensors: compiled code would specialise on numbers, one compilation for each."""
+    """Make tensors of `qmin` and `qmax`: compiled code would specialise on numbers, one compilation for each."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if torch.compiler.is_compiling():
         low, high = (torch.full((), q, dtype=dtype, device=x.device) for q in (grid.qmin, grid.qmax))
@@ -69,6 +69,6 @@ def _bound_tensors(qmin: int, qmax: int, dtype: torch.dtype, device: torch.devic
 
 
 def _place(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """`v = (x - o) / s`, the code before rounding, in float32 at least."""
+    """Compute `v = (x - o) / s`, the code before rounding, in float32 at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return (x if offset is None else x - offset) / scale

@@ -44,7 +44,7 @@ class ClipQuantizer(Quantizer):
         return self.role == "weight"
 
     def learned_grid(self, x: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """`grid(x)` with the gradient of `clip_value`."""
+        """Return `grid(x)` with the gradient of `clip_value`."""
         scale = positive(self.clip_value / self.qmax)
         return scale, torch.zeros_like(scale)
 
@@ -67,5 +67,5 @@ class ClipQuantizer(Quantizer):
         return x.abs().max() * self.largest_fraction
 
     def fitted_weight_clip(self, x: Tensor) -> Tensor:
-        """First `clip_value` for the weight `x`, of shape `scale_shape`."""
+        """Find the first `clip_value` for the weight `x`, of shape `scale_shape`."""
         raise NotImplementedError

@@ -46,7 +46,7 @@ class DoReFaQuantizer(ClipQuantizer):
             self.clip_value.requires_grad_(self.learns_activation_clip)
 
     def squash(self, w: Tensor) -> Tensor:
-        """`u`, in `[-1, 1]`, in float32 at least."""
+        """Compute `u`, in `[-1, 1]`, in float32 at least."""
         squashed = torch.tanh(w / self.tanh_width)
         largest = squashed.abs().amax(dim=shared_dimensions(w, self.scale_shape), keepdim=True)
         return squashed / largest.reshape(self.scale_shape).clamp_min(SCALE_FLOOR)
@@ -58,7 +58,7 @@ class DoReFaQuantizer(ClipQuantizer):
         return scale, scale / 2
 
     def _place(self, w: Tensor) -> Tensor:
-        """The code of each weight before rounding, in `[qmin, qmax]`."""
+        """Compute the code of each weight before rounding, in `[qmin, qmax]`."""
         return self.squash(w) * (self.qmax + 0.5) - 0.5  # n (u/2 + 1/2), less 2^(b-1)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class DoReFaQuantizer(ClipQuantizer):
 
     @torch.no_grad()
     def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:  # noqa: ARG002 (half the scale)
-        """The weight whose largest magnitude is that of the grid; the width of the tanh as `fitted_weight_clip`."""
+        """Return the weight whose largest magnitude is that of the grid; set the tanh as `fitted_weight_clip` does."""
         self.clip_value.copy_(scale * (self.qmax + 0.5))
         self.tanh_width.copy_((LINEAR_PART * self.clip_value).clamp_min(1))
         self.take_state(signed=True)

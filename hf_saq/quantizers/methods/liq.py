@@ -47,7 +47,7 @@ class LIQQuantizer(ClipQuantizer):
 
     @torch.no_grad()
     def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        """The grid values, all moved by the rounding error of their mean: the grid follows the mean of the weight."""
+        """Return the grid values, moved by the rounding error of their mean: the grid follows the weight's mean."""
         values = codes * scale + offset
         mean, _ = mean_and_std(values, self.scale_shape)
         values += offset - scale / 2 - mean
