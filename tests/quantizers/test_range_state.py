@@ -221,13 +221,13 @@ def test_a_model_that_was_only_written_to_compiles():
 
 
 def _wrap(rank: int, folder: str) -> None:
-    """One of two processes, each calibrated on data of its own before DDP makes them alike."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    """Be one of two processes, calibrated on data of its own before it knows of the other; DDP makes them alike."""
     net = linear_net().eval()
     quantize(net, SAQQuantizationConfig())
     calibrate(net, [vectors(16).abs() if rank else vectors(16)])
     quantizer = net[0].activation_quantizer
     own = quantizer.signed
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     wrapped = nn.parallel.DistributedDataParallel(net)
     torch.save((own, quantizer.signed, wrapped(vectors(4)).detach()), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
