@@ -40,13 +40,13 @@ class PerturbedSteps(Trainer):
         self._step_batches: list[Any] = []
         self._micro_batch = 0  # how many of them are done
         self._logs = StepLogs()
-        self.sample_names: set[str] = set()
-        if getattr(self.accelerator.unwrap_model(self.model), "accepts_loss_kwargs", None) is None:
+        plain = self.accelerator.unwrap_model(self.model)
+        main_input = getattr(plain, "main_input_name", "pixel_values")
+        self.sample_names = {main_input, "pixel_values", *self.label_names}
+        if getattr(plain, "accepts_loss_kwargs", None) is None:
             # `Trainer` takes a `**kwargs` in `forward` as a promise to use `num_items_in_batch` in the loss. Image
             # classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large.
             self.model_accepts_loss_kwargs = False
-        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "pixel_values")
-        self.sample_names |= {main_input, "pixel_values", *self.label_names}
         config = self.saq_config
         if config.case is None:
             return
