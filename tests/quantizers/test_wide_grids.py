@@ -93,7 +93,7 @@ def test_there_and_back_changes_no_grid(narrow, form: str):
 
 
 def test_packed_grids_widen_too():
-    model = pack(quantized())
+    model = pack(quantized(activation_bits=None))  # activations near the middle of two codes may round either way
     logits = model(images()).logits
     model.double()
     assert all(m.weight_scale.dtype == torch.float64 for m in model.modules() if isinstance(m, PackedLayer))
