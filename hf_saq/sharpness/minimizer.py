@@ -205,6 +205,18 @@ class SharpnessAwareMinimizer:
 
     def climb(self) -> Displacement:
         """Turn the gradients of the first passes into `eps`, in their own memory."""
+        return self._climb()[0]
+
+    def prepare(self, number: Tensor) -> float:
+        """Make the `eps` of [`perturbed`] now, and read the 0-d `number` back from the device together with its norm.
+
+        For what decides by `number` whether there is a second pass: the host waits once instead of twice.
+        """
+        sharding.reshard(self.model)
+        self._eps, (read,) = self._climb(number)
+        return read
+
+    def _climb(self, *also: Tensor) -> tuple[Displacement, list[float]]:
         found = self._grads or {}
         grads: Gradients = {p: found[p] for p in self._asked_of_parameters() if p in found}  # alike on all processes
         for quantizer, leaf in self._seam.leaves.items():
@@ -213,9 +225,10 @@ class SharpnessAwareMinimizer:
         self._grads, self._seam.leaves = None, {}
         if self.sync == "global":
             sharding.average_over_processes([g for g in grads.values() if not sharding.is_sharded(g)])
-        eps, self.ascent_norm = climb(grads, self._tensors, Climb(self.rho, self.case, self.adaptive, self.eta))
+        how = Climb(self.rho, self.case, self.adaptive, self.eta)
+        eps, (self.ascent_norm, *numbers) = climb(grads, self._tensors, how, *also)
         self.skipped += not eps
-        return eps
+        return eps, numbers
 
     # Second pass -------------------------------------------------------------------------------------------------
 

@@ -82,21 +82,27 @@ def precise(number: Tensor) -> Tensor:
     return number if number.device.type == "mps" else number.double()
 
 
-def global_norms(plain: Sequence[Tensor], sharded: Sequence[Tensor]) -> tuple[float, float]:
+def global_norms(plain: Sequence[Tensor], sharded: Sequence[Tensor], *also: Tensor) -> list[float]:
     """Compute two L2 norms over both lists: one for this process's `plain` tensors, one for all processes' shards.
 
     The second must be the same everywhere, also where each process has plain tensors of its own: it is the root mean
-    square of the first over processes. Where all have the same, or nothing is sharded, the two are equal. Both are
-    read back from the device at once.
+    square of the first over processes. Where all have the same, or nothing is sharded, the two are equal.
+
+    Args:
+        also: 0-d tensors to read back from the device together with the norms.
+
+    Returns:
+        Both norms, then the numbers in `also`.
     """
-    own = norm(plain)
-    if not sharded:
-        return (length := own.item()), length
-    shards = precise(norm(sharded))
-    mean_square = averaged(own.to(shards) ** 2)
-    both = torch.stack([torch.hypot(own.to(shards), shards), torch.hypot(mean_square.sqrt(), shards)])
-    first, second = both.tolist()
-    return first, second
+    own = precise(norm(plain))
+    if sharded:
+        shards = precise(norm(sharded))
+        own = own.to(shards)
+        mean_square = averaged(own**2)
+        both = [torch.hypot(own, shards), torch.hypot(mean_square.sqrt(), shards)]
+    else:
+        both = [own, own]
+    return torch.stack([*both, *(number.to(both[0]) for number in also)]).tolist()
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -48,17 +48,18 @@ def latent_weights_are_asked(case: Case) -> bool:
 
 
 @torch.no_grad()
-def climb(grads: Gradients, tensors: PerturbedTensors, how: Climb) -> tuple[Displacement, float]:
+def climb(grads: Gradients, tensors: PerturbedTensors, how: Climb, *also: Tensor) -> tuple[Displacement, list[float]]:
     """Compute `eps` from the gradients of first passes, in their own memory.
 
-    Reads one number back from the device, the norm: where it is zero or not finite there is no direction to climb.
+    Reads back from the device once, the norm: where it is zero or not finite there is no direction to climb.
 
     Args:
         grads: The gradients that `how.case` asks for, with the same keys in the same order on every process.
         tensors: The tensors they belong to.
+        also: 0-d tensors to read back at the same time.
 
     Returns:
-        `eps`, which is empty where `norm` is zero or not finite, and `norm`.
+        `eps`, which is empty where `norm` is zero or not finite; `norm`, followed by the numbers in `also`.
     """
     if how.case == 1:  # added at the quantizers' outputs, which are whole on every process
         grads = {key: sharding.full(g) if key in tensors.latent else g for key, g in grads.items()}
@@ -66,15 +67,15 @@ def climb(grads: Gradients, tensors: PerturbedTensors, how: Climb) -> tuple[Disp
         multiply_by_size(grads, tensors, how)  # T g
     plain = [g for g in grads.values() if not sharding.is_sharded(g)]
     sharded = [g for g in grads.values() if sharding.is_sharded(g)]
-    norm, norm_for_shards = sharding.global_norms(plain, sharded)
+    norm, norm_for_shards, *numbers = sharding.global_norms(plain, sharded, *also)
     if not all(0 < n < math.inf for n in (norm, norm_for_shards)):
-        return Displacement(), norm
+        return Displacement(), [norm, *numbers]
     for some, length in ((plain, norm), (sharded, norm_for_shards)):
         if some:
             torch._foreach_mul_(some, how.rho / length)  # rho * g / norm
     if how.adaptive:
         multiply_by_size(grads, tensors, how)  # T^2 g
-    return place(grads, tensors, how.case), norm
+    return place(grads, tensors, how.case), [norm, *numbers]
 
 
 def multiply_by_size(grads: Gradients, tensors: PerturbedTensors, how: Climb) -> None:

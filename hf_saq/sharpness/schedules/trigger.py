@@ -73,7 +73,7 @@ class Triggered(StepRule):
     def _fires(self, progress: float) -> bool:
         norm = sharding.norm([p.grad for p in self.minimizer.model.parameters() if p.grad is not None])
         squared = (sharding.precise(norm) / self.loss_scale()) ** 2
-        return self.trigger.fires(sharding.averaged(squared).item(), progress)
+        return self.trigger.fires(self.minimizer.prepare(sharding.averaged(squared)), progress)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"mean": self.trigger.mean, "variance": self.trigger.variance}
