@@ -63,7 +63,8 @@ class SAQConfig:
         default=None,
         metadata={
             "help": "stale: between every k-th step one pass with the last perturbation; previous: one pass in every "
-            "step, perturbed by the gradient of the step before; look: LookSAM between every k-th step."
+            "step, perturbed by the gradient of the step before; echo: use each batch in k steps in a row, each but the "
+            "first perturbed by the gradient of the one before; look: LookSAM between every k-th step."
         },
     )
     trigger: bool = field(

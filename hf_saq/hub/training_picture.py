@@ -14,7 +14,7 @@ PANEL_INCHES = 4
 def curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Pick what there is to draw: panel -> line -> pairs of step and value. A panel needs two points in a line."""
     panels = {
-        "loss": {"training": "loss", "evaluation": "eval_loss"},
+        "loss": {"training": "loss", "training, perturbed": "perturbed_loss", "evaluation": "eval_loss"},
         "accuracy": {"accuracy": "eval_accuracy", "top-1": "eval_top1", "top-5": "eval_top5"},
         "sharpness": {"sharpness": "sharpness"},
     }

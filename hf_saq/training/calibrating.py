@@ -18,6 +18,7 @@ from ..analysis import cost
 from ..conversion import calibrate, needs_calibration
 from ..sharpness import RNGState, set_aside
 from .replayed_stream import ReplayedStream
+from .step_logs import LOSSES
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Calibrating(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what a model calibrated here costs to the first line of the training log."""
-        if "loss" in logs:
+        if any(name in logs for name in LOSSES):
             logs, self._cost_logs = {**logs, **self._cost_logs}, {}
         super().log(logs, start_time)
 

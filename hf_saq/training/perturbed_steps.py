@@ -73,7 +73,7 @@ class PerturbedSteps(Trainer):
         """Run one micro-batch: gradients at the perturbed quantized weights, as far as the schedule asks for them.
 
         Returns:
-            The clean loss; of a step of one perturbed pass, the perturbed one.
+            The clean loss; where a pass over the whole batch is made at perturbed weights only, the perturbed one.
         """
         plain_step, step = super().training_step, self.scheduled_step
         if step is None:
@@ -101,6 +101,10 @@ class PerturbedSteps(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # A callback may have stopped the previous step half-way.
         self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
+        if self.scheduled_step is not None and batches:
+            used = self.scheduled_step.batches_of(batches, self.state.global_step, self.state.max_steps)
+            if used is not batches:  # losses are divided by the count of items of what is trained on
+                num_items = self._get_num_items_in_batch(list(used), device)
         return batches, num_items
 
     def start_steps_again(self) -> None:
@@ -110,9 +114,16 @@ class PerturbedSteps(Trainer):
             self.scheduled_step.start_again()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the quantities of the perturbation to training logs."""
+        """Add the quantities of the perturbation to training logs.
+
+        `loss` is always that at the quantized weights. Where steps have it at perturbed ones only, that is
+        `perturbed_loss`, and `loss` is the mean of the others, if there are any.
+        """
         if "loss" in logs and self.minimizer is not None:
-            logs = {**logs, **self._logs.take(self.accelerator, self.minimizer.skipped)}
+            own = self._logs.take(self.accelerator, self.minimizer.skipped)
+            if "perturbed_loss" in own:
+                logs = {name: value for name, value in logs.items() if name != "loss"}
+            logs = {**own, **logs} if "perturbed_loss" in own else {**logs, **own}
         super().log(logs, start_time)
 
     def _hyperparameters(self) -> dict[str, Any]:

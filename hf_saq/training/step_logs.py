@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..sharpness.schedules import Outcome
 
-QUANTITIES = ("sharpness", "ascent_norm", "perturbed_share")
+LOSSES = ("loss", "perturbed_loss")
+QUANTITIES = (*LOSSES, "sharpness", "ascent_norm", "perturbed_share")
 
 
 class StepLogs:
@@ -23,11 +24,11 @@ class StepLogs:
 
     def _start_again(self) -> None:
         self._totals: dict[str, Tensor | float] = dict.fromkeys(QUANTITIES, 0.0)
-        self._counts = dict.fromkeys(QUANTITIES, 0)
+        self._counts: dict[str, float] = dict.fromkeys(QUANTITIES, 0)
 
-    def _add(self, name: str, value: Tensor | float) -> None:
+    def _add(self, name: str, value: Tensor | float, count: float = 1) -> None:
         self._totals[name] = self._totals[name] + value
-        self._counts[name] += 1
+        self._counts[name] += count
 
     def add(self, outcome: Outcome, micro_batches: int, was_watched: bool) -> None:
         """Take in what one micro-batch gave.
@@ -36,6 +37,7 @@ class StepLogs:
             micro_batches: Of the step; losses come divided by it, and logs are per image.
             was_watched: Whether a trigger has just decided about this step.
         """
+        self._add("loss" if outcome.is_clean else "perturbed_loss", outcome.loss.detach(), 1 / micro_batches)
         for difference in outcome.sharpness:
             self._add("sharpness", difference.detach() * micro_batches)
         if outcome.ascent_norm is not None:
@@ -46,6 +48,7 @@ class StepLogs:
     def take(self, accelerator: Any, skipped: int) -> dict[str, float]:
         """Return the means over all processes by their names in the log, and start anew.
 
+        Losses are among them only if there was one at a perturbed point, which is not the `loss` of other trainings.
         Every process sends the same numbers, whatever it has seen, so that none waits for another.
 
         Args:
@@ -62,6 +65,8 @@ class StepLogs:
             for name, total, count in zip(QUANTITIES, sums[: len(QUANTITIES)], sums[len(QUANTITIES) :], strict=True)
             if count
         }
+        if "perturbed_loss" not in found:
+            found.pop("loss", None)  # the one that `Trainer` logs
         if "ascent_norm" in found:
             found["skipped_perturbations"] = round(all_skipped / accelerator.num_processes, 6)
         return found

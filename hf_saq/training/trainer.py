@@ -27,10 +27,11 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
     """Trains a quantized image classifier with Sharpness-Aware Quantization (arXiv:2111.12273).
 
     Everything else is [`transformers.Trainer`]: the same arguments, callbacks, evaluation, checkpoints and Hub push.
-    A step in full runs forward and backward twice, and the loss that is logged is the one of the first pass, at the
-    quantized weights; with `ascent_fraction` of the samples that it saw. A step of one perturbed pass (`reuse` of
-    "stale" or "previous") has the perturbed loss only, and logs that. Logs also carry `sharpness` (mean of perturbed
-    minus clean loss since the last log, where both are of the same images), `ascent_norm` (mean norm of the gradients
+    A step in full runs forward and backward twice, and the `loss` that is logged is the one of the first pass, at the
+    quantized weights. A step that sees a whole batch at perturbed weights only (`ascent_fraction`, or `reuse` of
+    "stale", "previous" and "echo") logs that as `perturbed_loss`: it is no `loss` to compare with other trainings.
+    Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
+    images), `ascent_norm` (mean norm of the gradients
     that perturbations were made from), `skipped_perturbations` (count so far) and, with `trigger`, `perturbed_share`
     (of the steps since the last log). The first line of a run that calibrates also has `bit_operations` (for one
     image) and `weight_bytes`, see [`cost`].

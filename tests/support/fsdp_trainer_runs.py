@@ -19,6 +19,7 @@ RUNS = [(None, "local"), (3, "global"), (3, "local"), (2, "global")]
 
 NOT_SHARDED = {
     "reuse='previous'": dict(reuse="previous"),
+    "reuse='echo'": dict(reuse="echo", interval=2),
     "reuse='look'": dict(reuse="look", interval=2),
     "trigger": dict(trigger=True),
 }

@@ -130,6 +130,11 @@ def train_with_schedule(
         elif reuse == "previous":
             kind, (grads, climbing) = "reused", whole_pass(ranks, memory["eps"])
             memory["eps"] = climb(climbing)
+        elif reuse == "echo":
+            kind = "recorded" if renew else "reused"
+            memory["batches"] = ranks if renew else memory["batches"]
+            grads, climbing = whole_pass(memory["batches"], None if renew else memory["eps"], frozen=not renew)
+            memory["eps"] = climb(climbing)
         elif renew:
             kind, (clean, grads, memory["eps"]) = "two passes", two_passes(ranks)
             if reuse == "look":

@@ -27,6 +27,7 @@ SCHEDULES = [
     ("resnet", 2, 1, "global", dict(reuse="previous")),
     ("vit", 3, 2, "local", dict(reuse="stale", interval=2)),
     ("vit", 1, 1, "global", dict(reuse="stale", interval=2, ascent_fraction=0.5)),
+    ("vit", 3, 2, "local", dict(reuse="echo", interval=2)),
     ("resnet", 3, 2, "local", dict(reuse="look", interval=2)),
     ("vit", 3, 1, "global", dict(reuse="look", interval=2)),
     ("vit", 3, 2, "local", dict(trigger=True)),

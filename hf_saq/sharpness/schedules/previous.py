@@ -28,7 +28,7 @@ class Previous(StepRule):
 
     def micro_batch(self, micro: MicroBatch) -> Outcome:
         with self.minimizer.displaced(self.eps), self.minimizer.recorded():
-            outcome = Outcome(micro.backward(micro.batch))
+            outcome = Outcome(micro.backward(micro.batch), is_clean=not self.eps)
         if micro.is_last:
             self.eps = self.minimizer.climb()
             outcome.ascent_norm = self.norm_per_sample()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .echo import Echo
 from .look import Look
 from .previous import Previous
 from .rule import StepRule
@@ -14,6 +15,7 @@ SCHEDULES: dict[str | None, type[StepRule]] = {
     "stale": Stale,
     "previous": Previous,
     "look": Look,
+    "echo": Echo,
 }
 
 TRIGGER = Triggered

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..minimizer import SharpnessAwareMinimizer
 from .knobs import Knobs
 
-Action = Literal["plain", "two passes", "reuse", "watch"]
+Action = Literal["plain", "two passes", "reuse", "watch", "record"]
 
 
 class Backward(Protocol):
@@ -29,8 +29,8 @@ class Outcome:
     """What one micro-batch gave, for the log.
 
     Attributes:
-        loss: At the quantized weights; at the perturbed ones in a step of one perturbed pass. With `ascent_fraction`,
-            of the samples that the first pass saw.
+        loss: Of the whole micro-batch, at the quantized weights where `is_clean`, else at the perturbed ones. Where the
+            second passes of several micro-batches follow the last first pass, all their losses are added up there.
         sharpness: Perturbed minus clean loss, for each micro-batch that has both of the same samples.
         ascent_norm: Of the gradient that a new `eps` was made of here, per sample and without loss scale.
     """
@@ -38,6 +38,7 @@ class Outcome:
     loss: Tensor
     sharpness: list[Tensor] = field(default_factory=list)
     ascent_norm: float | None = None
+    is_clean: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,10 @@ class StepRule(ABC):
 
     def forget(self) -> None:  # noqa: B027
         """Forget what earlier steps left. Called when the rule is built, too: here its state is made."""
+
+    def batches_of(self, drawn: Sequence[Any], action: Action) -> Sequence[Any]:  # noqa: ARG002
+        """Return the micro-batches that a step uses: those that were `drawn` for it, unless it comes back to others."""
+        return drawn
 
     def begin_step(self) -> None:  # noqa: B027
         """Forget what belongs to the step before, which may have been stopped half-way."""

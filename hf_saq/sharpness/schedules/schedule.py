@@ -9,6 +9,7 @@ Cost of one optimizer step, in forward+backward passes; a plain step costs 1, th
 | `ascent_fraction=1/q`   | `eps` from the first 1/q of each micro-batch                        | 1 + 1/q         |
 | `reuse="stale"`         | renew `eps` every k-th step; one pass at `Q(w) + eps` between       | 1 + 1/k         |
 | `reuse="previous"`      | `eps` from the gradient that the only pass of the step before gave  | 1               |
+| `reuse="echo"`          | use each batch k steps in a row, perturb all but the first of them  | 1               |
 | `reuse="look"`          | keep a component of every k-th gradient, add it to those between    | 1 + 1/k         |
 | `trigger`               | perturb when the gradient is long against its running mean          | 1 + fired share |
 
@@ -19,6 +20,7 @@ What goes together. `start` goes with everything, and so do all cases, `adaptive
 | `interval` >= 2      |                          | yes: 1 + f/k                            | no: both say when |
 | `reuse="stale"`      | needed                   | yes: 1 + f/k                            | no: both say when |
 | `reuse="previous"`   | no: every step is a link | no: there is no first pass              | no: both say when |
+| `reuse="echo"`       | needed                   | no: the first pass is a step's only one | no: both say when |
 | `reuse="look"`       | needed                   | no: compares two gradients of one batch | no: both say when |
 | `trigger`            | no: both say when        | no: its first pass may be the only one  |                   |
 

@@ -48,7 +48,7 @@ class Stale(TwoPasses):
             outcome, self.eps = self.two_passes(micro)
             return outcome
         with self.minimizer.displaced(self.eps):
-            return Outcome(micro.backward(micro.batch))
+            return Outcome(micro.backward(micro.batch), is_clean=not self.eps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.eps.named(self.minimizer.model), {}

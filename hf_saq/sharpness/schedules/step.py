@@ -73,6 +73,13 @@ class ScheduledStep:
             return Outcome(backward(batches[k]))
         return self.rule.micro_batch(MicroBatch(k, batches, backward, action, step / total_steps))
 
+    def batches_of(self, drawn: Sequence[Any], step: int, total_steps: int) -> Sequence[Any]:
+        """Return the micro-batches that optimizer step `step` uses: `drawn`, unless the schedule comes back to others.
+
+        [`micro_batch`] takes what was drawn either way; this is for a count of items that must be made of those used.
+        """
+        return self.rule.batches_of(drawn, self.schedule.action(step, total_steps))
+
     @property
     def share(self) -> float:
         """Share of the samples that the `backward` under way sees, below 1 in a first pass on parts of batches.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..displacement import Displacement
@@ -70,13 +71,17 @@ class TwoPasses(StepRule):
         with frozen_norm_statistics(self.minimizer.model) if partial else nullcontext(), self.minimizer.ascent(clean):
             self._clean_losses.append(self._first_backward(micro.batch, micro))
         outcome, eps = Outcome(self._clean_losses[-1]), Displacement()
+        if partial:  # only second passes see whole batches, so theirs is the loss
+            outcome = Outcome(torch.zeros_like(outcome.loss), is_clean=False)
         if together and not micro.is_last:
             return outcome, eps
         second = micro.batches if together else [micro.batch]
         for j, (batch, clean_loss) in enumerate(zip(second, self._clean_losses, strict=True), start=1):
             with self.minimizer.perturbed(update_statistics=partial) as eps:
                 perturbed_loss = micro.backward(batch, reduce=j == len(second))
-            if not partial:
+            if partial:
+                outcome.loss = outcome.loss + perturbed_loss
+            else:
                 outcome.sharpness.append(perturbed_loss - clean_loss)
         self._clean_losses = []
         outcome.ascent_norm = self.norm_per_sample(len(micro.batches) / len(second))

@@ -28,6 +28,10 @@ RUNS = [
     ("resnet", 3, 1, "local", dict(reuse="previous")),
     ("vit", 1, 1, "local", dict(reuse="previous", start=0.3)),
     ("vit", 2, 2, "global", dict(reuse="previous")),
+    ("vit", 3, 2, "local", dict(reuse="echo", interval=2)),
+    ("resnet", 3, 1, "local", dict(reuse="echo", interval=3)),
+    ("vit", 1, 1, "global", dict(reuse="echo", interval=2, start=0.3)),
+    ("resnet", 2, 2, "global", dict(reuse="echo", interval=2)),
     ("vit", 3, 1, "local", dict(reuse="look", interval=3)),
     ("resnet", 3, 2, "local", dict(reuse="look", interval=2)),
     ("vit", 1, 2, "global", dict(reuse="look", interval=2, start=0.3)),
@@ -109,23 +113,77 @@ def test_rho_zero_is_plain_training_bit_for_bit(family, knobs, tmp_path):
         assert torch.equal(found[name], value), name
 
 
-def test_logs_of_a_step_of_one_perturbed_pass(tmp_path):
-    """Its loss is the perturbed one, and there is nothing to compare it with."""
+def test_a_loss_that_is_logged_is_the_clean_one_or_has_another_name(tmp_path):
+    """Where a step has no clean loss of the whole batch there is no `loss`, so that no two trainings are compared by
+    numbers that mean different things."""
     logs = {}
     for name, knobs in (
         ("none", dict(start=1.0)),
         ("previous", dict(reuse="previous")),
         ("trigger", dict(trigger=True)),
+        ("echo", dict(reuse="echo", interval=2)),
+        ("part", dict(ascent_fraction=0.5)),
     ):
-        trainer = make_trainer("vit", 3, 1, "local", tmp_path, knobs=knobs, max_steps=3)
+        accumulation = 2 if name == "part" else 1
+        sync = "global" if name == "part" else "local"
+        trainer = make_trainer("vit", 3, accumulation, sync, tmp_path, knobs=knobs, max_steps=3)
         trainer.train()
-        logs[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logs["previous"][0]["loss"] == logs["none"][0]["loss"]  # the first step has nothing to perturb with
-    assert logs["previous"][1]["loss"] != pytest.approx(logs["none"][1]["loss"], rel=0.01)
-    assert all("sharpness" not in entry for entry in logs["previous"] + logs["none"])
+        logs[name] = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    first, second, third = logs["previous"]
+    assert first["loss"] == logs["none"][0]["loss"]  # the first step has nothing to perturb with
+    assert "perturbed_loss" not in first and "loss" not in second and "loss" not in third
+    assert second["perturbed_loss"] > 0 and third["perturbed_loss"] > 0
+    assert all("sharpness" not in entry for entry in logs["previous"] + logs["none"] + logs["echo"])
     assert all(entry["ascent_norm"] > 0 for entry in logs["previous"])
     for entry in logs["trigger"]:
+        assert "loss" in entry and "perturbed_loss" not in entry
         assert entry["perturbed_share"] in (0, 1) and ("sharpness" in entry) == (entry["perturbed_share"] == 1)
+    assert ["loss" in entry for entry in logs["echo"]] == [True, False, True]
+    assert ["perturbed_loss" in entry for entry in logs["echo"]] == [False, True, False]
+    assert all("loss" not in entry for entry in logs["part"])
+    perturbed = make_trainer("vit", 3, 2, "global", tmp_path, knobs=dict(schedule="full"), max_steps=1)
+    perturbed.train()
+    entry = perturbed.state.log_history[0]
+    # Both are losses of the whole batch at a point within `rho` of `Q(w)`; those of parts would be divided by two.
+    assert logs["part"][0]["perturbed_loss"] == pytest.approx(entry["loss"] + entry["sharpness"], rel=0.2)
+
+
+def test_losses_between_two_lines_of_the_log_are_told_apart(tmp_path):
+    trainer = make_trainer("vit", 3, 2, "local", tmp_path, knobs=dict(reuse="echo", interval=2), max_steps=4)
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    summed = make_trainer(
+        "vit", 3, 2, "local", tmp_path, knobs=dict(reuse="echo", interval=2), max_steps=4, logging_steps=4
+    )
+    summed.train()
+    (entry,) = [entry for entry in summed.state.log_history if "learning_rate" in entry]
+    assert entry["loss"] == pytest.approx((lines[0]["loss"] + lines[2]["loss"]) / 2, rel=1e-5)
+    assert entry["perturbed_loss"] == pytest.approx(
+        (lines[1]["perturbed_loss"] + lines[3]["perturbed_loss"]) / 2, rel=1e-5
+    )
+
+
+def test_a_batch_that_comes_again_brings_its_own_count(tmp_path):
+    """The second batch that is drawn has more counted labels than the first, which is trained on twice."""
+
+    class FewerLabels(Images):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), **({"labels": torch.tensor(-100)} if index in (0, 1) else {})}
+
+    def summed(outputs, labels, num_items_in_batch=None):
+        seen.append((labels.tolist(), float(num_items_in_batch)))
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    seen: list[tuple[list[int], float]] = []
+    trainer = InOrder(
+        quantized_model("vit"),
+        arguments(tmp_path, max_steps=2),
+        saq_config=SAQConfig(rho=0.1, reuse="echo", interval=2),
+        train_dataset=FewerLabels(2 * BATCH),
+        compute_loss_func=summed,
+    )
+    trainer.train()
+    assert seen[0] == seen[1] and seen[0][1] == BATCH - 2
 
 
 def test_no_sharpness_of_different_images(tmp_path):
