@@ -1,4 +1,4 @@
-"""What perturbed steps leave for the log: means since the last line of it."""
+"""Collect for the log what perturbed steps gave: means since the last line of the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUANTITIES = ("sharpness", "ascent_norm", "perturbed_share")
 
 
 class StepLogs:
-    """Sums of what the steps since the last line of the log gave.
+    """Sums up what the steps since the last line of the log gave.
 
     Sums stay on the device of what is added, so that nothing waits for them before they are logged.
     """
@@ -30,10 +30,10 @@ class StepLogs:
         self._counts[name] += 1
 
     def add(self, outcome: Outcome, micro_batches: int, was_watched: bool) -> None:
-        """Take in what one micro-batch gave.
+        """Add what one micro-batch gave.
 
         Args:
-            micro_batches: Of the step; losses come divided by it, and logs are per image.
+            micro_batches: Number of micro-batches of the step; losses come divided by it, and logs are per image.
             was_watched: Whether a trigger has just decided about this step.
         """
         for difference in outcome.sharpness:
@@ -46,7 +46,7 @@ class StepLogs:
     def take(self, accelerator: Any, skipped: int) -> dict[str, float]:
         """Return the means over all processes by their names in the log, and start anew.
 
-        Every process sends the same numbers, whatever it has seen, so that none waits for another.
+        Every process sends as many numbers as the others, whatever it has seen, so that none waits forever.
 
         Args:
             skipped: How often there was no direction to perturb in, so far.
