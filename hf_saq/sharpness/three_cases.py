@@ -34,7 +34,7 @@ Gradients = dict[QuantizedWeight | nn.Parameter, Tensor]
 
 
 class Climb(NamedTuple):
-    """How gradients become `eps`; the arguments of `SharpnessAwareMinimizer`."""
+    """Says how gradients become `eps`: some arguments of `SharpnessAwareMinimizer`."""
 
     rho: float
     case: Case
@@ -101,7 +101,7 @@ def place(eps: Mapping[QuantizedWeight | nn.Parameter, Tensor], tensors: Perturb
         if isinstance(key, QuantizedWeight):
             placed.outputs[key.quantizer] = value
         elif case == 1 and key in tensors.latent:
-            # Made of the latent gradient, but added behind every quantizer that reads this weight.
+            # Add it behind every quantizer that reads this weight, although it is made of the latent gradient.
             placed.outputs.update({entry.quantizer: value for entry in tensors.weights if entry.weight is key})
         else:
             placed.in_place[key] = value
