@@ -32,7 +32,7 @@ def lazy_exports(
             value = import_module(f".{name}", package)
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        setattr(sys.modules[package], name, value)  # so that it is looked up once
+        setattr(sys.modules[package], name, value)  # look it up only once
         return value
 
     def __dir__() -> list[str]:

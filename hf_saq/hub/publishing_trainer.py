@@ -110,7 +110,7 @@ class PublishingTrainer(CardTrainer):
             upload = hf_api().upload_folder(
                 repo_id=repository,
                 folder_path=checkpoint_folder,
-                ignore_patterns=[TRAINING_ARGS_NAME],  # a pickle that holds the token; nothing needs it to resume
+                ignore_patterns=[TRAINING_ARGS_NAME],  # leave out a pickle that holds the token; no resume needs it
                 path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
                 commit_message=message,
                 run_as_future=True,

@@ -125,7 +125,7 @@ class SharpnessAwareMinimizer:
         self._seam.attach(self._tensors.by_quantizer)
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
-        if self._is_in_a_pass and module is self.model:  # not a copy of the model, which has copies of the hooks
+        if self._is_in_a_pass and module is self.model:  # a copy of the model has copies of the hooks
             sharding.reduce_gradients(self.model)
 
     _before_forward.stays_behind = True  # type: ignore[attr-defined]  # see layers/wrapping.py
@@ -216,7 +216,7 @@ class SharpnessAwareMinimizer:
         Sets `ascent_norm`. Where that is zero or not finite, `eps` is empty and counted in `skipped`.
         """
         found = self._grads or {}
-        grads: Gradients = {p: found[p] for p in self._asked_of_parameters() if p in found}  # alike on all processes
+        grads: Gradients = {p: found[p] for p in self._asked_of_parameters() if p in found}  # one order everywhere
         for quantizer, leaf in self._seam.leaves.items():
             if leaf.grad is not None:
                 grads[self._tensors.by_quantizer[quantizer]] = leaf.grad

@@ -137,7 +137,7 @@ class Recorder(ClearingWatch):
         self._latest: nn.Parameter | None = None
 
     def record(self, p: nn.Parameter, grad: Tensor) -> None:
-        """Add a gradient that autograd is about to add to `p.grad`."""
+        """Add to the sums a gradient that autograd is about to add to `p.grad`."""
         self.check()
         self._latest = p
         self._into[p] = grad.clone() if p not in self._into else self._into[p].add_(grad)

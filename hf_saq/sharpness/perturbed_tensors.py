@@ -35,7 +35,7 @@ class PerturbedTensors:
         latent: Parameter behind each of `weights` -> one of its entries.
         by_quantizer: Quantizer of each of `weights` -> the entry.
         without_size: Those of `in_place` that the adaptive form does not scale: biases.
-        costly: Parameters whose gradients a first pass may leave out where they are not asked for.
+        costly: Parameters whose gradients a first pass may leave out if it does not need them.
     """
 
     def __init__(self, model: nn.Module, perturb: Collection[str]):

@@ -109,7 +109,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     norms: list[Tensor] = []
     for (_, dtype), group in alike.items():
-        wide = torch.promote_types(dtype, torch.float32)  # the sum of squares of half precision overflows in its own
+        wide = torch.promote_types(dtype, torch.float32)  # in half precision a sum of squares overflows
         if is_sharded(group[0]):  # DTensor has no `_foreach_norm` with a dtype
             norms += [torch.linalg.vector_norm(t, dtype=wide) for t in group]
         else:

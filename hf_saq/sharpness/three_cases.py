@@ -60,7 +60,7 @@ def climb(grads: Gradients, tensors: PerturbedTensors, how: Climb) -> tuple[Disp
     Returns:
         `eps`, which is empty where `norm` is zero or not finite, and `norm`.
     """
-    if how.case == 1:  # added at the quantizers' outputs, which are whole on every process
+    if how.case == 1:  # eps is added to outputs of quantizers, which are whole on every process
         grads = {key: sharding.full(g) if key in tensors.latent else g for key, g in grads.items()}
     if how.adaptive:
         multiply_by_size(grads, tensors, how)  # T g

@@ -126,7 +126,7 @@ class SAQHfQuantizer(HfQuantizer):
         state = model.state_dict()
         for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
             state.pop(name, None)
-        config: Any = copy.deepcopy(model.config)  # as `save_pretrained` is about to write it
+        config: Any = copy.deepcopy(model.config)  # make it as `save_pretrained` will write it
         config.dtype = str(model.dtype).removeprefix("torch.")
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
         return None, make_seal(

@@ -64,7 +64,7 @@ def _stored_layer(plan: LayerPlan, on_disk: dict[str, str], stored: StoredTensor
         return on_disk.get(f"{plan.name}.{suffix}", f"{plan.name}.{suffix}")
 
     scales = None
-    for suffix in ("weight_scale", "weight_quantizer.scale"):  # in float storage only LSQ has one
+    for suffix in ("weight_scale", "weight_quantizer.scale"):  # in float storage only LSQ stores a scale
         scales = stored.tensor(name(suffix)) if scales is None else scales
     packed = stored.bytes_of(name("packed_weight"))
     return StoredLayer(

@@ -56,7 +56,7 @@ class Calibrating(Trainer):
         try:
             batches = list(itertools.islice(iter(self.get_train_dataloader()), CALIBRATION_BATCHES))
         except ValueError as error:
-            if "does not contain any data" not in str(error):  # what accelerate says of an empty stream
+            if "does not contain any data" not in str(error):  # accelerate says so of an empty stream
                 raise
             batches = []
         if not batches:

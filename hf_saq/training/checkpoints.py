@@ -19,7 +19,7 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "it is not a directory"
-    from ..storage.same_quantization import stored_quantization  # here, because it imports transformers
+    from ..storage.same_quantization import stored_quantization  # import it here: it imports transformers
 
     if stored_quantization(checkpoint).get("storage") == "packed":
         return "it holds packed integers, for inference; the float weights to train on are in a checkpoint-N folder"
@@ -37,7 +37,7 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
         return f"{STATE_FILE} is missing or cut off, so the save was not finished"
     if not holds_weights(checkpoint):
         return "it holds no weights"
-    for file in sorted(checkpoint.glob("*.safetensors")):  # the files of a schedule among them
+    for file in sorted(checkpoint.glob("*.safetensors")):  # check the files of a schedule too
         try:
             with safe_open(file, framework="pt"):
                 pass  # opening compares the size of the file with its header

@@ -55,7 +55,7 @@ class SavesAndResumes(Trainer):
             model = pack(model)
         with self._saving(model):
             super().save_model(output_dir, _internal_call=True)
-        if self.args.push_to_hub and not _internal_call:  # after the model in training is back
+        if self.args.push_to_hub and not _internal_call:  # push after the model in training is back
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -113,7 +113,7 @@ def _doubtful(value: Any, size: int, where: str) -> str:
         found = f"{where or 'a tensor'} has {value.shape[0]} entries where others have {size}"
         return "" if value.shape[0] == size else found
     if where and isinstance(value, (list, tuple)) and len(value) == size:
-        return ""  # one entry a sample, whatever it is
+        return ""  # it has one entry a sample, of whatever kind
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     doubts = (_doubtful(inner, size, f"{where}[{key!r}]") for key, inner in items)
     return next((doubt for doubt in doubts if doubt), "")

@@ -46,7 +46,7 @@ class Triggered(StepRule):
 
     @classmethod
     def first_passes(cls, knobs: Knobs) -> float:  # noqa: ARG003
-        return 1.0  # at most
+        return 1.0  # this is the most it can be
 
     def begin_step(self) -> None:
         self._clean_losses = []
