@@ -1,7 +1,7 @@
-"""Sharpness-Aware Quantization (arXiv:2111.12273) for Hugging Face vision models.
+"""Train, store and run Hugging Face vision models with Sharpness-Aware Quantization (arXiv:2111.12273).
 
 Importing the package makes `from_pretrained` read and write quantized checkpoints (`quant_method="saq"`). It is quick:
-torch and transformers are imported when something is used that needs them.
+torch and transformers are imported only when something that needs them is used.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
 """Import what a package exports only when it is asked for (PEP 562), so that importing the package itself is quick.
 
-A package that does so has its names three times: in the call of [`lazy_exports`], under `TYPE_CHECKING` for editors
+Such a package lists its names three times: in the call of [`lazy_exports`], under `TYPE_CHECKING` for editors
 and mypy, and in `__all__`. `tests/package/test_public_names.py` compares them.
 """
 
@@ -32,7 +32,7 @@ def lazy_exports(
             value = import_module(f".{name}", package)
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        setattr(sys.modules[package], name, value)  # so that it is looked up once
+        setattr(sys.modules[package], name, value)  # look it up only once
         return value
 
     def __dir__() -> list[str]:

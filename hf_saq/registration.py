@@ -1,11 +1,12 @@
 """Make transformers know `quant_method="saq"` as soon as it is loaded, without loading it.
 
 Importing what `from_pretrained` needs takes seconds, so `import hf_saq` does not do it. It leaves a finder in
-`sys.meta_path` that waits for two modules of transformers. When one of them is loaded completely, whatever it was
-imported for, the module of ours that extends it is imported, which registers itself at its end. The finder then goes.
+`sys.meta_path` that waits for two modules of transformers. When one of them is loaded completely, for whatever reason,
+the finder imports the module of ours that extends it; that module registers itself at its end. When both are done, the
+finder is removed.
 
 Both modules of ours may also be imported first, by themselves. They then import transformers, and the finder meets a
-module that is half loaded; as that registers itself at its end, nothing is left to do.
+module of ours that is half loaded. As that one registers itself at its end, nothing is left to do.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ REGISTERED_BY = {
 }
 """Module of transformers -> the module of ours that extends it.
 
-Two, because the first may be imported alone: it has the tables that `quant_method` is looked up in. The second imports
-the first, and only when it is complete can our attention be made, which needs its classes.
+There are two, because the first may be imported alone: it has the tables that `quant_method` is looked up in. The
+second imports the first. Our attention needs its classes, so it can be made only when the second is complete.
 """
 
 
 def register_when_loaded(registered_by: Mapping[str, str] = REGISTERED_BY) -> None:
-    """Import our modules once those of transformers are loaded; at once where they are. Safe to call again.
+    """Import our modules as soon as those of transformers are loaded: now, if they are loaded already.
+
+    It may be called again.
 
     Raises:
-        ImportError: If one of our modules cannot be imported. Where that happens later, the import that caused it
-            raises, since a quantized checkpoint could not be loaded without.
+        ImportError: If one of our modules cannot be imported. Where that happens later, the import of transformers
+            raises it: without our module a quantized checkpoint could not be loaded.
     """
     _stop_waiting()
-    # The finder comes first: what another thread begins to load from here on is not missed. For what another thread is
-    # loading just now, our module waits, as it imports that.
+    # Insert the finder first, so that it sees what another thread begins to load from here on. If another thread is
+    # loading a module now, our module waits for it, because it imports that module.
     sys.meta_path.insert(0, _RegisteringFinder(registered_by))
     try:
         for theirs in registered_by:
@@ -49,12 +52,12 @@ def register_when_loaded(registered_by: Mapping[str, str] = REGISTERED_BY) -> No
 
 
 def _stop_waiting() -> None:
-    """Take out our finders, also one that is left from before this module was reloaded."""
+    """Remove our finders from `sys.meta_path`, also one that was left there when this module was reloaded."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Finds a module as all other finders do, but has one of ours imported after it."""
+    """Finds a module as the other finders do, and makes its loader import one of our modules after it."""
 
     def __init__(self, registered_by: Mapping[str, str]):
         self.registered_by = registered_by
@@ -74,7 +77,7 @@ class _RegisteringFinder(MetaPathFinder):
 
 
 class _RegisteringLoader(Loader):
-    """Loads a module with its own loader, then imports one of ours."""
+    """Loads a module with its own loader, then imports one of our modules."""
 
     def __init__(self, loader: Loader, registered_by: Mapping[str, str]):
         self.loader, self.registered_by = loader, registered_by
@@ -83,7 +86,7 @@ class _RegisteringLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # From here on it has its own loader: `inspect` and `importlib.reload` ask for that.
+        # Give the module its own loader back: `inspect` and `importlib.reload` ask for it.
         module.__loader__ = self.loader
         assert module.__spec__ is not None
         module.__spec__.loader = self.loader
@@ -92,11 +95,12 @@ class _RegisteringLoader(Loader):
 
 
 def _register(theirs: str, registered_by: Mapping[str, str]) -> None:
+    """Import the module of ours that extends `theirs`, and stop waiting when all are loaded."""
     ours = registered_by[theirs]
     try:
         import_module(ours)
     except Exception as error:
-        # Not a RuntimeError: transformers would say that its own requirements are missing.
+        # Raise no RuntimeError: transformers would say that its own requirements are missing.
         raise ImportError(
             f"hf_saq could not register with transformers: {ours} failed to import after {theirs} was loaded "
             f"({type(error).__name__}: {error}). Install versions of hf_saq and transformers that go together, or do "

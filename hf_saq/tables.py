@@ -9,7 +9,7 @@ def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> st
     """Align columns with spaces, two between neighbours, none at the end of a line.
 
     Args:
-        rows: The cells of each line, the heading among them; every line has as many.
+        rows: The cells of each line, the heading among the lines; all lines have the same number of cells.
         right: Numbers of the columns that are aligned to the right, counted from 0.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -34,5 +34,5 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def kibibytes(count: int) -> str:
-    """Write a number of bytes as KiB, with one decimal: 12,345.6 KiB."""
+    """Write a number of bytes as KiB with one decimal, such as `12,345.6 KiB`."""
     return f"{count / 1024:,.1f} KiB"

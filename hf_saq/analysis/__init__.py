@@ -1,4 +1,4 @@
-"""Look at a model and count or measure: what it costs to run and to store.
+"""Measure models: count what one costs to run and to store.
 
 Comes in: any model, float, quantized or packed, and inputs for it. Goes out: plain values that print as tables; the
 model is left as it was. Must not know: how the model was trained, the Hub, the command line.

@@ -16,15 +16,15 @@ from ..quantizers import Quantizer
 from ..tables import text_table
 
 FLOAT_BITS = 32
-"""Bits of whatever is not quantized, in the model itself and in the float model it is compared with."""
+"""Bits of everything that is not quantized, in the model itself and in the float model it is compared with."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Holds one quantized layer: its name, multiply-accumulates, and bits of its two operands.
+    """Holds the cost of one quantized layer: its name, multiply-accumulates, and bits of its two operands.
 
-    The products of an attention are such a layer if they are quantized; no operand of theirs is a weight, so
-    `weight_bits` are those of the activation in its place.
+    The products of one attention count as one such layer if they are quantized. None of their operands is a weight, so
+    `weight_bits` holds the bits of the activation that takes its place.
     """
 
     name: str
@@ -34,7 +34,7 @@ class LayerCost:
 
     @property
     def bops(self) -> int:
-        """Multiply-accumulates x weight bits x activation bits."""
+        """Return the bit operations: multiply-accumulates x weight bits x activation bits."""
         return self.macs * self.weight_bits * self.activation_bits
 
 
@@ -45,10 +45,10 @@ class Cost:
     Attributes:
         layers: Quantized layers, in the order of `named_modules`.
         other_macs: Multiply-accumulates in everything else: attention products unless `quantize_attention` is set,
-            layers left in float. They count `32 x 32` bit operations each.
+            layers left in float. Each counts `32 x 32` bit operations.
         parameters: Number of parameters of the float model; the values of quantizers are not among them.
         quantized_parameters: How many of them have fewer than 32 bits.
-        weight_bytes: All parameters as a packed checkpoint stores them, with the values of quantizers.
+        weight_bytes: Bytes of all parameters as a packed checkpoint stores them, and of the values of quantizers.
     """
 
     layers: tuple[LayerCost, ...]
@@ -59,18 +59,22 @@ class Cost:
 
     @property
     def macs(self) -> int:
+        """Return all multiply-accumulates, those of `other_macs` among them."""
         return sum(layer.macs for layer in self.layers) + self.other_macs
 
     @property
     def bops(self) -> int:
+        """Return all bit operations, those of `other_macs` among them."""
         return sum(layer.bops for layer in self.layers) + self.other_macs * FLOAT_BITS**2
 
     @property
     def float_bops(self) -> int:
+        """Return the bit operations of the same model in float32."""
         return self.macs * FLOAT_BITS**2
 
     @property
     def float_weight_bytes(self) -> int:
+        """Return the bytes of all parameters in float32: four for each."""
         return self.parameters * FLOAT_BITS // 8
 
     def __str__(self) -> str:
@@ -96,14 +100,17 @@ class Cost:
 
 
 def cost(model: nn.Module, inputs: Any) -> Cost:
-    """Count what `model` does for `inputs`, in one forward pass of it in evaluation mode.
+    """Count what `model` computes for `inputs` in one forward pass in evaluation mode, and what it takes to store.
 
-    Matrix products, convolutions and attention products are counted, wherever they happen, by torch's own counter;
-    what is done elementwise is not. The model may be quantized, calibrated or not, packed, or float.
+    torch's own counter counts matrix products, convolutions and attention products, wherever they happen; elementwise
+    operations are not counted. The model may be quantized, calibrated or not, packed, or float.
 
     Args:
         model: Any model; it is left as it was.
-        inputs: One batch as `calibrate` takes them. Pass a single image for figures per image.
+        inputs: One batch as `calibrate` takes them. Pass a single image to get numbers per image.
+
+    Returns:
+        Multiply-accumulates, bit operations and bytes. A multiply-accumulate counts as one operation, not as two.
     """
     kinds = (QuantizedLayer, PackedLayer, QuantAttentionProducts)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
@@ -111,8 +118,8 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
     counter = FlopCounterMode(display=False)
     handles = []
     for name, layer in layers.items():
-        # What the counter stands at before a layer is taken off, and what it stands at after is added. Looking names
-        # up in the counter's own table would miss layers that have several.
+        # Subtract what the counter shows before a layer runs, and add what it shows after. Looking names up in the
+        # counter's own table would miss layers that have several names.
         def before(module: nn.Module, args: Any, name: str = name) -> None:  # noqa: ARG001
             macs[name] -= counter.get_total_flops() // 2
 
@@ -145,8 +152,8 @@ def _bits(layer: QuantizedLayer | PackedLayer | QuantAttentionProducts) -> tuple
 
 
 def _storage(model: nn.Module) -> tuple[int, int, int]:
-    """Count parameters, quantized parameters, and bytes of all of them with their quantizers."""
-    quantized, floats, values = 0, 0, 0  # parameters with few bits, with 32, and of quantizers
+    """Count parameters, quantized parameters, and the bytes of all parameters with the values of quantizers."""
+    quantized, floats, values = 0, 0, 0  # numbers of few bits, numbers of 32 bits, and values of quantizers
     stored = 0
     seen: set[nn.Parameter] = set()
     for module in model.modules():
@@ -174,7 +181,7 @@ def _storage(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _short(count: int) -> str:
-    """Write three digits and a prefix: 12.3 G."""
+    """Write a number with three digits and a prefix, such as `12.3 G`."""
     value = float(count)
     for prefix in ("", " k", " M", " G", " T"):
         if value < 999.5 or prefix == " T":

@@ -1,4 +1,4 @@
-"""The command line `hf-saq`: argument parsing, calls, and one line of text for each error.
+"""Run the command line `hf-saq`: parse the arguments, call functions, and print one line of text for each error.
 
 Comes in: `sys.argv`. Goes out: text on stdout and an exit status. Nothing imports this room.
 """
@@ -11,9 +11,16 @@ from .arguments import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 1 with one line on stderr; 2 for wrong arguments."""
+    """Run one command and return the exit status: 0, or 1 with one line on stderr.
+
+    Args:
+        argv: The arguments after the name of the program; `None` takes those of `sys.argv`.
+
+    Raises:
+        SystemExit: With status 2 if the arguments are wrong, with 0 after `--help`.
+    """
     args = make_parser().parse_args(argv)
-    from .commands import run  # after parsing: it takes seconds, and `--help` needs none of it
+    from .commands import run  # import it after parsing: it takes seconds, and `--help` does not need it
 
     return run(args)
 

@@ -1,4 +1,4 @@
-"""Parse the command line: `hf-saq inspect | pack | dequantize | card`. Imports nothing that takes time."""
+"""Parse the command line: `hf-saq inspect | pack | dequantize | card`. Nothing that is imported here takes time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser; what it returns has the name of the command as `command`."""
+    """Make the parser. The arguments that it parses have the name of the command as `command`."""
     parser = argparse.ArgumentParser("hf-saq", description="Look at quantized models that hf_saq saved, change them.")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 

@@ -1,4 +1,4 @@
-"""Carry out the commands of `hf-saq`, each a call and a line of text about what it did."""
+"""Carry out the commands of `hf-saq`: each one calls a function and returns the text to print."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command that was parsed. Returns the exit status: 0, or 1 with one line on stderr."""
+    """Run the command that was parsed and print its text. Return the exit status: 0, or 1 with one line on stderr."""
     logging.disable_progress_bar()
     try:
         print(COMMANDS[args.command](args))
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # what the Hub raises is an OSError
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # errors of the Hub are OSErrors
         print(f"hf-saq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

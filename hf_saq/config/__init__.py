@@ -1,4 +1,4 @@
-"""The two configurations that users write: how to quantize, and how to train sharpness-aware.
+"""Hold the two configurations that users write: how to quantize, and how to train sharpness-aware.
 
 Comes in: keyword arguments, `config.json`, command lines. Goes out: checked, JSON-plain values that stay as they were
 given. Must not know: models, layers, files.

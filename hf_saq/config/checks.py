@@ -6,7 +6,8 @@ from typing import Any
 
 
 def check_choice(where: str, value: Any, choices: tuple) -> None:
-    if isinstance(value, (bool, float)) or value not in choices:  # True == 1.0 == 1
+    """Raise `ValueError` unless `value` is one of `choices`; the message begins with `where`."""
+    if isinstance(value, (bool, float)) or value not in choices:  # `in` takes True and 1.0 for 1
         raise ValueError(f"{where}={value!r}; expected one of {list(choices)}.")
 
 

@@ -1,4 +1,4 @@
-"""`SAQQuantizationConfig`: how to quantize a model."""
+"""Describe how to quantize a model: `SAQQuantizationConfig`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OVERRIDABLE = ("weight_bits", "activation_bits", "quantizer", "weight_granularit
 
 
 def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
-    """Checks of the fields that hold for one layer, in the configuration itself or in an override."""
+    """Check the fields that hold for one layer, in the configuration itself or in an override."""
     for name, value in values.items():
         if name in ("weight_bits", "activation_bits"):
             check_bits(f"{where}{name}", value, none_is_float=True)
@@ -41,10 +41,13 @@ def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
 
 @dataclass(repr=False, kw_only=True)
 class SAQQuantizationConfig(QuantizationConfigMixin):
-    """How to quantize a vision model; `quant_method` is `"saq"`.
+    """Describes how to quantize a vision model; `quant_method` is `"saq"`.
 
     Pass it to `from_pretrained(..., quantization_config=...)`, to `hf_saq.quantize` or to `SAQTrainer`. It is stored
-    in the `config.json` of a saved model. Everything is checked when it is built; a mistake raises `ValueError`.
+    in the `config.json` of a saved model. The `help` of each field gives its meaning and range.
+
+    Raises:
+        ValueError: If a field is out of range or two fields contradict each other. All are checked when it is built.
     """
 
     weight_bits: int | None = field(default=4, metadata={"help": "Bits of a weight, 2 to 8, or None for float."})
@@ -143,7 +146,16 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-        """Build from `config.json`. Unknown keys raise, except in a file of a newer format, where they warn."""
+        """Build a configuration from `config_dict`, the fields in `config.json`; fields in `kwargs` take their place.
+
+        A newer format in float storage warns, and its unknown keys are ignored.
+
+        Args:
+            return_unused_kwargs: Whether to return a pair: the configuration, and the `kwargs` that are no fields.
+
+        Raises:
+            ValueError: If a key is unknown, if a value is wrong, or if a packed checkpoint has a newer format.
+        """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(config_dict) - known)
         version = config_dict.get("format_version", FORMAT_VERSION)
@@ -155,7 +167,7 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
             if config_dict.get("storage") == "packed":
                 raise ValueError(message)
             warnings.warn(f"{message} Ignored keys: {unknown}.", stacklevel=2)
-            config_dict = {**config_dict, "format_version": FORMAT_VERSION}  # what is saved from here on
+            config_dict = {**config_dict, "format_version": FORMAT_VERSION}  # a save from here on writes it
         elif unknown:
             raise ValueError(f"quantization_config has unknown keys {unknown}; expected some of {sorted(known)}.")
         values = {name: value for name, value in {**config_dict, **kwargs}.items() if name in known}
@@ -166,19 +178,23 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         return (cls(**values), unused) if return_unused_kwargs else cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-plain fields. `overrides` become pairs: `config.json` sorts its keys, and here the last match wins."""
+        """Return the fields, JSON-plain. `overrides` become pairs, because `config.json` sorts its keys.
+
+        Their order must be kept: the last pattern that matches wins.
+        """
         values = super().to_dict()
         return {**values, "overrides": [[pattern, changes] for pattern, changes in values["overrides"].items()]}
 
     @property
     def tags(self) -> list[str]:
-        """What a model quantized like this is found by on the Hub, `w4a4` for example; 32 stands for float."""
+        """Return the tags that a model quantized like this has on the Hub, such as `w4a4`; 32 stands for float."""
         bits = f"w{self.weight_bits or 32}a{self.activation_bits or 32}"
         return ["quantized", QUANT_METHOD, bits, self.quantizer]
 
     def attach_to(self, model: Any) -> None:
         """Tell a transformers model how it is quantized now: `save_pretrained` asks the quantizer it finds there."""
-        from transformers.quantizers.auto import AutoHfQuantizer  # not above: importing it makes hf_saq register this
+        # Import it here and not above: importing it makes hf_saq register this class.
+        from transformers.quantizers.auto import AutoHfQuantizer
 
         model.config.quantization_config = self
         quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
@@ -188,5 +204,5 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
                 part.hf_quantizer = quantizer  # its base model may be saved alone
 
     def replace(self, **changes: Any) -> SAQQuantizationConfig:
-        """A checked copy with some fields changed."""
+        """Return a checked copy with some fields changed."""
         return type(self)(**{**copy.deepcopy(self.__dict__), **changes})

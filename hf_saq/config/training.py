@@ -1,4 +1,4 @@
-"""`SAQConfig`: how to train, that is how and when to perturb."""
+"""Describe how to train, that is how and when to perturb: `SAQConfig`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ PERTURBABLE = ("weight", "bias", "norm", "scale", "other")
 
 @dataclass
 class SAQConfig:
-    """How to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
+    """Describes how to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
 
-    A dataclass for `HfArgumentParser`, next to `TrainingArguments`. Everything is checked when it is built; a mistake
-    raises `ValueError`. Fields stay as they were given: what a preset means for `interval`, `ascent_fraction`, `reuse`
-    and `trigger` is looked up by [`perturbation_schedule`], where it is used. With none of these five given they are
-    those of `"balanced"`. `hf_saq/sharpness/schedules/schedule.py` says what each costs and which go together.
+    Works with `HfArgumentParser`, next to `TrainingArguments`. The `help` of each field gives its meaning and range.
+    Fields stay as they were given: [`perturbation_schedule`] looks up what the preset `schedule` means for `interval`,
+    `ascent_fraction`, `reuse` and `trigger`. If none of these five is given, the preset is `"balanced"`.
+    `hf_saq/sharpness/schedules/schedule.py` says what each of them costs and which go together.
+
+    Raises:
+        ValueError: If a field is out of range or two fields contradict each other. All are checked when it is built.
     """
 
     rho: float | None = field(
@@ -63,8 +66,8 @@ class SAQConfig:
         default=None,
         metadata={
             "help": "stale: between every k-th step one pass with the last perturbation; previous: one pass in every "
-            "step, perturbed by the gradient of the step before; echo: use each batch in k steps in a row, each but the "
-            "first perturbed by the gradient of the one before; look: LookSAM between every k-th step."
+            "step, perturbed by the gradient of the step before; echo: use each batch in k steps in a row, each but "
+            "the first perturbed by the gradient of the one before; look: LookSAM between every k-th step."
         },
     )
     trigger: bool = field(
@@ -104,10 +107,10 @@ class SAQConfig:
         """Build the schedule that `schedule` and the knobs mean, as they are now.
 
         Raises:
-            ValueError: If two of them contradict each other.
+            ValueError: If one of them is out of range or two contradict each other.
         """
         given = {name: getattr(self, name) for name in KNOBS}
-        given["trigger"] = None if self.trigger is False else self.trigger  # a flag, which has no third value
+        given["trigger"] = None if self.trigger is False else self.trigger  # False means "not given"
         try:
             knobs = resolve_preset(self.schedule, given)
             return PerturbationSchedule(start=self.start, look_alpha=self.look_alpha, **knobs)

@@ -1,4 +1,4 @@
-"""Bias correction: take the mean error of quantization out of each layer's output.
+"""Correct biases: take the mean error of quantization out of each layer's output.
 
 Rounding moves the mean of an output by `E[Q(W) Q(x)] - E[W x]`, most where inputs are far from zero mean, as behind a
 ReLU, and where few weights make an output, as in depthwise convolutions. Nagel et al., arXiv:1906.04721, Section 4.2,

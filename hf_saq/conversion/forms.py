@@ -113,9 +113,9 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A deep copy of `model` with other modules in place of some, and what those share with the originals copied."""
+    """Copy `model` deeply with other modules in place of some; what those share with the originals is copied too."""
     _check_wrappers(model, replacements)
-    # What is replaced is not copied at all: it would be the bulk of the model.
+    # Do not copy what is replaced: it would be the largest part of the model.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
     copied = copy.deepcopy(model, memo)
     for old, new in replacements.items():

@@ -126,8 +126,12 @@ def _plan_products(name: str, attention: nn.Module, config: SAQQuantizationConfi
 
 
 def layer_settings(config: SAQQuantizationConfig, names: ModuleNames, *called: str, edge: bool) -> dict[str, Any]:
-    """The fields that hold for one layer: the configuration, then the first/last rule, then overrides that match what
-    it is `called`."""
+    """Find the fields that hold for one layer: those of the configuration, then the first/last rule, then overrides.
+
+    Args:
+        called: Names of the layer; an override counts if its pattern matches one of them.
+        edge: Whether it is the first layer or a head.
+    """
     settings = {key: getattr(config, key) for key in OVERRIDABLE}
     if edge:
         for key in ("weight_bits", "activation_bits"):

@@ -29,7 +29,7 @@ class LayerPlan:
 
 @dataclass
 class ConversionReport:
-    """What `quantize` did, layer by layer; `print(report)` shows a table.
+    """Holds what `quantize` did, layer by layer; `print(report)` shows a table.
 
     Attributes:
         first_last_modules: Names of the first layer and of the heads; `None` if they were treated like the rest.

@@ -1,4 +1,4 @@
-"""What a model's structure says: which layers can be quantized, which is the first and which are heads."""
+"""Find by a model's structure which layers can be quantized, which is the first and which are heads."""
 
 from __future__ import annotations
 

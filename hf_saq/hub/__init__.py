@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .publishing_trainer import PublishingTrainer
     from .training_picture import draw_training_curve
 
-# Lazy, because a card needs no Trainer, which takes seconds to import.
+# Import lazily: a card needs no Trainer, which takes seconds to import.
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {

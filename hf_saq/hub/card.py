@@ -1,4 +1,4 @@
-"""Write a model card: facts in, `huggingface_hub.ModelCard` out. What is not among the facts is not in the card."""
+"""Turn facts into a model card (`huggingface_hub.ModelCard`). What is not among the facts is not in the card."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PICTURE = "training_curve.png"
 TASK = "image-classification"
 
 METRIC_NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
-"""How a card calls what `evaluate` calls by a short name. Any other metric keeps its own."""
+"""Short name that `evaluate` uses -> name in a card. Any other metric keeps its name."""
 
 METRIC_TYPES = {"top1": "accuracy", "top5": "accuracy"}
-"""Identifiers that the Hub knows."""
+"""Short name that `evaluate` uses -> identifier that the Hub knows."""
 
 
 def model_card(facts: CardFacts) -> ModelCard:
-    """Write the card: metadata of the Hub and the text."""
+    """Make the card of these facts: the metadata for the Hub and the text. Nothing is written to disk."""
     metrics = measured(facts.metrics)
     data = ModelCardData(
-        model_name=facts.name if metrics else None,  # of the results; the Hub knows the repository's
+        model_name=facts.name if metrics else None,  # names the results; the Hub knows the repository's name
         library_name="transformers",
         pipeline_tag=TASK,
         base_model=facts.base_model,
@@ -53,15 +53,18 @@ def model_card(facts: CardFacts) -> ModelCard:
 
 
 def write_card(directory: str | Path, load_from: str | None = None, overwrite: bool = False) -> Path:
-    """Write the `README.md` of a saved model from what is stored there; how good it is, is not.
+    """Write the `README.md` of a saved model from its files. They do not tell how good it is, so the card does not.
 
     Args:
         directory: The saved model.
-        load_from: What the loading snippet names: the repository it will be in. Default: the directory's name.
+        load_from: Name in the loading snippet: the repository the model will be in. Default: the directory's name.
         overwrite: Whether to replace a card that is there.
 
+    Returns:
+        Path of the card.
+
     Raises:
-        ValueError: If there is a card already, or no model of hf_saq.
+        ValueError: If there is a card already and `overwrite` is not set, or if there is no model of hf_saq.
     """
     card = Path(directory) / CARD
     if card.exists() and not overwrite:
@@ -78,7 +81,7 @@ def write_card(directory: str | Path, load_from: str | None = None, overwrite: b
 def _eval_result(facts: CardFacts, name: str, value: float) -> EvalResult:
     return EvalResult(
         task_type=TASK,
-        # The Hub asks for both. What is not known is called so.
+        # Give both, because the Hub asks for them, and call what is not known "unknown".
         dataset_type=facts.datasets[0] if facts.datasets else "unknown",
         dataset_name=facts.dataset_name or (facts.datasets[0] if facts.datasets else "unknown"),
         metric_type=METRIC_TYPES.get(name, name),
@@ -190,7 +193,7 @@ def _training(facts: CardFacts) -> str:
 
 
 def bits_name(config: SAQQuantizationConfig) -> str:
-    """Name the bits of a model: W4A4, for example; 32 stands for float."""
+    """Name the bits of a model, such as `W4A4`; 32 stands for float."""
     return f"W{config.weight_bits or 32}A{config.activation_bits or 32}"
 
 

@@ -1,7 +1,7 @@
 """Collect what a model card may say.
 
-Whatever is not known is left out, and no number is made up: each one comes from a measurement of the run that is
-described, or from the files that are published.
+What is not known is left out, and no number is made up: each one comes from a measurement of the run that the card
+describes, or from the files that are published.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ..conversion.report import LayerPlan
 from ..storage.inspection_report import StoredModel
 
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time")
-"""What `Trainer.evaluate` returns besides what it measured."""
+"""Entries that `Trainer.evaluate` returns besides its metrics."""
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Holds one line of the table of results: a model that this very run evaluated.
+    """Holds one line of the table of results: a model that the same run evaluated.
 
     Args:
         method: For example "float", "QAT" or "SAQ".
         bits: For example "W4A4".
         metrics: What `evaluate` returned; a prefix `eval_` and timings are dropped.
-        weight_bytes: Size of its weight files, measured.
+        weight_bytes: Measured size of its weight files in bytes.
     """
 
     method: str
@@ -42,20 +42,21 @@ class CardFacts:
 
     Attributes:
         name: Title of the card.
-        load_from: What `from_pretrained` takes: the name of a repository, or a directory. `None`: no loading snippet.
+        load_from: What `from_pretrained` takes: the name of a repository, or a directory. `None` leaves the loading
+            snippet out.
         architecture: Name of the model's class.
         config: How it is quantized.
         layers: The plan of every layer, as in the report of `quantize`.
         revision: Branch it is published on, if not the main one.
         has_processor: Whether an image processor is stored with it, so that a pipeline can be made.
-        weight_bytes: Size of the weight files that are published, measured.
-        metrics: Measured on the very weights that are published, names as in [`ResultRow`].
+        weight_bytes: Measured size of the weight files that are published, in bytes.
+        metrics: Metrics measured on exactly the weights that are published, names as in [`ResultRow`].
         comparison: Rows of other models that the same run measured.
         method: How it was trained, in words; the first word is its row in the table of results.
-        bit_operations: For one image, as [`hf_saq.cost`] counts them.
+        bit_operations: Bit operations for one image, as [`hf_saq.cost`] counts them.
         sharpness: Pairs of step and logged value.
         hyperparameters: Name -> value.
-        has_picture: Whether [`training_curve`] drew a picture that is published too.
+        has_picture: Whether [`draw_training_curve`] drew a picture that is published too.
         base_model, datasets, dataset_name, license, language, tags: As in the Hub's metadata.
     """
 
@@ -97,7 +98,7 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def facts_of_files(found: StoredModel, load_from: str) -> CardFacts:
-    """Collect what the files of a saved model tell: nothing of how it was trained or how good it is."""
+    """Collect what the files of a saved model tell. They tell nothing of how it was trained or how good it is."""
     return CardFacts(
         name=load_from.split("/")[-1],
         load_from=load_from,

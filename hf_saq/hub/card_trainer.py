@@ -19,36 +19,36 @@ from .training_picture import draw_training_curve
 
 
 class CardTrainer(Trainer):
-    """Writes the card of a quantized model from what the run measured; that of any other model as `Trainer` does.
+    """Writes the card of a quantized model from what the run measured. Other models get the card of `Trainer`.
 
     Attributes:
         card_arguments (`dict`): Arguments of `create_model_card` for all cards of this trainer, also of those that
-            are written by `save_model` and while training goes on. What is passed to a call wins.
+            are written by `save_model` and while training goes on. An argument passed to a call takes their place.
     """
 
     saq_config: SAQConfig
     model: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._measured: dict[str, float] = {}  # by `evaluate`, on the weights as they are now
+        self._measured: dict[str, float] = {}  # metrics of `evaluate` on the present weights
         self.card_arguments: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
     # What was measured -----------------------------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as `Trainer` does. What is measured under the prefix `eval` goes into the model card."""
+        """Evaluate as `Trainer` does, and note for the model card what is measured under the prefix `eval`."""
         metrics = super().evaluate(*args, **kwargs)
         self._measured = {**self._measured, **_of_evaluation(metrics)}
         return metrics
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """Take batches as `Trainer` does. An optimizer step follows, after which nothing is known of the weights."""
+        """Take batches as `Trainer` does, and forget what was measured: the optimizer step will change the weights."""
         self._measured = {}
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def train(self, *args: Any, **kwargs: Any):
-        """Train as `Trainer` does."""
+        """Train as `Trainer` does. If it loads the best model at the end, take the metrics of that from the log."""
         output = super().train(*args, **kwargs)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             logs = [entry for entry in self.state.log_history if entry.get("step") == self.state.best_global_step]

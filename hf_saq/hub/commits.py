@@ -1,4 +1,4 @@
-"""Push to the Hub: the files that a save writes and nothing else, all in one commit."""
+"""Push to the Hub the files that a save writes and nothing else, all in one commit."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def publish(
 ) -> CommitInfo:
     """Make the files in `directory` the model at the top level of a repository, in one commit; then remove them.
 
-    Weight files that are there and not among them are deleted in the same commit: any that stayed would be a second
-    model, and `from_pretrained` might prefer it. Either all of it happens or nothing: a push that is cut off leaves
-    the repository as it was. `TRAINING_ARGS_NAME`, a pickle that `Trainer` saves, stays here.
+    The same commit deletes weight files at the top level that are not among the new ones: a file that stayed would be
+    a second model, and `from_pretrained` might prefer it. Either all of it happens or nothing: a push that is cut off
+    leaves the repository as it was. `TRAINING_ARGS_NAME`, a pickle that `Trainer` saves, is not pushed.
 
     Raises:
-        HfHubHTTPError: If the Hub refuses; where it is about rights, the message says what to do.
+        HfHubHTTPError: If the Hub refuses; if a right is missing, the message says what to do.
         ConnectionError: If it cannot be reached or the connection breaks.
     """
     api = hf_api()
@@ -58,13 +58,13 @@ def publish(
 
 
 def publish_in_background(directory: TemporaryDirectory, repo_id: str, commit_message: str, **kwargs) -> Future:
-    """Run [`publish`] in the thread of `huggingface_hub` that pushes one after the other. A failure is logged."""
+    """Run [`publish`] in the thread of `huggingface_hub` that makes one push after the other. Log a failure."""
     future = hf_api().run_as_future(publish, directory, repo_id, commit_message, **kwargs)
     return log_failure(future, repo_id, commit_message)
 
 
 def log_failure(push: Future, repo_id: str, commit_message: str) -> Future:
-    """Say in the log if a push in the background fails; nobody may ever ask for its result."""
+    """Log it if a push in the background fails: perhaps nobody ever asks for its result."""
 
     def done(push: Future) -> None:
         if not push.cancelled() and push.exception() is not None:
@@ -78,7 +78,7 @@ def log_failure(push: Future, repo_id: str, commit_message: str) -> Future:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Add to an error of the Hub what was being done and what can be done about it."""
+    """Add to an error of the Hub inside the block what was being done and how to solve it."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -88,7 +88,7 @@ def explained(what: str) -> Iterator[None]:
                 "HF_TOKEN, or pass one (`hub_token` in TrainingArguments, `token` to push_to_hub)."
             )
         raise
-    except HTTPError as error:  # no answer at all
+    except HTTPError as error:  # there was no answer at all
         raise ConnectionError(
             f"The connection broke while {what} ({type(error).__name__}: {error}). A push is one commit, made as a "
             "whole or not at all, and the saved model is still in the output directory: call `push_to_hub` again."

@@ -1,4 +1,4 @@
-"""Publish what is to be used from a `Trainer`: the packed model and a card of what the run measured."""
+"""Publish the model of a `Trainer` in the form for use: packed, with a card of what the run measured."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from .commits import explained, log_failure, publish, publish_in_background
 
 
 class PublishingTrainer(CardTrainer):
-    """Does what [`SAQTrainer`] does with the Hub. Models without quantized layers are published as `Trainer` does."""
+    """Publishes models for [`SAQTrainer`]. Models without quantized layers are published as `Trainer` does."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository as `Trainer` does; an error says what to do."""
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         with explained(f"creating the repository {name!r}"):
             super().init_hf_repo(token, private)
@@ -39,22 +40,22 @@ class PublishingTrainer(CardTrainer):
     ) -> CommitInfo | Future | None:
         """Publish the packed model, the image processor and a model card; nothing else that is in `output_dir`.
 
-        All of it is one commit. Weight files that the repository has at its top level from before are replaced.
+        All of it is one commit. It replaces weight files that the repository already has at its top level.
 
         Args:
             commit_message: Message of the commit.
             blocking: Whether to wait for the end of the upload.
-            token: With write permission. Default: `hub_token` of the training arguments, then the one logged in with.
-            revision: Branch to commit to; made if it is not there. Default: `hub_revision`.
-            private: Whether the repository is private, should it have to be made. Default: `hub_private_repo`.
-            **kwargs: Those of `create_model_card`.
+            token: Token with write permission. Default: `hub_token` of the training arguments, then that of the login.
+            revision: Branch to commit to; it is made if it does not exist. Default: `hub_revision`.
+            private: Whether a repository that must be made is private. Default: `hub_private_repo`.
+            **kwargs: Arguments of `create_model_card`.
 
         Returns:
             The commit, or its `Future` if not `blocking`; `None` on all processes but the first.
 
         Raises:
-            HfHubHTTPError: If the Hub refuses; where it is about rights, the message says what to do.
-            ConnectionError: If the connection breaks. Nothing is then half published.
+            HfHubHTTPError: If the Hub refuses; if a right is missing, the message says what to do.
+            ConnectionError: If the connection breaks. Then nothing is published.
         """
         if not self._is_quantized():
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
@@ -76,8 +77,10 @@ class PublishingTrainer(CardTrainer):
         return push(staged, str(self.hub_model_id), commit_message or "Upload model", token=token, revision=revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """While training goes on, publish the packed model of now; and with a `hub_strategy` that says so, the
-        checkpoint in a folder of its own. `Trainer` would put the checkpoint's float weights at the top level."""
+        """Publish the present packed model while training goes on; with such a `hub_strategy` also the checkpoint.
+
+        The checkpoint goes into a folder of its own. `Trainer` would put its float weights at the top level.
+        """
         if not self._is_quantized():
             super()._push_from_checkpoint(checkpoint_folder)
             return
@@ -88,7 +91,7 @@ class PublishingTrainer(CardTrainer):
         is_busy = running is not None and not running.is_done() and not self.args.hub_always_push
         if (is_busy or not first) and not self.is_fsdp_enabled:
             return
-        staged = self._stage()  # under FSDP every process has a share in it
+        staged = self._stage()  # under FSDP every process takes part in it
         if is_busy or not first:
             staged.cleanup()
             return
@@ -107,7 +110,7 @@ class PublishingTrainer(CardTrainer):
             upload = hf_api().upload_folder(
                 repo_id=repository,
                 folder_path=checkpoint_folder,
-                ignore_patterns=[TRAINING_ARGS_NAME],  # a pickle that holds the token; nothing needs it to resume
+                ignore_patterns=[TRAINING_ARGS_NAME],  # leave out a pickle that holds the token; no resume needs it
                 path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
                 commit_message=message,
                 run_as_future=True,
@@ -121,8 +124,10 @@ class PublishingTrainer(CardTrainer):
             running.jobs.extend(jobs)  # type: ignore[union-attr]
 
     def _stage(self) -> TemporaryDirectory:
-        """Save the model as `save_model` does, but where nothing else is: what is there then is what gets published,
-        and later saves do not change it while it is on its way."""
+        """Save the model as `save_model` does, but into a new temporary directory.
+
+        All that is in this directory gets published, and later saves do not change it during the upload.
+        """
         staged = TemporaryDirectory(prefix="hf_saq-")
         with self._arguments(output_dir=staged.name):
             self.save_model(_internal_call=True)
@@ -130,7 +135,7 @@ class PublishingTrainer(CardTrainer):
 
     @contextmanager
     def _arguments(self, **changes: Any) -> Iterator[None]:
-        """Train with other arguments for a moment."""
+        """Change some training arguments inside the block."""
         before = {name: getattr(self.args, name) for name in changes}
         vars(self.args).update(changes)
         try:

@@ -20,7 +20,7 @@ from ..storage.weight_files import weight_file_bytes
 from .card_facts import CardFacts, ResultRow
 
 DATASET_LOADERS = {"imagefolder", "webdataset", "generator", "arrow", "csv", "json", "pandas", "parquet", "text"}
-"""Builders of `datasets` that read files of the user: their names are not those of datasets on the Hub."""
+"""Builders of `datasets` that read files of the user: their names are not names of datasets on the Hub."""
 
 
 def facts_of_run(
@@ -35,10 +35,11 @@ def facts_of_run(
     """Collect what a run knows about the model it trained.
 
     Args:
-        metrics: Measured on the weights as they are now.
-        directory: Where the model is saved; sizes are those of its files.
+        metrics: Metrics measured on the present weights.
+        directory: Directory where the model is saved; sizes are those of its files.
+        has_picture: Whether there is a picture of the training.
         comparison: Rows of other models that the same run measured.
-        **given: What the user says, as in [`transformers.Trainer.create_model_card`].
+        **given: Arguments of the user, as in [`transformers.Trainer.create_model_card`].
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     repository = trainer.hub_model_id or trainer.args.hub_model_id
@@ -67,7 +68,7 @@ def facts_of_run(
 
 
 def on_the_hub(name: str | None) -> str | None:
-    """Return `name` if it can be that of a repository: not empty, not a path that exists here, and well-formed."""
+    """Return `name` if it can be the name of a repository: not empty, no path that exists here, and well-formed."""
     if not isinstance(name, str) or not name or os.path.exists(name):
         return None
     try:
@@ -81,7 +82,7 @@ def _of_transformers(
     trainer: Trainer, model: PreTrainedModel, hyperparameters: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Collect what transformers' own summary of a run knows, and how the model is quantized now."""
-    # An empty name keeps the summary from taking a directory for a model on the Hub.
+    # Pass an empty name where there is none: otherwise the summary takes a directory for a model on the Hub.
     base_model = on_the_hub(given.get("finetuned_from") or model.config._name_or_path) or ""
     summary = TrainingSummary.from_trainer(trainer, **{**given, "finetuned_from": base_model})
     config = getattr(model.config, "quantization_config", None)

@@ -12,7 +12,7 @@ PANEL_INCHES = 4
 
 
 def curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Pick what there is to draw: panel -> line -> pairs of step and value. A panel needs two points in a line."""
+    """Pick what can be drawn: panel -> line -> pairs of step and value. A panel needs two points in a line."""
     panels = {
         "loss": {"training": "loss", "training, perturbed": "perturbed_loss", "evaluation": "eval_loss"},
         "accuracy": {"accuracy": "eval_accuracy", "top-1": "eval_top1", "top-5": "eval_top5"},
@@ -30,15 +30,19 @@ def curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list
 
 
 def draw_training_curve(log_history: Sequence[Mapping[str, Any]], file: Path) -> bool:
-    """Write a PNG. Returns whether there was something to draw and matplotlib to draw it with."""
+    """Draw loss, accuracy and sharpness over the steps into the PNG `file`, as far as they were logged.
+
+    Returns:
+        Whether a picture was written: that needs matplotlib, and a quantity that was logged at least twice.
+    """
     panels = curves(log_history)
     if not panels or find_spec("matplotlib") is None:
         return False
-    from matplotlib.figure import Figure  # not pyplot, which would touch the user's own figures
+    from matplotlib.figure import Figure  # pyplot would touch the user's own figures
 
     width = PANEL_INCHES * len(panels)
     figure = Figure(figsize=(width, 3), dpi=DOTS_PER_INCH)
-    # By hand: matplotlib's own ways to lay panels out take as long again as the drawing.
+    # Set the margins by hand: matplotlib's own ways to lay out panels take as long again as the drawing.
     figure.subplots_adjust(left=0.6 / width, right=1 - 0.2 / width, bottom=0.17, top=0.9, wspace=0.25)
     for axes, (panel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for label, points in lines.items():

@@ -1,4 +1,4 @@
-"""Layers on quantized operands, and which float layer each one stands in for.
+"""Define layers on quantized operands, and which float layer each one stands in for.
 
 Comes in: a float layer and its quantizers. Goes out: a layer that trains on quantized weights and inputs, one that
 runs from packed integers, and the float layer again. Must not know: whole models, configurations, files, and that

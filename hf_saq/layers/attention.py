@@ -1,4 +1,4 @@
-"""The two products of an attention, query with key and probabilities with values, on quantized operands."""
+"""Compute the two products of an attention, query with key and probabilities with values, on quantized operands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .quantized import HoldsQuantizers
 
 
 class QuantAttentionProducts(HoldsQuantizers):
-    """Attention without its projections, with `Q` four quantizers of their own:
+    """Computes attention without its projections, with `Q` four quantizers of their own:
 
         p      = softmax(Q(query) Q(key)^T * scaling + mask)
         output = dropout(Q(p)) Q(value)
@@ -20,7 +20,7 @@ class QuantAttentionProducts(HoldsQuantizers):
     has. Where a quantizer is `None` its operand stays in float; with none at all this is the attention that
     transformers calls eager.
 
-    A child of the attention module that it computes for, so that its scales are stored and trained with the model.
+    It is a child of the attention module that it computes for, so its scales are stored and trained with the model.
 
     Attributes:
         path (`str`): Dotted name inside the model, for error messages.

@@ -1,4 +1,4 @@
-"""Convolutions with quantized weight and input: groups, dilation and padding modes as in the float layer."""
+"""Convolve with quantized weight and input: groups, dilation and padding modes are as in the float layer."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class _QuantConv(QuantizedLayer):
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
-    """`nn.Conv1d` on quantized operands. Weight `(out_channels, in_channels / groups, width)`."""
+    """Runs `nn.Conv1d` on quantized operands. Weight `(out_channels, in_channels / groups, width)`."""
 
     output_channel_axis = -2
 
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
-    """`nn.Conv2d` on quantized operands. Weight `(out_channels, in_channels / groups, height, width)`."""
+    """Runs `nn.Conv2d` on quantized operands. Weight `(out_channels, in_channels / groups, height, width)`."""
 
     output_channel_axis = -3
 
 
 class QuantConv2dSame(QuantConv2d):
-    """timm's `Conv2dSame` on quantized operands: TensorFlow's "same" padding, which depends on the input's size."""
+    """Runs timm's `Conv2dSame` on quantized operands: TensorFlow's "same" padding depends on the input's size."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         edges: list[int] = []  # of the last dimension first, as `pad` takes them

@@ -1,4 +1,4 @@
-"""Linear layers with quantized weight and input."""
+"""Run linear layers with quantized weight and input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .quantized import QuantizedLayer
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """`nn.Linear` on quantized operands. Input `(..., in_features)`, weight `(out_features, in_features)`."""
+    """Runs `nn.Linear` on quantized operands. Input `(..., in_features)`, weight `(out_features, in_features)`."""
 
     @staticmethod
     def constructor_arguments(layer: Any) -> dict[str, Any]:
@@ -27,7 +27,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
 
 class QuantTransposedLinear(QuantizedLayer):
-    """The `Conv1D` of transformers, GPT-2's linear layer, on quantized operands. Weight `(nx, nf)`: inputs first."""
+    """Runs transformers' `Conv1D`, GPT-2's linear layer, on quantized operands. Weight `(nx, nf)`: inputs first."""
 
     channel_axis = 1
 

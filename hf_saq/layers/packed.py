@@ -1,4 +1,4 @@
-"""Layers that keep their weight as packed integers and run inference from them."""
+"""Keep the weight of a layer as packed integers, and run inference from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GRID_TOLERANCE = 64
 
 
 class PackedLayer(nn.Module):
-    """A layer whose weight is `ceil(numel * bits / 8)` bytes of codes plus a scale; it cannot be trained.
+    """Runs inference with a weight of `ceil(numel * bits / 8)` bytes of codes plus a scale; it cannot be trained.
 
     Args:
         functional: A quantized layer on the meta device: its hyperparameters, `compute` and weight quantizer, without
@@ -48,7 +48,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         self.weight_shape = tuple(functional.weight.shape)
         self.path = ""
-        # Kept out of the submodules: it has no state of its own.
+        # Keep it out of the submodules: it has no state of its own.
         object.__setattr__(self, "_functional", functional)
         assert functional.weight_quantizer is not None
         has_offset, scale_shape = functional.weight_quantizer.has_offset, self.settings.scale_shape
@@ -62,7 +62,7 @@ class PackedLayer(nn.Module):
 
     @property
     def settings(self) -> QuantizerSettings:
-        """What the weight quantizer was told to do."""
+        """Return the settings of the weight quantizer."""
         assert self._functional.weight_quantizer is not None
         return self._functional.weight_quantizer.settings
 

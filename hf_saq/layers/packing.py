@@ -1,4 +1,4 @@
-"""Integer codes <-> bytes, bit-exact, for 2 to 8 bits.
+"""Pack integer codes of 2 to 8 bits into bytes, and unpack them, bit-exact.
 
 Layout: the codes of a tensor, in row-major order, form one stream of bits; code `i` takes bits `i*b .. i*b + b - 1`,
 lowest bit first, and bit `j` of the stream is bit `j % 8` of byte `j // 8`. Eight codes fill `b` whole bytes:

@@ -1,4 +1,4 @@
-"""What quantized layers have in common: two quantizers as submodules. Layers know nothing of sharpness."""
+"""Define what quantized layers have in common: two quantizers as submodules. Layers know nothing of sharpness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .recompute import in_autocast_type, operand_recomputed
 
 
 class HoldsQuantizers(nn.Module):
-    """A module with quantizers among its children, any of which may be `None`."""
+    """Holds quantizers among its children, any of which may be `None`."""
 
     def own_quantizers(self) -> list[Quantizer]:
         return [child for child in self.children() if isinstance(child, Quantizer)]
@@ -27,7 +27,7 @@ class HoldsQuantizers(nn.Module):
 
 
 class QuantizedLayer(HoldsQuantizers, ABC):
-    """Mixin of the layers that train with fake-quantized weights and inputs.
+    """Makes a layer train with fake-quantized weights and inputs: the mixin of all quantized layers.
 
     Attributes:
         weight (`nn.Parameter`): The latent float weight, the same Parameter object the float layer had.
@@ -80,8 +80,11 @@ class QuantizedLayer(HoldsQuantizers, ABC):
             return self.compute(operand, w_q, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """As for any module; a weight that arrives without the values of its quantizers is another one than they were
-        made for. So the weight quantizer is fitted to it, and the activations wait for `calibrate` again."""
+        """Load as any module does, and reset quantizers if the weight arrives without their values.
+
+        Such a weight is another one than they were made for. So the weight quantizer is fitted to it, and the
+        activations wait for `calibrate` again.
+        """
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for child, quantizer in self.named_children():
             if not isinstance(quantizer, Quantizer):
@@ -93,7 +96,7 @@ class QuantizedLayer(HoldsQuantizers, ABC):
                 self._came_first -= {child}
             elif not has_values:
                 quantizer.reset()
-                # Shards of a weight cannot be fitted to; its quantizer stays without a range and says so when used.
+                # Fit no quantizer to shards of a weight: it stays without a range and raises when it is used.
                 if (
                     quantizer is self.weight_quantizer
                     and type(self.weight) is nn.Parameter

@@ -1,4 +1,4 @@
-"""A quantized input is not kept for the backward pass: it is computed again from what its quantizer saved.
+"""Compute a quantized input again in the backward pass, from what its quantizer saved, and do not keep it until then.
 
 The quantizer saves its input `x`, in most models alive anyway; the product behind it would save `x_q`, of the same
 size, once per layer. One more pass over memory in the backward is little beside the product itself.

@@ -1,4 +1,4 @@
-"""Which quantized layer stands in for each float layer. A new layer type is one file and one line here."""
+"""List which quantized layer stands in for each float layer. A new layer type is one file and one line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others may put around a layer: a `forward` of their own, hooks that watch one model alone."""
+"""Find what others have put around a layer: a `forward` of their own, hooks that watch one model alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def replaced_forward(module: nn.Module) -> str:
 
 
 def runs_another_module(module: nn.Module) -> bool:
-    """Whether a replaced `forward` of `module` holds on to a module in a way that copying does not follow."""
+    """Tell whether a replaced `forward` of `module` keeps a module in a way that copying does not follow."""
     return _holds_a_module(vars(module).get("forward"))
 
 
@@ -50,7 +50,7 @@ def _holds_a_module(function: Any) -> bool:
 
 
 def is_function(value: Any) -> bool:
-    """Whether `value` is something that runs code of a certain module, which no other layer may be given."""
+    """Tell whether `value` may run code of a certain module, so that no other layer may be given it."""
     return isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
 
 

@@ -1,4 +1,4 @@
-"""Uniform quantizers: float tensors onto learned integer grids.
+"""Quantize float tensors onto learned, uniform integer grids.
 
 Comes in: float tensors and a `QuantizerSettings`. Goes out: the nearest grid values, differentiable in the tensor and
 in the learned values; integer codes; `value = code * scale + offset`. Must not know: layers, models, configurations,

@@ -1,4 +1,4 @@
-"""The general differentiable quantizer: an affine grid with gradients for step size and offset."""
+"""Quantize onto an affine grid, with gradients for step size and offset: the function behind all quantizers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .straight_through import SCALE_FLOOR
 
 
 class LSQFactor(NamedTuple):
-    """The factor `g = 1 / sqrt(N * qmax)` of LSQ on the gradient of a step size (Section 2.2, arXiv:1902.08153).
+    """Computes LSQ's factor `g = 1 / sqrt(N * qmax)` on the gradient of a step size (Section 2.2, arXiv:1902.08153).
 
     `N` counts the elements that share one step size (of one sample, for activations: the mean over the batch is
-    already in the loss). It is a recipe rather than a number, followed in the backward pass: a forward that is traced
-    with sizes left open has no use for it.
+    already in the loss). The factor is computed in the backward pass only, because a forward that is traced with open
+    sizes does not know `N` as a number.
     """
 
     role: Role
@@ -46,7 +46,7 @@ class FakeQuantize(torch.autograd.Function):
         ctx.grid, ctx.factor = grid, factor
         step = scale.detach().clamp_min(SCALE_FLOOR)
         if not torch.compiler.is_compiling():
-            # Weak, so that whoever manages saved tensors (checkpointing, offloading) decides how long `x` lives.
+            # Refer to `x` weakly: what manages saved tensors (checkpointing, offloading) decides how long it lives.
             ctx.made_of = MadeOf(weakref.ref(x), step, None if offset is None else offset.detach(), grid)
         return quantize_forward(x, step, offset, grid)
 

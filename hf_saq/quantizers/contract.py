@@ -1,4 +1,4 @@
-"""The contract every quantizer keeps.
+"""Define the contract that every quantizer keeps.
 
 A quantizer maps a float tensor onto a uniform grid. Every grid here is affine: `value = code * scale + offset` with
 integer codes in `[qmin, qmax]`, so that packing, export and reports need no knowledge of the quantizer's kind. What a
@@ -65,7 +65,7 @@ class Quantizer(HasRangeState, ABC):
 
     @property
     def has_offset(self) -> bool:
-        """Whether `grid` has an offset other than zero, which a packed layer must then store."""
+        """Tell whether `grid` has an offset other than zero, which a packed layer must then store."""
         return False
 
     # What all quantizers share -----------------------------------------------------------------------------------
@@ -88,18 +88,18 @@ class Quantizer(HasRangeState, ABC):
 
     @property
     def signed(self) -> bool:
-        """Whether codes are signed; before calibration, whether they are to be."""
+        """Tell whether codes are signed; before calibration, whether the settings ask for it."""
         state = self._state()
         return bool(self.settings.signed) if state == NOT_CALIBRATED else state == SIGNED
 
     @property
     def qmin(self) -> int:
-        """Smallest integer code."""
+        """Return the smallest integer code."""
         return -(2 ** (self.bits - 1)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
-        """Largest integer code."""
+        """Return the largest integer code."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     def forward(self, x: Tensor) -> Tensor:

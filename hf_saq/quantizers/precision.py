@@ -1,4 +1,4 @@
-"""Grids stay in float32 where the model around them goes to bfloat16 or float16.
+"""Keep grids in float32 where the model around them goes to bfloat16 or float16.
 
 A step size in bfloat16 is off by up to 0.4 %: at 8 bits that moves the outer codes by half a step, and a model that is
 converted and converted back would have other grids than before.

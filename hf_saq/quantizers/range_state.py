@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a quantizer besides its learned values: whether it is calibrated, and its sign.
+"""Store, besides the learned values of a quantizer, whether it is calibrated, and its sign.
 
 Whoever averages state dicts (EMA, SWA, model soups) without leaving out the buffers averages this one too, and the
 result is cut off to an integer. So the three codes lie apart, "not calibrated" lowest: an average of different states,
@@ -50,7 +50,7 @@ class HasRangeState(nn.Module):
 
     @property
     def initialized(self) -> bool:
-        """Whether the quantizer has a range."""
+        """Tell whether the quantizer has a range."""
         return self._state() != NOT_CALIBRATED
 
     @torch.no_grad()

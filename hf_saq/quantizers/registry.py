@@ -1,4 +1,4 @@
-"""Quantizers by name. A new quantizer is one file and one line here."""
+"""List the quantizers by name. A new quantizer is one file and one line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids with the smallest squared quantization error, by a search over clipping points."""
+"""Find grids with the smallest squared quantization error, by a search over clipping points."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _step_of_own_grid(x: Tensor) -> Tensor:
 
 
 def _steps_of_own_grids(x: Tensor, shared: list[int]) -> Tensor:
-    """[`_step_of_own_grid`] of each channel, which may be a few times its step: a channel has few values."""
+    """Find [`_step_of_own_grid`] of each channel. It may be a few times the real step: a channel has few values."""
     kept = [d for d in range(x.ndim) if d not in shared]
     by_channel = x.abs().permute(*kept, *shared).flatten(len(kept))
     magnitudes = torch.cat([torch.zeros_like(by_channel[..., :1]), by_channel], dim=-1).sort(dim=-1).values

@@ -1,4 +1,4 @@
-"""The settings of a quantizer: one value that constructors take, copies pass on, and layers and reports read."""
+"""Hold the settings of a quantizer in one value, which constructors take, copies pass on, and layers read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums, means and deviations over the elements that share one entry of a scale."""
+"""Compute sums, means and deviations over the elements that share one entry of a scale."""
 
 from __future__ import annotations
 

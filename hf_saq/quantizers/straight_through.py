@@ -1,4 +1,4 @@
-"""Functions whose gradient passes as if they did nothing."""
+"""Round and clamp with gradients that pass as if nothing had been done."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def round_straight_through(x: Tensor) -> Tensor:
 
 
 def positive(scale: Tensor) -> Tensor:
-    """`max(scale, SCALE_FLOOR)` with an identity gradient, so that a scale pushed below the floor can come back."""
+    """Compute `max(scale, SCALE_FLOOR)`. The gradient is that of `scale`, so a scale below the floor can come back."""
     return _FloorStraightThrough.apply(scale)

@@ -1,4 +1,4 @@
-"""The radius used when none is given: a starting point by model family, not a tuned value."""
+"""Choose the radius where none is given: a starting point by model family, not a tuned value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRANSFORMER_RHO = 0.1
 
 
 def default_rho(model: nn.Module) -> tuple[float, str]:
-    """`(rho, family)`: convolutional if most weights of linear and convolution layers are in convolutions."""
+    """Return `(rho, family)`: convolutional if most weights of linear and convolution layers are in convolutions."""
     counts = {True: 0, False: 0}
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):

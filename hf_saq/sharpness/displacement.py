@@ -15,11 +15,11 @@ from . import sharding
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
-    """The tensors that are added to a model while it trains at a perturbed point. An empty one adds nothing.
+    """Holds the tensors that are added to a model while it trains at a perturbed point. An empty one adds nothing.
 
     Attributes:
-        outputs: Added to `Q(w)`, by the quantizer that makes it.
-        in_place: Added to parameters.
+        outputs: Quantizer -> tensor that is added to its output `Q(w)`, in the shape of `w`.
+        in_place: Parameter -> tensor that is added to it, in its shape.
     """
 
     outputs: dict[Quantizer, Tensor] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Displacement:
 
     @contextmanager
     def shifted(self) -> Iterator[None]:
-        """Add `in_place` for the length of a block; afterwards parameters are put back bit for bit, from copies."""
+        """Add `in_place` inside the block; afterwards put the parameters back bit for bit, from copies."""
         if not self.in_place:
             yield
             return
@@ -45,7 +45,7 @@ class Displacement:
                 torch._foreach_copy_([sharding.local(p) for p in self.in_place], saved)
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Name the tensors of this process after the quantizers and parameters of `model`, to be stored."""
+        """Return the tensors of this process by the names of quantizers and parameters in `model`, to be stored."""
         modules = {module: name for name, module in model.named_modules()}
         parameters = {p: name for name, p in model.named_parameters()}
         outputs = {modules[quantizer]: eps for quantizer, eps in self.outputs.items()}
@@ -53,7 +53,7 @@ class Displacement:
 
     @classmethod
     def from_named(cls, tensors: Mapping[str, Tensor], model: nn.Module) -> Displacement:
-        """Rebuild what [`named`] gave, on the devices of `model`.
+        """Rebuild the displacement from what [`named`] returned, on the devices of `model`.
 
         Raises:
             ValueError: If a name belongs to no quantizer and no parameter of `model`.

@@ -46,7 +46,7 @@ class SharpnessAwareMinimizer:
     process and is not part of any state dict. (In cases 1 and 2 that buffer is the gradient of the latent weights, and
     case 2 saves a copy of them while they are moved.)
 
-    Parameters may be replaced, frozen or unfrozen between steps; each step perturbs what is trainable then.
+    Parameters may be replaced, frozen or unfrozen between steps; each step perturbs what is trainable at that time.
 
     Under FSDP2 (`fully_shard`, before or after this is built) that buffer is whole on each process, not sharded. What
     is perturbed in place is sharded, so all processes share one `eps` for it, made of the average gradient. `no_sync`
@@ -54,10 +54,10 @@ class SharpnessAwareMinimizer:
 
     Args:
         model: A model with quantized layers, not wrapped by DDP or the like.
-        rho: Radius of the perturbation, >= 0.
+        rho: Radius of the perturbation, >= 0: its global L2 norm, where it is not adaptive.
         case: 1, 2 or 3, see `three_cases.py`.
-        adaptive: Scale the perturbation by the size of each weight (ASAM).
-        eta: Added to that size.
+        adaptive: Whether to scale the perturbation by the size of each weight (ASAM, arXiv:2102.11600).
+        eta: Number that is added to that size.
         perturb: Kinds of tensors to perturb, of `weight` (quantized), `bias`, `norm` (affine parameters of
             normalization layers), `scale` (of quantizers) and `other` (embeddings, unquantized weights).
         sync: `"local"`: each process perturbs with its own gradient (m-sharpness, no communication). `"global"`:
@@ -95,7 +95,7 @@ class SharpnessAwareMinimizer:
         self._seam = Seam()
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
         self._rng: list[RNGState] = []  # one per first pass, oldest first
-        self._eps: Displacement | None = None  # what the first passes were turned into
+        self._eps: Displacement | None = None  # made of the gradients of the first passes
         self._is_in_a_pass = False
         self._reduce_hook = model.register_forward_pre_hook(self._before_forward)
         self._find_tensors()
@@ -107,16 +107,16 @@ class SharpnessAwareMinimizer:
             )
 
     def __deepcopy__(self, memo: dict) -> SharpnessAwareMinimizer:
-        return self  # copying a model copies its hooks; they must not drag a second minimizer along
+        return self  # copying a model copies its hooks; they must not bring a second minimizer along
 
     def detach(self) -> None:
-        """Remove the hooks; the model is as if the minimizer had never been there."""
+        """Remove the hooks; then the model is as it was before the minimizer was built."""
         self._reduce_hook.remove()
         self._seam.attach([])
         self.reset()
 
     def reset(self) -> None:
-        """Forget a perturbation that is under way, for example after a step was abandoned."""
+        """Forget an unfinished perturbation, for example after a step was broken off."""
         self._seam.leaves, self._grads, self._rng, self._eps = {}, None, [], None
 
     def _find_tensors(self) -> None:
@@ -125,7 +125,7 @@ class SharpnessAwareMinimizer:
         self._seam.attach(self._tensors.by_quantizer)
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
-        if self._is_in_a_pass and module is self.model:  # not a copy of the model, which has copies of the hooks
+        if self._is_in_a_pass and module is self.model:  # a copy of the model has copies of the hooks
             sharding.reduce_gradients(self.model)
 
     _before_forward.stays_behind = True  # type: ignore[attr-defined]  # see layers/wrapping.py
@@ -136,12 +136,16 @@ class SharpnessAwareMinimizer:
     def ascent(self, clean: dict[nn.Parameter, Tensor] | None = None) -> Iterator[None]:
         """Run the first pass: gradients go to the perturbation and leave `p.grad` as it was.
 
-        Under DDP enter `accelerator.no_sync(model)` as well: this backward is not to be communicated.
-        May be entered several times before `perturbed`: the gradients add up to one perturbation, and `perturbed`
-        is then entered as often, in the same order.
+        Under DDP enter `accelerator.no_sync(model)` as well: the gradients of this backward must not be communicated.
+        It may be entered several times before `perturbed`: the gradients then add up to one perturbation, and
+        `perturbed` must be entered as often, in the same order.
 
         Args:
             clean: If given, the gradients of all that is perturbed, of latent weights too, are added up here as well.
+
+        Raises:
+            RuntimeError: If an optimizer steps inside of backward, or gradients wait for their reduction (FSDP2).
+            ValueError: If parameters were replaced in a way that rules out the perturbation, for example sharded.
         """
         sharding.reshard(self.model)
         sharding.check_gradients_are_reduced(self.model)
@@ -158,11 +162,14 @@ class SharpnessAwareMinimizer:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Run a first pass that is an ordinary one too: gradients add up in `p.grad`, communicated as ever, and those
-        of this process alone go to the perturbation. May be entered inside of [`displaced`].
+        """Run a first pass that is an ordinary pass too.
+
+        Gradients add up in `p.grad` and are communicated as usual; the gradients of this process alone go to the
+        perturbation. It may be entered inside of [`displaced`].
 
         Raises:
             ValueError: Under FSDP2.
+            RuntimeError: If an optimizer steps inside of backward.
         """
         sharding.check_whole(self.model, "A step that uses and records the same gradients")
         grads = self._begin_first_pass()
@@ -172,7 +179,7 @@ class SharpnessAwareMinimizer:
                     yield
 
     def _begin_first_pass(self) -> dict[nn.Parameter, Tensor]:
-        """Place the leaves and note the random state; returns where the gradients of parameters are to go."""
+        """Place the leaves and note the random state. Return the dict that collects the gradients of parameters."""
         if self._grads is None:
             self.reset()
             if not self._tensors.is_current(self.model):
@@ -190,7 +197,7 @@ class SharpnessAwareMinimizer:
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
-        """Forget what was collected if the block does not come to its end."""
+        """Mark the block as a pass; forget what was collected if the block ends by an exception."""
         before, self._is_in_a_pass = self._is_in_a_pass, True
         completed = False
         try:
@@ -204,7 +211,10 @@ class SharpnessAwareMinimizer:
     # From gradients to eps -----------------------------------------------------------------------------------------
 
     def climb(self) -> Displacement:
-        """Turn the gradients of the first passes into `eps`, in their own memory."""
+        """Turn the gradients of the first passes into `eps`, in their own memory.
+
+        Sets `ascent_norm`. Where that is zero or not finite, `eps` is empty and counted in `skipped`.
+        """
         return self._climb()[0]
 
     def prepare(self, number: Tensor) -> float:
@@ -218,7 +228,7 @@ class SharpnessAwareMinimizer:
 
     def _climb(self, *also: Tensor) -> tuple[Displacement, list[float]]:
         found = self._grads or {}
-        grads: Gradients = {p: found[p] for p in self._asked_of_parameters() if p in found}  # alike on all processes
+        grads: Gradients = {p: found[p] for p in self._asked_of_parameters() if p in found}  # one order everywhere
         for quantizer, leaf in self._seam.leaves.items():
             if leaf.grad is not None:
                 grads[self._tensors.by_quantizer[quantizer]] = leaf.grad
@@ -234,15 +244,20 @@ class SharpnessAwareMinimizer:
 
     @contextmanager
     def perturbed(self, update_statistics: bool = False) -> Iterator[Displacement]:
-        """Run the second pass: `eps` is in place, normalization statistics are frozen, random numbers are those of the
-        first pass. On the way out, also by an exception, everything is back, bit for bit, from saved copies.
+        """Run the second pass at the perturbed point, otherwise like the first.
+
+        Inside the block `eps` is added, normalization statistics are frozen, and random numbers are those of the first
+        pass. At the end of the block, also by an exception, everything is put back bit for bit from saved copies.
 
         Args:
-            update_statistics: Let this pass update the running statistics of normalization after all, for a first
-                pass that did not because it saw only a part of the batch.
+            update_statistics: Whether this pass updates the running statistics of normalization. That is right if the
+                first pass did not, because it saw only a part of the batch.
 
         Yields:
             The `eps`, which may be kept for [`displaced`].
+
+        Raises:
+            RuntimeError: If there was no first pass.
         """
         if not self._rng:
             raise RuntimeError(
@@ -267,11 +282,11 @@ class SharpnessAwareMinimizer:
 
     @contextmanager
     def displaced(self, eps: Displacement) -> Iterator[None]:
-        """Run a block at the perturbed point, and nothing else: normalization statistics are updated there."""
+        """Run the block at the perturbed point and change nothing else: normalization statistics are updated there."""
         sharding.reshard(self.model)
         before, self._is_in_a_pass = self._is_in_a_pass, True
-        # Inside of one autocast block its cache would carry low-precision copies of parameters from one point to the
-        # other.
+        # Clear the cache of autocast: inside of one autocast block it would carry low-precision copies of parameters
+        # from one point to the other.
         torch.clear_autocast_cache()
         try:
             with eps.shifted(), self._seam.adding(eps.outputs):

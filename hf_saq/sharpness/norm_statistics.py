@@ -1,4 +1,4 @@
-"""Running statistics of normalization layers, kept as they are while a block runs."""
+"""Keep the running statistics of normalization layers as they are while a block runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """Buffers that a training forward updates: those of modules that keep a `running_*` buffer (BatchNorm's way)."""
+    """List the buffers that a training forward updates: all buffers of modules with a `running_*` one (BatchNorm)."""
     return [
         buffer
         for module in model.modules()
@@ -24,8 +24,8 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 def frozen_norm_statistics(model: nn.Module) -> Iterator[None]:
     """Let the block normalize with batch statistics as usual, then put the running statistics back.
 
-    Copies rather than a flag on the modules: exact for any implementation that follows the naming, and the graph that
-    `torch.compile` or a checkpointed recomputation sees does not change.
+    It copies the buffers and sets no flag on the modules. This is exact for any implementation that follows the
+    naming, and the graph that `torch.compile` or a checkpointed recomputation sees does not change.
     """
     buffers = running_statistics(model)
     saved = [buffer.clone() for buffer in buffers]

@@ -19,7 +19,7 @@ def without_gradients(
 ) -> Iterator[list[nn.Parameter]]:
     """Keep autograd from computing gradients of `parameters` other than those in `but`.
 
-    FSDP2 looks at `requires_grad` only once, so nothing is switched where parameters are sharded.
+    FSDP2 looks at `requires_grad` only once, so sharded parameters are not switched.
 
     Yields:
         The parameters that were switched off.
@@ -36,7 +36,7 @@ def without_gradients(
 
 @contextmanager
 def set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let the block start without gradients; afterwards `p.grad` is what it was before, whatever the block left."""
+    """Let the block start without gradients; afterwards put back what `p.grad` was before, whatever the block left."""
     earlier = {p: p.grad for p in parameters}
     for p in earlier:
         p.grad = None
@@ -48,9 +48,10 @@ def set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def check_nothing_steps_inside_backward(parameters: Iterable[nn.Parameter]) -> None:
-    """Raise if a hook runs once a gradient is complete: optimizers that step inside of backward put it there.
+    """Raise `RuntimeError` if a hook runs as soon as a gradient is complete.
 
-    The first of two passes would then move the model, and nothing could take that back.
+    Optimizers that step inside of backward use such hooks. The first of two passes would then move the model, and
+    nothing could undo that.
     """
     for p in parameters:
         if getattr(p, "_post_accumulate_grad_hooks", None):
@@ -63,17 +64,17 @@ def check_nothing_steps_inside_backward(parameters: Iterable[nn.Parameter]) -> N
 
 
 class ClearingWatch(ABC):
-    """Notices a `zero_grad` inside of a first pass, of a module or an optimizer, and tells those who must follow.
+    """Notices a `zero_grad` inside of a first pass, of a module or an optimizer, and calls all `followers`.
 
-    A loss that runs a backward of its own (adversarial training) clears the gradients of parameters after it; those
-    at quantized weights must go with them.
+    A loss that runs a backward of its own (adversarial training) clears the gradients of parameters after it; then
+    the gradients at quantized weights must be cleared too.
     """
 
     def __init__(self) -> None:
         self.followers: list[Callable[[], None]] = []
 
     def check(self) -> None:
-        """Let all who must follow forget their gradients if those of parameters were cleared since the last check."""
+        """Call all followers if the gradients of parameters were cleared since the last check."""
         if self._was_cleared():
             for follow in self.followers:
                 follow()
@@ -87,8 +88,10 @@ class ClearingWatch(ABC):
 
 
 class Mark(ClearingWatch):
-    """Watches a parameter that the pass computes no gradient for: a mark lies where its gradient would be, and
-    `zero_grad` takes the mark away. [`set_aside`] around the pass removes it."""
+    """Watches a parameter for which the pass computes no gradient: a mark is put in the place of its gradient.
+
+    `zero_grad` removes or changes the mark. [`set_aside`] around the pass removes it at the end.
+    """
 
     def __init__(self, idle: Iterable[nn.Parameter]):
         super().__init__()
@@ -111,10 +114,10 @@ def add_gradients(
     to: dict[nn.Parameter, Tensor],
     apart_from: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> None:
-    """Add `p.grad` of each parameter to the sums in `to`; the first one is taken itself rather than copied.
+    """Add `p.grad` of each parameter to the sums in `to`; the first gradient is stored there without a copy.
 
     Args:
-        apart_from: Gradients that are used otherwise and will change: what is one of them is copied.
+        apart_from: Gradients that are used elsewhere and will change; these are copied.
     """
     for p in parameters:
         if p.grad is None:
@@ -134,13 +137,13 @@ class Recorder(ClearingWatch):
         self._latest: nn.Parameter | None = None
 
     def record(self, p: nn.Parameter, grad: Tensor) -> None:
-        """Take in a gradient that is about to be added to `p.grad`."""
+        """Add to the sums a gradient that autograd is about to add to `p.grad`."""
         self.check()
         self._latest = p
         self._into[p] = grad.clone() if p not in self._into else self._into[p].add_(grad)
 
     def _was_cleared(self) -> bool:
-        # The gradient that arrived last was added right after it had arrived.
+        # Look at the gradient that arrived last: it was added to `p.grad` right after it had arrived.
         return self._latest is not None and self._latest.grad is None
 
     def _start_again(self) -> None:

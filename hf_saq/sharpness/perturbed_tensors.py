@@ -10,12 +10,12 @@ from torch import nn
 from ..quantizers import Quantizer
 
 KINDS = ("weight", "scale", "norm", "bias", "other")
-"""Kinds of parameters. One that several modules share is of the first kind that fits."""
+"""Kinds of parameters. A parameter that several modules share has the first kind that fits."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A latent weight `w` and the quantizer that makes `w_q` of it."""
+    """Holds a latent weight `w` and the quantizer that makes `w_q` of it."""
 
     name: str
     weight: nn.Parameter
@@ -23,18 +23,19 @@ class QuantizedWeight:
 
 
 class PerturbedTensors:
-    """The tensors of a model that a perturbation may move, as the model is now.
+    """Holds the tensors that a perturbation may move in a model, as the model is now.
 
     Args:
-        model: Its parameters may be replaced, frozen or unfrozen later; [`is_current`] then says no.
+        model: If its parameters are replaced, frozen or unfrozen later, [`is_current`] returns false.
         perturb: Kinds of tensors, some of `KINDS`.
 
     Attributes:
         weights: Trainable quantized weights, once for each quantizer, in the order of `named_modules`.
         in_place: Trainable parameters that are moved themselves, without the quantized weights.
-        latent: Parameters that stand behind `weights`.
+        latent: Parameter behind each of `weights` -> one of its entries.
+        by_quantizer: Quantizer of each of `weights` -> the entry.
         without_size: Those of `in_place` that the adaptive form does not scale: biases.
-        costly: Parameters whose gradients a first pass may leave out where they are not asked for.
+        costly: Parameters whose gradients a first pass may leave out if it does not need them.
     """
 
     def __init__(self, model: nn.Module, perturb: Collection[str]):
@@ -47,12 +48,12 @@ class PerturbedTensors:
         self.latent = {entry.weight: entry for entry in self.weights}
         self.by_quantizer = {entry.quantizer: entry for entry in self.weights}
         self.without_size = {p for name, p in in_place if name.endswith("bias")}
-        # Gradients of biases and norms cost next to nothing, and with them the graph begins as early as in a plain
-        # pass: reentrant checkpointing drops the gradients of a block none of whose inputs requires one.
+        # Leave out biases and norms: their gradients cost next to nothing, and with them the graph begins as early as
+        # in a plain pass. Reentrant checkpointing drops the gradients of a block if none of its inputs requires one.
         self.costly = [p for p, kind in kinds.items() if kind not in ("bias", "norm")]
 
     def is_current(self, model: nn.Module) -> bool:
-        """Tell whether `model` still has these parameters, each as trainable as it was."""
+        """Tell whether `model` still has the same parameters, and the same ones are trainable."""
         return _signature(model) == self._signature
 
     def __bool__(self) -> bool:

@@ -1,4 +1,4 @@
-"""Snapshots of every random generator a forward pass may draw from, so that two passes see the same masks."""
+"""Save every random generator that a forward pass may draw from, so that two passes see the same masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass
 class RNGState:
-    """States of python's, numpy's, torch's and the accelerator's generators at one moment."""
+    """Holds the states of python's, numpy's, torch's and the accelerator's generators at the moment it is made."""
 
     python: Any = field(default_factory=random.getstate)
     numpy: Any = field(default_factory=np.random.get_state)
@@ -20,6 +20,7 @@ class RNGState:
     device: torch.Tensor | None = field(default_factory=lambda: _accelerator_rng_state())
 
     def restore(self) -> None:
+        """Set all generators back to these states."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
@@ -33,5 +34,5 @@ def _accelerator_rng_state() -> torch.Tensor | None:
 
 
 def _device_module() -> Any:
-    """`torch.cuda`, `torch.xpu`, ... of the accelerator in use, or `None` on a CPU-only machine."""
+    """Return `torch.cuda`, `torch.xpu`, ... of the accelerator in use, or `None` on a CPU-only machine."""
     return torch.get_device_module() if torch.accelerator.is_available() else None

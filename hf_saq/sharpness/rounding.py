@@ -1,8 +1,8 @@
 """Notice where low precision rounds the perturbation away.
 
-A quantized weight takes few values, and `eps` is small beside them: rounded to bfloat16, which keeps 8 bits,
+A quantized weight takes few values, and `eps` is small compared with them. Rounded to bfloat16, which keeps 8 bits,
 `w_q + eps` is `w_q` again for most weights unless the radius is large. Training then is plain quantization-aware
-training at twice its cost, and nothing else would tell.
+training at twice the cost, and nothing else would show it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 ENOUGH = 0.5
-"""Share of weights that must still be moved after rounding."""
+"""Share of weights that must still move after rounding, from 0 to 1."""
 
 
 class RoundingCheck:
-    """Counts in the first perturbed pass which weights are moved still, rounded to the type that products take."""
+    """Counts, in the first perturbed pass, the weights that still move after rounding to the type of the products."""
 
     def __init__(self) -> None:
         self._is_done = False
@@ -26,7 +26,7 @@ class RoundingCheck:
 
     @torch.no_grad()
     def look(self, w_q: Tensor, eps: Tensor) -> None:
-        """Take in one weight and what is about to be added to it."""
+        """Count in the elements of one weight; `eps`, of the same shape, is about to be added to it."""
         if self._is_done or torch.compiler.is_compiling():
             return
         dtype, device = w_q.dtype, w_q.device.type
@@ -38,7 +38,7 @@ class RoundingCheck:
             self._moved.append(torch.stack([moved.sum(), (eps != 0).sum()]))
 
     def conclude(self, rho: float) -> None:
-        """Warn, once in the life of a minimizer, if too few were moved."""
+        """Warn, once in the life of a minimizer, if too few weights moved."""
         if self._is_done or not self._moved:
             return
         moved, all_of_them = torch.stack([counts.cpu() for counts in self._moved]).sum(dim=0).tolist()

@@ -1,9 +1,9 @@
-"""The seam between quantization and sharpness: the output of every weight quantizer, `w_q`.
+"""Connect quantization and sharpness at the output `w_q` of every weight quantizer: catch gradients, add `eps`.
 
-A zero leaf `eps` is added there. After a first backward the gradient of that leaf is `g_q`, the gradient at the
-quantized weight before any clip mask; scaled in place that same memory is the `eps` of the second pass. Layers never
-learn of it. (`retain_grad` on `w_q` would not do: it is `None` under gradient checkpointing, and keeps only the last
-use of a layer that runs twice.)
+In a first pass a zero leaf is added there. After its backward the gradient of that leaf is `g_q`, the gradient at the
+quantized weight before any clip mask. Scaled in place, the same memory becomes the `eps` of the second pass. Layers do
+not know of this. (`retain_grad` on `w_q` would not be enough: the gradient is `None` under gradient checkpointing, and
+only that of the last use is kept if a layer runs twice.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .rounding import RoundingCheck
 
 
 class _CatchGradient(torch.autograd.Function):
-    """Compute `w_q + eps` for `eps = 0` without the addition; the backward hands the gradient to both."""
+    """Computes `w_q + eps` for `eps = 0` without the addition; the backward hands the gradient to both."""
 
     @staticmethod
     def forward(ctx, w_q: Tensor, eps: Tensor) -> Tensor:  # noqa: ARG004 (autograd's signature)
@@ -33,11 +33,11 @@ class _CatchGradient(torch.autograd.Function):
 
 
 class Seam:
-    """Hooks on weight quantizers that catch gradients at their outputs, add `eps` to them, or both.
+    """Holds hooks on weight quantizers that catch gradients at their outputs, add `eps` to the outputs, or both.
 
     Attributes:
-        leaves: The zero leaf behind each quantizer whose gradient is wanted; its `.grad` is `g_q`.
-        rounding: Looks at what is added, once.
+        leaves: Quantizer whose gradient is wanted -> the zero leaf behind it, whose `.grad` is `g_q`.
+        rounding: Checks, in the first perturbed pass, whether rounding swallows what is added.
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ class Seam:
         self._handles: dict[Quantizer, torch.utils.hooks.RemovableHandle] = {}
 
     def __deepcopy__(self, memo: dict) -> Seam:
-        return self  # copying a model copies its hooks; they must not drag a second seam along
+        return self  # copying a model copies its hooks; they must not bring a second seam along
 
     def attach(self, quantizers: Iterable[Quantizer]) -> None:
-        """Hook on to these quantizers, and let go of all others."""
+        """Put hooks on these quantizers, and remove them from all others."""
         wanted = dict.fromkeys(quantizers)
         for quantizer in [q for q in self._handles if q not in wanted]:
             self._handles.pop(quantizer).remove()
@@ -62,7 +62,7 @@ class Seam:
     def place_leaves(self, weights: Iterable[QuantizedWeight]) -> None:
         """Put a zero leaf behind every quantizer before the forward, so that compiled code finds it ready."""
         for entry in weights:
-            # Expanded from one element: a zero of the weight's shape that takes no memory. Its gradient does.
+            # Expand one element: a zero of the weight's shape then takes no memory. Only its gradient does.
             zero = torch.zeros((), dtype=entry.weight.dtype, device=entry.weight.device)
             self.leaves.setdefault(entry.quantizer, zero.expand(entry.weight.shape).requires_grad_())
 

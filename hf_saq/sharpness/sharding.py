@@ -1,4 +1,4 @@
-"""Handle tensors that FSDP2 shards over processes like plain ones: all that a perturbed step must know of them.
+"""Handle tensors that FSDP2 shards over processes like plain ones, as far as a perturbed step needs it.
 
 Outside of forward and backward the parameters of a model under `fully_shard`, and their gradients, are DTensors of
 which each process holds a part; gradients are already averaged over processes. A quantizer's output and `g_q` are
@@ -20,6 +20,7 @@ from .perturbed_tensors import QuantizedWeight
 
 
 def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether `tensor` is a DTensor, of which each process holds a part."""
     return isinstance(tensor, DTensor)
 
 
@@ -34,7 +35,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def with_local(like: Tensor, part: Tensor) -> Tensor:
-    """Build the tensor that is placed as `like` and of which this process holds `part`; on the device of `like`."""
+    """Build a tensor that is sharded as `like` and has `part` on this process; it is on the device of `like`."""
     part = part.to(like.device)
     if not isinstance(like, DTensor):
         return part
@@ -42,7 +43,7 @@ def with_local(like: Tensor, part: Tensor) -> Tensor:
 
 
 def quantized(entry: QuantizedWeight) -> Tensor:
-    """Compute `Q(w)`, whole, in memory of its own."""
+    """Compute the whole `Q(w)`, in the shape of `w` and in memory of its own."""
     if not is_sharded(entry.weight):
         return entry.quantizer.fake_quantize(entry.weight)
     whole = {f"q.{name}": full(p) for name, p in entry.quantizer.named_parameters()}
@@ -50,7 +51,7 @@ def quantized(entry: QuantizedWeight) -> Tensor:
 
 
 class _FakeQuantize(nn.Module):
-    """A quantizer without its hooks."""
+    """Runs a quantizer without its hooks."""
 
     def __init__(self, quantizer: Quantizer):
         super().__init__()
@@ -78,7 +79,7 @@ def averaged(number: Tensor) -> Tensor:
 
 
 def precise(number: Tensor) -> Tensor:
-    """Widen to float64, where the device has it."""
+    """Convert to float64, where the device has it."""
     return number if number.device.type == "mps" else number.double()
 
 
@@ -114,7 +115,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     norms: list[Tensor] = []
     for (_, dtype), group in alike.items():
-        wide = torch.promote_types(dtype, torch.float32)  # the sum of squares of half precision overflows in its own
+        wide = torch.promote_types(dtype, torch.float32)  # in half precision a sum of squares overflows
         if is_sharded(group[0]):  # DTensor has no `_foreach_norm` with a dtype
             norms += [torch.linalg.vector_norm(t, dtype=wide) for t in group]
         else:
@@ -123,22 +124,22 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let `model.parameters()` be the sharded ones, which the optimizer updates and the next forward gathers.
+    """Make `model.parameters()` the sharded ones, which the optimizer updates and the next forward gathers.
 
-    Without it the outermost ones stay whole after a forward without a backward, such as an evaluation.
+    Without this, the outermost ones stay whole after a forward without a backward, such as an evaluation.
     """
     for module in _units(model):
         module.reshard()
 
 
 def reduce_gradients(model: nn.Module) -> None:
-    """Undo `no_sync`: gradients that wait unreduced are out of sight, and would enter the next pass's gradients."""
+    """Undo `no_sync`: gradients that are not reduced yet are hidden, and would mix with those of the next pass."""
     for module in _units(model):
         module.set_requires_gradient_sync(True, recurse=False)
 
 
 def check_gradients_are_reduced(model: nn.Module) -> None:
-    """Raise if a backward under `no_sync` left gradients that this pass's reduction would mix with its own."""
+    """Raise `RuntimeError` if a backward under `no_sync` left gradients that would mix with those of this pass."""
     for module in _units(model):
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
@@ -152,7 +153,7 @@ def check_gradients_are_reduced(model: nn.Module) -> None:
 
 
 def check_whole(model: nn.Module, what: str) -> None:
-    """Raise if `model` is sharded: `what` reads the gradients of single processes as they are computed."""
+    """Raise `ValueError` if `model` is sharded: `what` reads gradients of single processes as they are computed."""
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
             f"{what} under FSDP2, where gradients of parameters exist only averaged over processes and in shards. Use "
@@ -161,7 +162,7 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 
 def check_parallelism(model: nn.Module, case: int, sync: str) -> None:
-    """Raise where the sharded parameters of `model` rule out what is asked for."""
+    """Raise `ValueError` if parameters of `model` are sharded in a way that rules out this case and `sync`."""
     if not any(is_sharded(p) for p in model.parameters()):
         return
     if not _units(model):

@@ -34,7 +34,7 @@ Gradients = dict[QuantizedWeight | nn.Parameter, Tensor]
 
 
 class Climb(NamedTuple):
-    """How gradients become `eps`; the arguments of `SharpnessAwareMinimizer`."""
+    """Says how gradients become `eps`: some arguments of `SharpnessAwareMinimizer`."""
 
     rho: float
     case: Case
@@ -61,7 +61,7 @@ def climb(grads: Gradients, tensors: PerturbedTensors, how: Climb, *also: Tensor
     Returns:
         `eps`, which is empty where `norm` is zero or not finite; `norm`, followed by the numbers in `also`.
     """
-    if how.case == 1:  # added at the quantizers' outputs, which are whole on every process
+    if how.case == 1:  # eps is added to outputs of quantizers, which are whole on every process
         grads = {key: sharding.full(g) if key in tensors.latent else g for key, g in grads.items()}
     if how.adaptive:
         multiply_by_size(grads, tensors, how)  # T g
@@ -102,7 +102,7 @@ def place(eps: Mapping[QuantizedWeight | nn.Parameter, Tensor], tensors: Perturb
         if isinstance(key, QuantizedWeight):
             placed.outputs[key.quantizer] = value
         elif case == 1 and key in tensors.latent:
-            # Made of the latent gradient, but added behind every quantizer that reads this weight.
+            # Add it behind every quantizer that reads this weight, although it is made of the latent gradient.
             placed.outputs.update({entry.quantizer: value for entry in tensors.weights if entry.weight is key})
         else:
             placed.in_place[key] = value

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .staging import staged
     from .weight_files import weight_file_bytes
 
-# Lazy, because `from_pretrained` is imported while transformers is half loaded, and inspection needs all of it.
+# Import lazily: `from_pretrained` is imported while transformers is half loaded, and inspection needs all of it.
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {

@@ -1,4 +1,4 @@
-"""Give layers that a checkpoint does not have, or has in another size, values that are theirs and not another's."""
+"""Give values of their own to layers that a checkpoint does not have, or has in another size."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ NOT_STORED = "the checkpoint has no such layer; its weight is newly initialized"
 
 
 def prepare_absent_layers(model: nn.Module) -> None:
-    """Bring quantizers in line with the weights that transformers has just initialized. Weight scales are then
-    still to be fitted.
+    """Prepare layers whose weights transformers has just initialized; fit the weight scales after this.
 
-    - A weight that did not come from the checkpoint, as that of a head for other classes, gets its own scale: that of
-      the layer it replaces would be far off.
-    - A head that the checkpoint has nothing of, as one on top of a stored base model, is quantized too; its input is
-      still to be calibrated.
-    - Any other layer that the checkpoint has nothing of stays in float, as the pooler of a base model whose classifier
-      was stored: nobody decided how to quantize it.
+    - A weight that did not come from the checkpoint, such as that of a head for other classes, gets its own scale: the
+      scale of the layer it replaces would be far off.
+    - A head of which the checkpoint has nothing, such as one on top of a stored base model, is quantized too; its
+      input must still be calibrated.
+    - Any other layer of which the checkpoint has nothing stays in float, such as the pooler of a base model whose
+      classifier was stored: nobody decided how to quantize it.
     """
     heads = _outside_base_model(model)
     left = []
@@ -56,7 +55,7 @@ def absent_packed_layers(model: nn.Module) -> list[str]:
 
 
 def _is_loaded(tensor: Tensor) -> bool:
-    """Say whether a tensor came from the checkpoint: transformers notes it on the tensor."""
+    """Tell whether a tensor came from the checkpoint: transformers notes it on the tensor."""
     return getattr(tensor, "_is_hf_initialized", False)
 
 
@@ -70,7 +69,7 @@ def _outside_base_model(model: nn.Module) -> set[nn.Module]:
 
 
 def _start_anew(layer: QuantizedLayer, everything: bool) -> None:
-    """Forget the range of the weight quantizer; of all quantizers if none of them was stored."""
+    """Forget the range of the weight quantizer, or with `everything` the ranges of all quantizers of the layer."""
     for quantizer in layer.own_quantizers():
         if everything or quantizer.role == "weight":
             _forget(quantizer)

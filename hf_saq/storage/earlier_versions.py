@@ -1,4 +1,4 @@
-"""Read configurations of earlier versions of the format as the present one has them."""
+"""Complete configurations that earlier versions of the format stored, as the present version has them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from ..conversion.structure import first_and_heads
 
 
 def first_last_modules_of(model: Any, config: SAQQuantizationConfig) -> list[str] | None:
-    """Name what version 1, which did not store it, took for the first layer and the heads; `None` where they follow
-    from the model itself, because it is of the class that was saved.
+    """Name what version 1 took for the first layer and the heads, which it did not store.
 
     Args:
-        model: What the checkpoint is loaded as, still in float.
-        config: As stored.
+        model: The model that the checkpoint is loaded into, still in float.
+        config: The stored configuration.
+
+    Returns:
+        Names of modules. `None` where nothing is missing, or where they follow from the model itself because it is of
+        the class that was saved.
     """
     if config.format_version >= FORMAT_VERSION or config.first_last_bits is None or config.first_last_modules:
         return None
-    from .saved_directory import named_model_class  # not above: models of transformers may not be loaded yet
+    # Import it here and not above: models of transformers may not be loaded yet.
+    from .saved_directory import named_model_class
 
     saved = (getattr(model.config, "architectures", None) or [""])[0]
     kind = named_model_class(saved)

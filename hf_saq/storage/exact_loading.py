@@ -1,4 +1,4 @@
-"""Put a saved state into the model that goes on from it: by that model's own names, every tensor, unchanged."""
+"""Load a saved state into the model that goes on from it: every tensor, unchanged, by the names of that model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .stored_tensors import StoredTensors, names_on_disk
 def load_exactly(model: nn.Module, directory: str | Path) -> None:
     """Load the tensors saved in `directory` into `model`, in place.
 
-    The model is taken as it is: no second one is built, so its class may have any constructor, and layers may have
-    been replaced since. Nothing is loaded unless all of it fits.
+    No second model is built, so the class may have any constructor, and layers may have been replaced since the save.
+    (Only where transformers stores tensors in another form, it builds a second model to read them.)
+    Nothing is loaded unless all of it fits.
 
     Raises:
         ValueError: If a tensor is missing, is left over, has another shape, or a type that the model's cannot hold.
@@ -25,11 +26,11 @@ def load_exactly(model: nn.Module, directory: str | Path) -> None:
     stored = StoredTensors(Path(directory))
     state = model.state_dict(keep_vars=True)
     where = names_on_disk(model)
-    if where is None:  # stored in another form, which only transformers can turn into this one
+    if where is None:  # the file has another form, which only transformers can turn into this one
         assert isinstance(model, PreTrainedModel)
         model.load_state_dict(type(model).from_pretrained(directory, dtype=model.dtype).state_dict())
         return
-    # A model that was loaded from a file with other names saves those again.
+    # Try both kinds of names: a model that was loaded from a file with other names saves under those again.
     same = {name: name for name in state}
     names = max((where, same), key=lambda scheme: len(stored.names.intersection(scheme.values())))
     found = _with_tied(state, {name: names[name] for name in state if names.get(name) in stored.names})
@@ -55,7 +56,7 @@ def load_exactly(model: nn.Module, directory: str | Path) -> None:
 
 
 def _with_tied(state: Mapping[str, Tensor], found: dict[str, str]) -> dict[str, str]:
-    """Find tensors that are one in the model, of which one is stored, under the name of that one."""
+    """Add to `found` the names of tied tensors: of several names of one tensor in the model, only one is stored."""
     by_tensor = {id(state[name]): source for name, source in found.items()}
     return {
         name: found.get(name, by_tensor.get(id(tensor), ""))

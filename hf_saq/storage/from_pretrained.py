@@ -1,7 +1,7 @@
 """Let `from_pretrained` build quantized models: the `HfQuantizer` of `quant_method="saq"`, registered at the end.
 
-It is imported as soon as `transformers.quantizers` is, which may be before transformers has any model. So nothing that
-is imported here may need models of transformers; `conversion` imports its modules when they are used.
+This module is imported as soon as `transformers.quantizers` is, perhaps before transformers has any model. So nothing
+that is imported here may need models of transformers; `conversion` imports its modules when they are used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class SAQHfQuantizer(HfQuantizer):
     """Builds the quantized layers before weights are loaded, and checks or initializes their quantizers after.
 
-    Three kinds of checkpoint come in: a float one with a `quantization_config` passed by the user, one in float
+    There are three kinds of checkpoint: a float one with a `quantization_config` passed by the user, one in float
     storage (latent weights and quantizers) and one in packed storage (integers and scales).
     """
 
@@ -38,7 +38,7 @@ class SAQHfQuantizer(HfQuantizer):
     quantization_config: SAQQuantizationConfig
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Quantized attention products come with an implementation of their own, which `config.json` does not name."""
+        """Choose the implementation that quantized attention products need, which `config.json` does not name."""
         if self.quantization_config.quantize_attention:
             conversion.attention_interface.choose(config)
         return config
@@ -64,7 +64,7 @@ class SAQHfQuantizer(HfQuantizer):
             report = conversion.convert_to_packed(model, config)
         else:
             report = conversion.convert(model, config, stored)
-        # A copy: one configuration of the user's may serve several models.
+        # Keep a copy: the user may pass the same configuration for several models.
         self.quantization_config = conversion.as_decided(config, report)
         if not self.pre_quantized:
             # A float checkpoint has no quantizers; they get their values below, so the report should not list them.
@@ -118,7 +118,7 @@ class SAQHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Give what `save_pretrained` adds to headers of weight files: the seal of a packed model, see `seal.py`."""
+        """Return what `save_pretrained` adds to headers of weight files: the seal of a packed model, see `seal.py`."""
         from transformers.core_model_loading import revert_weight_conversion
 
         if not conversion.is_packed(model):
@@ -126,7 +126,7 @@ class SAQHfQuantizer(HfQuantizer):
         state = model.state_dict()
         for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
             state.pop(name, None)
-        config: Any = copy.deepcopy(model.config)  # as `save_pretrained` is about to write it
+        config: Any = copy.deepcopy(model.config)  # make it as `save_pretrained` will write it
         config.dtype = str(model.dtype).removeprefix("torch.")
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
         return None, make_seal(
@@ -142,8 +142,8 @@ class SAQHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    # `Trainer` asks these before it will so much as evaluate a model. A packed one may be evaluated; that it cannot be
-    # trained is said by its layers, in a training forward.
+    # Answer yes, because `Trainer` asks before it even evaluates a model, and a packed model may be evaluated. It
+    # cannot be trained: its layers raise in a training forward.
     @property
     def is_trainable(self) -> bool:
         return True
@@ -168,7 +168,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def register() -> None:
-    """Make transformers know `quant_method="saq"`. Safe to call again, for example when the module is reloaded."""
+    """Make transformers know `quant_method="saq"`. May be called again, for example when the module is reloaded."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SAQQuantizationConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SAQHfQuantizer
 

@@ -16,7 +16,7 @@ from .stored_tensors import StoredTensors, names_on_disk
 
 
 def inspect_checkpoint(source: str, revision: str | None = None) -> StoredModel:
-    """Read what is stored: configuration, sizes, and the scales of each layer; nothing else of the weights is read.
+    """Read the configuration, the sizes and the scales of each layer of a saved model; read no other weights.
 
     Args:
         source: Directory of a saved model, packed or in float storage, or a repository on the Hub.
@@ -24,6 +24,7 @@ def inspect_checkpoint(source: str, revision: str | None = None) -> StoredModel:
 
     Raises:
         ValueError: If it is not a model that hf_saq saved, or a weight file cannot be read.
+        OSError: If the Hub refuses or cannot be reached.
     """
     directory = local_directory(source, revision)
     config = stored_config(directory)
@@ -45,10 +46,10 @@ def inspect_checkpoint(source: str, revision: str | None = None) -> StoredModel:
 
 
 def _skeleton(config: PreTrainedConfig, quantization: SAQQuantizationConfig) -> nn.Module:
-    """Build the quantized model without memory."""
+    """Build the quantized model on the meta device, where it takes no memory."""
     kind = model_class(config)
     with torch.device("meta"):
-        # A float model: transformers would look for the quantizer of a configuration that has one.
+        # Build a float model: for a `quantization_config` transformers would look for a quantizer.
         plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
         model = kind.from_config(plain) if hasattr(kind, "from_config") else kind(plain)
         if quantization.storage == "packed":
@@ -63,7 +64,7 @@ def _stored_layer(plan: LayerPlan, on_disk: dict[str, str], stored: StoredTensor
         return on_disk.get(f"{plan.name}.{suffix}", f"{plan.name}.{suffix}")
 
     scales = None
-    for suffix in ("weight_scale", "weight_quantizer.scale"):  # in float storage only LSQ has one
+    for suffix in ("weight_scale", "weight_quantizer.scale"):  # in float storage only LSQ stores a scale
         scales = stored.tensor(name(suffix)) if scales is None else scales
     packed = stored.bytes_of(name("packed_weight"))
     return StoredLayer(

@@ -1,4 +1,4 @@
-"""Hold what a saved model was found to be, and print it as a table or give it out JSON-plain."""
+"""Hold what inspection found out about a saved model, and return it as a table or JSON-plain."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class StoredLayer:
     """Describes one layer that can be quantized; bits and scales are `None` where it is in float or has none.
 
     Attributes:
-        weight_bytes: Of its weight in the file: the codes if it is packed.
-        scales: How many scales its weight has; `scale_min` and `scale_max` are the smallest and the largest.
+        weight_bytes: Bytes of its weight in the file, or of the codes if it is packed.
+        scales: Number of scales of its weight; `scale_min` and `scale_max` are the smallest and the largest.
     """
 
     name: str
@@ -33,7 +33,7 @@ class StoredLayer:
     scale_max: float | None
 
     def cells(self) -> tuple[str, ...]:
-        """Write its line of the table."""
+        """Write the cells of its line in the table."""
         return (
             self.name,
             self.layer_type,
@@ -53,8 +53,12 @@ class StoredModel:
 
     Attributes:
         source: Directory or repository.
+        architecture: Name of the model's class.
         quantization: The `quantization_config`.
-        files: Weight files and their bytes.
+        files: Name of each weight file -> its bytes.
+        layers: Every layer that can be quantized.
+        plans: How conversion treats these layers, in the same order.
+        has_processor: Whether an image processor is stored next to the model.
     """
 
     source: str
@@ -67,10 +71,11 @@ class StoredModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weight files."""
+        """Return the bytes of all weight files together."""
         return sum(self.files.values())
 
     def to_dict(self) -> dict[str, Any]:
+        """Return source, architecture, configuration, bytes and layers, JSON-plain."""
         return {
             "source": self.source,
             "architecture": self.architecture,

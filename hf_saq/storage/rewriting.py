@@ -13,25 +13,35 @@ from .weight_files import weight_file_bytes
 
 
 def pack_saved(source: str, target: str | Path) -> int:
-    """Write the packed form of a model saved in float storage; its image processor goes along.
+    """Write the packed form of a model saved in float storage, with a copy of its image processor.
+
+    Args:
+        source: Directory of the saved model, or a repository on the Hub.
+        target: Directory to write; it must be empty or not exist.
 
     Returns:
         Bytes of the weight files written.
 
     Raises:
         ValueError: If `source` is not such a model or `target` holds files already.
+        OSError: If the Hub refuses or cannot be reached.
     """
     return _rewrite(source, Path(target), pack)
 
 
 def dequantize_saved(source: str, target: str | Path) -> int:
-    """Write the plain float model that a saved quantized one decodes to; needs no hf_saq to be loaded.
+    """Write the plain float model that a saved quantized one decodes to; loading it does not need hf_saq.
+
+    Args:
+        source: Directory of the saved model, or a repository on the Hub.
+        target: Directory to write; it must be empty or not exist.
 
     Returns:
         Bytes of the weight files written.
 
     Raises:
         ValueError: If `source` is not a quantized model or `target` holds files already.
+        OSError: If the Hub refuses or cannot be reached.
     """
     return _rewrite(source, Path(target), dequantize)
 

@@ -1,4 +1,4 @@
-"""Tell whether a saved model is quantized as the one at hand, field by field."""
+"""Compare, field by field, how a saved model and the present one are quantized."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPARED = (
 
 
 def stored_quantization(directory: str | Path) -> dict[str, Any]:
-    """Read the `quantization_config` of a saved model as it stands there; empty if it has none."""
+    """Read the `quantization_config` of a saved model, unchanged; return an empty one if it has none."""
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -37,7 +37,7 @@ def check_same_quantization(model: nn.Module, directory: str | Path) -> list[str
     """Raise `ValueError` unless the model saved in `directory` is quantized as `model` is.
 
     Returns:
-        Layers that were quantized at first and that hf_saq left in float before the model was saved.
+        Names of the layers that were quantized at first and that hf_saq left in float before the model was saved.
     """
     own = getattr(getattr(model, "config", None), "quantization_config", None)
     found = stored_quantization(directory)
@@ -60,7 +60,7 @@ def check_same_quantization(model: nn.Module, directory: str | Path) -> list[str
     if own.first_last_bits is not None and stored.first_last_modules is not None:
         _compare("first_last_modules", stored.first_last_modules, own.first_last_modules, model, directory)
     theirs, ours = set(stored.modules_to_not_convert or ()), set(own.modules_to_not_convert or ())
-    # Version 1 does not tell what the user listed from what calibration added.
+    # Compare no lists of version 1: it does not separate what the user listed from what calibration added.
     listed = theirs - set(stored.modules_found_idle or ()) if stored.format_version > 1 else set()
     if listed - ours or (ours - set(own.modules_found_idle or ())) - theirs:
         _compare("modules_to_not_convert", sorted(theirs), sorted(ours), model, directory)

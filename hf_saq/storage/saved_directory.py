@@ -15,9 +15,9 @@ from ..config import QUANT_METHOD, SAQQuantizationConfig
 from .weight_files import MODEL_FILES
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-"""Files of an image processor, by its age."""
+"""Files of an image processor; which of them it has depends on its age."""
 NEEDED_FILES = ("config.json", *MODEL_FILES, *PROCESSOR_FILES)
-"""What is downloaded of a repository: the model at its top level, nothing of the checkpoints in its folders."""
+"""Files that are downloaded from a repository: the model at its top level, no checkpoints in its folders."""
 
 
 def local_directory(source: str, revision: str | None = None) -> Path:
@@ -59,7 +59,7 @@ def stored_config(directory: Path) -> PreTrainedConfig:
 
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the class that a stored model was saved from, or the automatic one."""
-    # Only a model: `architectures` comes from a file, which may name anything.
+    # Accept nothing but a model: `architectures` comes from a file, which may name anything.
     found = named_model_class((config.architectures or [""])[0])
     return AutoModelForImageClassification if found is None else found
 
@@ -71,12 +71,12 @@ def named_model_class(name: Any) -> type[PreTrainedModel] | None:
 
 
 def has_processor(directory: str | Path) -> bool:
-    """Say whether a saved model has an image processor next to it."""
+    """Tell whether a saved model has an image processor next to it."""
     return any((Path(directory) / name).is_file() for name in PROCESSOR_FILES)
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
-    """Copy those of the files that exist."""
+    """Copy the files of these `names` from `source` to `target`, as far as they exist."""
     for name in names:
         if (source / name).is_file():
             shutil.copy2(source / name, target / name)

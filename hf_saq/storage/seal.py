@@ -1,12 +1,12 @@
-"""Seal a packed checkpoint with what it is, so that nothing but what was saved can be loaded.
+"""Seal a packed checkpoint with digests of all it holds, so that nothing but what was saved can be loaded.
 
 The *seal* is one entry of the metadata that a safetensors file has in its header, the same in every shard. It is JSON:
 
     {"tensors": {name: digest}, "quantization_config": {field: value}, "config": {field: digest}}
 
 A digest is the first 16 hexadecimal digits of a SHA-256: of type, shape and bytes of a tensor, or of the JSON of a
-field of `config.json`. Both are needed: a flipped bit in packed codes gives other codes, just as valid; another
-`activation_bits` or `hidden_act` in `config.json` gives another model from the same tensors.
+field of `config.json`. Both are needed: a flipped bit in packed codes gives other codes, which are just as valid;
+another `activation_bits` or `hidden_act` in `config.json` gives another model from the same tensors.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from torch import Tensor
 KEY = "hf_saq"
 """Name of the entry in the metadata."""
 LABELS = {"id2label", "label2id"}
-"""Fields of `config.json` that change no output: another value warns."""
+"""Fields of `config.json` that change no output: another value gives a warning, not an error."""
 NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights"}
-"""Fields that are checked otherwise, or that transformers writes or drops while it saves."""
+"""Fields that are checked in another way, or that transformers writes or drops while it saves."""
 
 
 def make_seal(
     tensors: Mapping[str, Tensor], quantization_config: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Make the metadata entry for a checkpoint of these `tensors`, under the names they have in the file.
+    """Make the metadata entry for a checkpoint.
 
     Args:
+        tensors: Name in the file -> tensor.
+        quantization_config: Its fields as `config.json` has them.
         config: The fields of `config.json`.
     """
     content = {
@@ -56,7 +58,7 @@ def check_seal(files: Sequence[str | Path], quantization_config: Mapping[str, An
     Raises:
         FileNotFoundError: If one of the files is missing.
         ValueError: If a file is damaged or of another kind, if `quantization_config` is not that of the files, or if
-            another field of `config.json` differs. Names of classes are an exception: for them it warns.
+            another field of `config.json` differs. Changed names of classes only give a warning.
     """
     paths = [Path(file) for file in files]
     packed = (quantization_config or {}).get("storage") == "packed"
@@ -79,6 +81,7 @@ def check_seal(files: Sequence[str | Path], quantization_config: Mapping[str, An
 
 
 def digest_of_tensor(tensor: Tensor) -> str:
+    """Compute the digest of type, shape and bytes of a tensor: 16 hexadecimal digits."""
     content = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()[:16]
@@ -127,7 +130,7 @@ def _check_quantization(path: Path, saved: dict[str, Any], given: Mapping[str, A
             f"{path} holds packed integers, but config.json has no quantization_config; it is not that of the save."
         )
     given = json.loads(json.dumps(given))
-    # Fields that the version it was saved with did not have count as not set.
+    # Treat fields as not set that did not exist in the version that saved the file.
     for name, value in {**dict.fromkeys(given), **saved}.items():
         if given.get(name) != value:
             raise ValueError(
@@ -146,7 +149,8 @@ def _check_tensors(paths: Sequence[Path], saved: dict[str, str]) -> None:
                     found[name], owner[name] = digest_of_tensor(file.get_tensor(name)), path
         except (SafetensorError, OSError) as error:
             raise ValueError(_damaged(path, error)) from error
-    # Of tied tensors one is stored, and `save_original_format=False` gives them other names: then contents must do.
+    # Compare contents where names differ: only one of tied tensors is stored, perhaps under the name of another one,
+    # and `save_original_format=False` gives tensors other names.
     contents, saved_contents = set(found.values()), set(saved.values())
     for name, content in found.items():
         if saved.get(name, content) != content or (name not in saved and content not in saved_contents):

@@ -11,24 +11,24 @@ from pathlib import Path
 from .weight_files import is_index, is_model_file
 
 STAGE = "_saving"
-"""Where a save is written first, inside its directory; `Trainer` uploads nothing that begins with an underscore."""
+"""Folder that a save is written to first, inside its directory; `Trainer` uploads nothing that begins with `_`."""
 
 
 @contextmanager
 def staged(directory: str | Path) -> Iterator[Path]:
-    """Give a directory to save into. Its files replace those of `directory` when all of them are complete.
+    """Yield a directory to save into; when all its files are complete, they replace those of `directory`.
 
-    Killed before that, a save changes nothing. The files are then renamed one by one, weights first, which takes well
-    under a millisecond: a save killed in between leaves the earlier weights or the later ones. Only where the two
-    saves also differ in `config.json`, or in shards of the same names, is there such a moment at which they do not fit
-    together; loading then raises, as the seal of a packed checkpoint does not match. Weight files of an earlier save
-    in another number of shards are removed at the end: transformers would prefer an old `model.safetensors`.
+    A save that is killed before that changes nothing. The complete files are renamed one by one, weights first, which
+    takes well under a millisecond: a save that is killed meanwhile leaves the earlier weights or the later ones. The
+    files may not fit together then only if the two saves also differ in `config.json`, or in shards of the same names;
+    loading then raises, because the seal of a packed checkpoint does not match. At the end weight files of an earlier
+    save in another number of shards are removed: transformers would prefer an old `model.safetensors`.
 
-    This is about a killed process. Nothing is flushed to disk, so a power failure may take both.
+    This protects from a killed process only. Nothing is flushed to disk, so a power failure may destroy both saves.
     """
     directory = Path(directory)
     stage = directory / STAGE
-    shutil.rmtree(stage, ignore_errors=True)  # of a save that was killed
+    shutil.rmtree(stage, ignore_errors=True)  # remove what a killed save left
     stage.mkdir(parents=True)
     try:
         yield stage
@@ -46,5 +46,5 @@ def staged(directory: str | Path) -> Iterator[Path]:
 
 
 def _order(path: Path) -> tuple[int, str]:
-    """Put shards first, then what makes them count, then everything else."""
+    """Return the key that sorts weights first, then the index that names them, then everything else."""
     return (1 if is_index(path.name) else 0) if is_model_file(path.name) else 2, str(path)

@@ -25,7 +25,7 @@ _TYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""By the type names of safetensors."""
+"""Name of a type in safetensors -> the type in torch."""
 
 
 class StoredTensors:
@@ -55,24 +55,24 @@ class StoredTensors:
 
     @property
     def names(self) -> set[str]:
-        """Names on disk of all tensors."""
+        """Return the names on disk of all tensors."""
         return set(self._where)
 
     def kind_of(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        """Tell shape and type of a tensor from the header of its file."""
+        """Read the shape and the type of a tensor from the header of its file."""
         with safe_open(self._where[name], framework="pt") as opened:
             part = opened.get_slice(name)
             return torch.Size(part.get_shape()), _TYPES.get(part.get_dtype(), torch.float32)
 
     def tensor(self, name: str) -> Tensor | None:
-        """Read one tensor; `None` if no file has it."""
+        """Read one tensor; return `None` if no file has it."""
         if name not in self._where:
             return None
         with safe_open(self._where[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
     def bytes_of(self, name: str) -> int | None:
-        """Tell the size of a tensor from the header of its file; `None` if no file has it."""
+        """Read the size of a tensor in bytes from the header of its file; return `None` if no file has it."""
         if name not in self._where:
             return None
         shape, dtype = self.kind_of(name)

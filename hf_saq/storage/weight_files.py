@@ -1,4 +1,4 @@
-"""Say which files are weights: the one list that saving, resuming, inspecting, pushing and the card go by.
+"""Decide which files are weights: saving, resuming, inspecting, pushing and the card all use this one list.
 
 The names are those that transformers writes. Every other file belongs to somebody else and is neither counted nor
 removed, also if it ends in `.safetensors`: a schedule's memory in `checkpoint-N`, for example.
@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 _NUMBER = 5 * "[0-9]"
-# All of these are patterns of `fnmatch`. None but the last matches a file in a folder.
+# All of these are patterns of `fnmatch`. Only the last one matches a file in a folder.
 _ONE_FILE = "model.safetensors"
 _SHARD = f"model-{_NUMBER}-of-{_NUMBER}.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -25,19 +25,19 @@ MODEL_FILES = (_ONE_FILE, _SHARD, _INDEX)
 
 
 def is_model_file(name: str) -> bool:
-    """Say whether a save of a model writes a file of this name for its weights: one file, a shard or their index."""
+    """Tell whether a save of a model writes a file of this name for its weights: one file, a shard or their index."""
     return _matches(name, *MODEL_FILES)
 
 
 def is_index(name: str) -> bool:
-    """Say whether a file of this name holds no weights itself, but says in which shards they are."""
+    """Tell whether a file of this name is an index: it holds no weights, but says in which shards they are."""
     return _matches(name, _INDEX, _PICKLED_INDEX)
 
 
 def is_weight_file(name: str) -> bool:
-    """Say whether `from_pretrained` may take a file of this name, with any arguments, for weights or their index.
+    """Tell whether `from_pretrained` may take a file of this name, with any arguments, for weights or their index.
 
-    Beside those of today these are older formats, adapters and variants (`model.fp16.safetensors`).
+    Besides the files of today's format, these are older formats, adapters and variants (`model.fp16.safetensors`).
     """
     return "/" not in name and _matches(name, *MODEL_FILES, _ADAPTER, *_PICKLED, _PICKLED_INDEX, *_VARIANTS)
 
@@ -49,13 +49,13 @@ def weight_files(directory: str | Path) -> list[Path]:
 
 
 def weight_file_bytes(directory: str | Path) -> int | None:
-    """Add up the bytes of the weight files of a saved model; `None` if there are none."""
+    """Add up the bytes of the weight files of the model saved in `directory`; return `None` if there are none."""
     sizes = [file.stat().st_size for file in weight_files(directory)]
     return sum(sizes) if sizes else None
 
 
 def holds_weights(checkpoint: str | Path) -> bool:
-    """Say whether a training checkpoint has weights to go on from: safetensors, pickled, or distributed in shards."""
+    """Tell whether a training checkpoint has weights to go on from: safetensors, pickled, or distributed in shards."""
     checkpoint = Path(checkpoint)
     return bool(weight_files(checkpoint)) or any(
         any(checkpoint.glob(pattern)) for pattern in (*_PICKLED, _DISTRIBUTED)

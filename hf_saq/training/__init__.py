@@ -1,4 +1,4 @@
-"""Train a quantized model: `SAQTrainer`, and the parts of it that a training loop of one's own needs.
+"""Train a quantized model: `SAQTrainer`, and the parts of it that your own training loop needs.
 
 Comes in: a model, the two configurations, what `transformers.Trainer` takes. Goes out: trained models, logs, and
 checkpoints that a run goes on from exactly. Must not know: the command line.
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .checkpoints import last_complete_checkpoint, what_is_missing
     from .trainer import SAQTrainer
 
-# Lazy, because the Trainer takes seconds to import. Not so `parameter_groups`: its module has the same name.
+# Import lazily: the Trainer takes seconds to import. `parameter_groups` is imported at once: its module has the same
+# name.
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {"checkpoints": ("last_complete_checkpoint", "what_is_missing"), "trainer": ("SAQTrainer",)},

@@ -1,4 +1,4 @@
-"""Calibration from the training data, before training starts."""
+"""Calibrate from the training data, before training starts."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ CALIBRATION_BATCHES = 4
 
 
 class Calibrating(Trainer):
-    """What [`SAQTrainer`] does for a model whose activations have no range yet.
+    """Calibrates, for [`SAQTrainer`], a model whose activations have no range yet.
 
     The model runs as training will run it: on the batches of `get_train_dataloader`, through `compute_loss`.
     """
 
     model: nn.Module
     _cost_logs: dict[str, float] = {}
-    """Of a model calibrated here, for the first line of its log."""
+    """Cost of a model that was calibrated here, for the first line of its log."""
 
     def calibrate_if_needed(self) -> None:
-        """Fit missing activation ranges to the first batches of the training data, alike on every process."""
+        """Fit missing activation ranges to the first batches of the training data, alike on every process.
+
+        Raises:
+            ValueError: If a range is missing and there is no training data, or it gives no batch.
+        """
         if not needs_calibration(self.model):
             return
         if self.train_dataset is None:
@@ -53,7 +57,7 @@ class Calibrating(Trainer):
         try:
             batches = list(itertools.islice(iter(self.get_train_dataloader()), CALIBRATION_BATCHES))
         except ValueError as error:
-            if "does not contain any data" not in str(error):  # what accelerate says of an empty stream
+            if "does not contain any data" not in str(error):  # accelerate says so of an empty stream
                 raise
             batches = []
         if not batches:
@@ -64,19 +68,19 @@ class Calibrating(Trainer):
         return batches
 
     def _move_to_device(self) -> None:
-        """Put the model where its batches will be; `Trainer` has done so unless a full evaluation is to be in bf16."""
+        """Move the model to the device of its batches. `Trainer` has done so unless it evaluates in half precision."""
         if self.place_model_on_device and not self.is_model_parallel:
             self._move_model_to_device(self.model, self.args.device)
 
     def _run_for_calibration(self, batch: Any) -> None:
-        # With gradients, for losses that run a backward of their own; none of them is left behind.
+        # Allow gradients, for losses that run a backward of their own; `set_aside` removes them again.
         with torch.enable_grad(), set_aside(self.model.parameters()), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(copy.copy(batch))
             items = self._get_num_items_in_batch([inputs], self.args.device)
             self.compute_loss(self.model, inputs, num_items_in_batch=items)
 
     def _count_cost(self, batch: Any) -> None:
-        """Count for the log what the model costs for one image. A line of the log never stops a training."""
+        """Count for the log what the model costs for one image. If that fails, training goes on without it."""
         try:
             inputs = {
                 name: value[:1] if isinstance(value, Tensor) and value.ndim > 0 else value
@@ -93,7 +97,7 @@ class Calibrating(Trainer):
         self._cost_logs = {"bit_operations": found.bops, "weight_bytes": found.weight_bytes}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what a model calibrated here costs to the first line of the training log."""
+        """Add the cost of a model that was calibrated here to the first line of the training log."""
         if any(name in logs for name in LOSSES):
             logs, self._cost_logs = {**logs, **self._cost_logs}, {}
         super().log(logs, start_time)
@@ -106,7 +110,7 @@ def _is_of_datasets(dataset: Any) -> bool:
 
 @contextmanager
 def unchanged_rng() -> Iterator[None]:
-    """Leave the random generators as they were, so that calibrating does not change the training run."""
+    """Restore the random generators after the block, so that calibrating does not change the training run."""
     state = RNGState()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which training checkpoint may be trusted after a run was killed at any moment."""
+"""Decide which training checkpoint may be trusted after a run was killed at any moment."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STATE_FILE = "trainer_state.json"
 
 
 def what_is_missing(checkpoint: str | Path) -> str | None:
-    """Why a run cannot be resumed from this directory, or `None` if it can."""
+    """Say why a run cannot be resumed from the directory `checkpoint`; return `None` if it can."""
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "it is not a directory"
-    from ..storage.same_quantization import stored_quantization  # here, because it brings transformers
+    from ..storage.same_quantization import stored_quantization  # import it here: it imports transformers
 
     if stored_quantization(checkpoint).get("storage") == "packed":
         return "it holds packed integers, for inference; the float weights to train on are in a checkpoint-N folder"
@@ -37,7 +37,7 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
         return f"{STATE_FILE} is missing or cut off, so the save was not finished"
     if not holds_weights(checkpoint):
         return "it holds no weights"
-    for file in sorted(checkpoint.glob("*.safetensors")):  # also what a schedule remembers
+    for file in sorted(checkpoint.glob("*.safetensors")):  # check the files of a schedule too
         try:
             with safe_open(file, framework="pt"):
                 pass  # opening compares the size of the file with its header
@@ -47,7 +47,7 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-N` in `output_dir` whose save was finished, or `None`."""
+    """Find the newest `checkpoint-N` in `output_dir` whose save was finished. Return its path, or `None`."""
     numbered = []
     for child in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", child.name)

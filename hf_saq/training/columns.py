@@ -1,4 +1,4 @@
-"""Columns of a data set that its transform needs."""
+"""Keep the columns of a data set that its transform needs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from transformers import Trainer
 
 
 class KeepsColumnsOfTransforms(Trainer):
-    """Leaves the columns of a data set alone that makes its model inputs itself.
+    """Keeps all columns of a data set that has a transform (`with_transform`, `set_transform`).
 
-    `Trainer` removes columns that the model does not know. A data set with a transform (`with_transform`,
-    `set_transform`) makes the inputs of the model from just such columns, and then ends in `KeyError: 'image'`.
+    `Trainer` removes columns that the model does not know. The transform makes the inputs of the model from just such
+    columns, and would fail with `KeyError: 'image'`.
     """
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""What FSDP2 cannot do with a quantized model, and the whole model gathered from its shards."""
+"""Refuse what FSDP2 cannot do with a quantized model, and gather the whole model from its shards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_fsdp(accelerator: Accelerator, args: TrainingArguments, config: SAQCon
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """Copy `model` so that its parameters take no memory."""
+    """Copy `model` with parameters on the meta device, where they take no memory."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
 

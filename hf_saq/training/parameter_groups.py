@@ -1,4 +1,4 @@
-"""Optimizer groups of a quantized model: step sizes and clips learn at a rate of their own and do not decay."""
+"""Make optimizer groups of a quantized model: step sizes and clips have their own learning rate and do not decay."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from ..sharpness import kinds_of_parameters
 
 
 def quantizer_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Step sizes, clips and offsets. Weight decay would shrink their grid."""
+    """Return the step sizes, clips and offsets of all quantizers. Weight decay would shrink their grids."""
     return {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
 
 
 def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float = 0.0, scale_lr_ratio: float = 0.1
 ) -> list[dict[str, Any]]:
-    """Groups for any `torch.optim` optimizer: weights that decay; biases and norms that do not; quantizers' values.
+    """Make groups for any `torch.optim` optimizer: weights, which decay; biases and norms; values of quantizers.
 
     Args:
+        model: A quantized model; parameters that are not trainable are left out.
+        learning_rate: Learning rate of all but the quantizers' values.
+        weight_decay: Weight decay of weights; all others have none.
         scale_lr_ratio: Learning rate of the quantizers' values, relative to `learning_rate`.
+
+    Returns:
+        Dicts with `params`, `lr` and `weight_decay`.
     """
     kinds = kinds_of_parameters(model)
     trained = {p: kind for p, kind in kinds.items() if p.requires_grad}
@@ -35,7 +41,7 @@ def parameter_groups(
 
 
 def split_off_scales(groups: Iterable[dict[str, Any]], model: nn.Module, ratio: float) -> list[dict[str, Any]]:
-    """Take the quantizers' values out of each group, in place, into a copy of it with `ratio` times its rate.
+    """Move the quantizers' values out of each group, in place, into a copy of it with `ratio` times its learning rate.
 
     Returns:
         The new groups, to be added to the optimizer.

@@ -1,4 +1,4 @@
-"""The sharpness-aware step inside of `transformers.Trainer`, and its logs."""
+"""Take the sharpness-aware step inside of `transformers.Trainer`, and log it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class PerturbedSteps(Trainer):
-    """What [`SAQTrainer`] does in an optimizer step.
+    """Runs the passes of an optimizer step for [`SAQTrainer`].
 
     Attributes:
-        minimizer: `None` for plain quantization-aware training.
-        scheduled_step: Runs the passes of a step; `None` likewise.
-        sample_names: Keys of a batch whose values have one entry a sample: the model's main input and the labels. Add
-            those of your own batches, so that a schedule may take parts of them.
+        minimizer: The parts of a perturbed pass; `None` for plain quantization-aware training.
+        scheduled_step: The passes of a step under the schedule; `None` for plain quantization-aware training.
+        sample_names: Keys of a batch whose values have one entry for each sample: the model's main input and the
+            labels. Add the keys of your own batches, so that a schedule may take parts of them.
     """
 
     saq_config: SAQConfig
@@ -36,9 +36,9 @@ class PerturbedSteps(Trainer):
     scheduled_step: ScheduledStep | None = None
 
     def prepare_steps(self) -> None:
-        """Build what the steps need; to be called once the model and the accelerator are there."""
+        """Build what the steps need. Call it when the model and the accelerator exist."""
         self._step_batches: list[Any] = []
-        self._micro_batch = 0  # how many of them are done
+        self._micro_batch = 0  # number of them that are done
         self._logs = StepLogs()
         plain = self.accelerator.unwrap_model(self.model)
         main_input = getattr(plain, "main_input_name", "pixel_values")
@@ -70,7 +70,7 @@ class PerturbedSteps(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one micro-batch: gradients at the perturbed quantized weights, as far as the schedule asks for them.
+        """Run one micro-batch: leave the gradients in `p.grad`, at the perturbed weights if the schedule says so.
 
         Returns:
             The clean loss; where a pass over the whole batch is made at perturbed weights only, the perturbed one.
@@ -79,12 +79,12 @@ class PerturbedSteps(Trainer):
         if step is None:
             return plain_step(model, inputs, num_items_in_batch)
         if callable(getattr(self.optimizer, "train", None)):
-            # A schedule-free optimizer moves parameters here: before a perturbation is in place, not while it is.
+            # Let a schedule-free optimizer move parameters here: before a perturbation is in place, not while it is.
             self.optimizer.train()  # type: ignore[union-attr]
 
         def backward(batch: dict[str, Any], reduce: bool = True) -> Tensor:
             items: Any = num_items_in_batch
-            if items is not None and step.share != 1:  # counted in whole batches
+            if items is not None and step.share != 1:  # it counts whole batches
                 items = items * step.share
             with nullcontext() if reduce else self.accelerator.no_sync(model=model):
                 return plain_step(model, copy.copy(batch), items)
@@ -97,9 +97,9 @@ class PerturbedSteps(Trainer):
         return outcome.loss
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """Keep all micro-batches of the coming optimizer step: a schedule may need them together."""
+        """Take batches as `Trainer` does, and keep those of one optimizer step: a schedule may need them together."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # A callback may have stopped the previous step half-way.
+        # Start from 0: a callback may have stopped the previous step half-way.
         self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
         if self.scheduled_step is not None and batches:
             used = self.scheduled_step.batches_of(batches, self.state.global_step, self.state.max_steps)

@@ -1,4 +1,4 @@
-"""A stream of samples whose first ones can be looked at before training begins, and come again then."""
+"""Replay a stream of samples: its first ones can be read before training begins, and come again in training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.utils.data import IterableDataset
 
 
 class ReplayedStream(IterableDataset):
-    """Gives what its first reader took once more to the second, which then reads on where the first stopped.
+    """Gives the samples that its first reader took to the second reader again, which then reads on from there.
 
-    A stream that can be read only once loses nothing that way. Later readers begin the stream anew, as they would have
-    without this. With worker processes each has a copy that nobody has read, so that there is nothing to give again.
+    So a stream that can be read only once loses nothing. Later readers begin the stream anew, as they would without
+    this class. Each worker process has a copy that nobody has read, so there is nothing to give again.
 
     Args:
         stream: Any iterable data set.
@@ -42,7 +42,7 @@ class ReplayedStream(IterableDataset):
     def _second_reading(self) -> Iterator[Any]:
         taken, rest = self._taken, self._rest
         self._taken = self._rest = None
-        if taken is None or rest is None:  # read in another process
+        if taken is None or rest is None:  # the first reading was in another process
             yield from self.stream
             return
         while taken:

@@ -1,4 +1,4 @@
-"""Saving what is to be used, saving what is to be resumed, and resuming exactly."""
+"""Save models for use, save checkpoints to resume from, and resume exactly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavesAndResumes(Trainer):
-    """What [`SAQTrainer`] does with files.
+    """Saves and resumes for [`SAQTrainer`].
 
     `save_model` writes packed integers; `checkpoint-N` holds the latent float weights and what a schedule remembers.
     """
@@ -36,13 +36,13 @@ class SavesAndResumes(Trainer):
     model: nn.Module
     scheduled_step: ScheduledStep | None
     _skeleton: nn.Module
-    """Of a model under FSDP, which is saved from its shards."""
+    """Copy without memory of a model under FSDP; a save fills it from the shards."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model for use: packed integers and scales. Checkpoints during training keep the latent weights."""
         is_checkpoint = _internal_call and output_dir is not None
         quantized = any(isinstance(m, QuantizedLayer) and m.weight_quantizer for m in self.model.modules())
-        # A checkpoint in shards has them in files of their own, next to the optimizer's.
+        # Leave a checkpoint in shards to `Trainer`: the shards are in files of their own, next to the optimizer's.
         in_shards = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
         if is_checkpoint and (in_shards or not self.is_fsdp_enabled) or not (quantized or self.is_fsdp_enabled):
             super().save_model(output_dir, _internal_call)
@@ -55,11 +55,11 @@ class SavesAndResumes(Trainer):
             model = pack(model)
         with self._saving(model):
             super().save_model(output_dir, _internal_call=True)
-        if self.args.push_to_hub and not _internal_call:  # as `Trainer`, with the model in training put back
+        if self.args.push_to_hub and not _internal_call:  # push after the model in training is back
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in `Trainer`, but what was saved there before stays whole until all that replaces it is written."""
+        """Save as `Trainer` does, but keep what was saved there before until all that replaces it is written."""
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
@@ -68,7 +68,7 @@ class SavesAndResumes(Trainer):
 
     @contextmanager
     def _saving(self, model: nn.Module) -> Iterator[None]:
-        """Let `Trainer` save another model than the one in training."""
+        """Let `Trainer` save `model` inside the block, in place of the model in training."""
         trained, sharded = self.model, self.is_fsdp_enabled
         self.model, self.is_fsdp_enabled = model, False
         try:
@@ -79,14 +79,14 @@ class SavesAndResumes(Trainer):
     # Training checkpoints ----------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `Trainer`. If this step was saved before, its checkpoint stops counting as complete at once."""
+        """Save as `Trainer` does. First make an earlier checkpoint of the same step count as incomplete."""
         if self.args.should_save:
             directory = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (Path(self._get_output_dir(trial=trial)) / directory / STATE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As in `Trainer`, and next to it what the schedule must remember."""
+        """Save as `Trainer` does, and next to it what the schedule must remember."""
         super()._save_rng_state(output_dir)
         if self.scheduled_step is not None:
             save_schedule(self.scheduled_step, output_dir, self.args.process_index, self.args.world_size)
@@ -120,8 +120,11 @@ class SavesAndResumes(Trainer):
             load_schedule(self.scheduled_step, checkpoint, self.args.process_index, self.args.world_size)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Resume exactly. `Trainer` reads the file's names as the module's names and skips what does not match, which
-        drops the weights of ViT, Swin and others whose names on disk differ."""
+        """Load a checkpoint exactly, by the names on disk.
+
+        `Trainer` takes the names on disk for names of the module and skips what does not match. That would drop the
+        weights of ViT, Swin and others, whose names on disk differ.
+        """
         target = self.model if model is None else model
         plain = self.accelerator.unwrap_model(target)
         if self._has_files_of_another_kind(plain):
@@ -140,13 +143,13 @@ class SavesAndResumes(Trainer):
         go_on_from(plain, str(self.state.best_model_checkpoint))
 
     def _has_files_of_another_kind(self, model: nn.Module) -> bool:
-        """Say whether checkpoints are shards or adapters, which `Trainer` and peft load themselves."""
+        """Tell whether checkpoints are shards or adapters, which `Trainer` and peft load themselves."""
         is_adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
         return self.is_fsdp_enabled or is_adapted or not isinstance(model, PreTrainedModel)
 
 
 def go_on_from(model: PreTrainedModel, checkpoint: str) -> None:
-    """Bring `model` to the state saved in `checkpoint`; raises `ValueError` where it is not a state of this model."""
+    """Bring `model` to the state saved in `checkpoint`. Raise `ValueError` if it is no state of this model."""
     idle = check_same_quantization(model, checkpoint)
     quantized = {name for name, m in model.named_modules() if isinstance(m, HoldsQuantizers) and m.own_quantizers()}
     leave_in_float(model, [name for name in idle if name in quantized], NEVER_RUN)

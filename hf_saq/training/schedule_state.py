@@ -1,4 +1,4 @@
-"""What a schedule must remember when a run is interrupted: one safetensors file for each process in `checkpoint-N`."""
+"""Store what a schedule must remember when a run is interrupted: in `checkpoint-N`, one file for each process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE_PREFIX = "perturbation_state"
 
 
 def save_schedule(step: ScheduledStep, checkpoint: str | Path, process: int, processes: int) -> None:
-    """Write the state of this process; nothing where the schedule has none."""
+    """Write the state of this process as safetensors; write nothing if the schedule has no state."""
     if not step.schedule.has_state:
         return
     tensors, values = step.state()
@@ -27,7 +27,7 @@ def save_schedule(step: ScheduledStep, checkpoint: str | Path, process: int, pro
 
 
 def load_schedule(step: ScheduledStep, checkpoint: str | Path, process: int, processes: int) -> None:
-    """Read what [`save_schedule`] wrote.
+    """Load what [`save_schedule`] wrote.
 
     Raises:
         ValueError: If the schedule needs a file that is not there, or the file is of another schedule, number of

@@ -1,4 +1,4 @@
-"""What perturbed steps leave for the log: means since the last line of it."""
+"""Collect for the log what perturbed steps gave: means since the last line of the log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUANTITIES = (*LOSSES, "sharpness", "ascent_norm", "perturbed_share")
 
 
 class StepLogs:
-    """Sums of what the steps since the last line of the log gave.
+    """Sums up what the steps since the last line of the log gave.
 
     Sums stay on the device of what is added, so that nothing waits for them before they are logged.
     """
@@ -31,10 +31,10 @@ class StepLogs:
         self._counts[name] += count
 
     def add(self, outcome: Outcome, micro_batches: int, was_watched: bool) -> None:
-        """Take in what one micro-batch gave.
+        """Add what one micro-batch gave.
 
         Args:
-            micro_batches: Of the step; losses come divided by it, and logs are per image.
+            micro_batches: Number of micro-batches of the step; losses come divided by it, and logs are per image.
             was_watched: Whether a trigger has just decided about this step.
         """
         self._add("loss" if outcome.is_clean else "perturbed_loss", outcome.loss.detach(), 1 / micro_batches)

@@ -1,4 +1,4 @@
-"""`SAQTrainer`: `transformers.Trainer` with the sharpness-aware second pass."""
+"""Train with `SAQTrainer`: `transformers.Trainer` with the sharpness-aware second pass."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
     quantized weights. A step that sees a whole batch at perturbed weights only (`ascent_fraction`, or `reuse` of
     "stale", "previous" and "echo") logs that as `perturbed_loss`: it is no `loss` to compare with other trainings.
     Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
-    images), `ascent_norm` (mean norm of the gradients
-    that perturbations were made from), `skipped_perturbations` (count so far) and, with `trigger`, `perturbed_share`
-    (of the steps since the last log). The first line of a run that calibrates also has `bit_operations` (for one
-    image) and `weight_bytes`, see [`cost`].
+    images), `ascent_norm` (mean norm of the gradients that perturbations were made from), `skipped_perturbations`
+    (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). The first line of a run
+    that calibrates also has `bit_operations` (for one image) and `weight_bytes`, see [`cost`].
 
     Args:
         model: A quantized model, or a float one together with `quantization_config`. Activation ranges that are still
@@ -42,12 +41,13 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
         args: Training arguments.
         saq_config: How to perturb. `SAQConfig(case=None)` is plain quantization-aware training. Default `SAQConfig()`.
         quantization_config: If given, `model` is float and is quantized in place.
-        *more: Those of [`transformers.Trainer`] after `args`, in its order.
-        **kwargs: The same by name.
+        *more: Arguments of [`transformers.Trainer`] after `args`, in its order.
+        **kwargs: The same arguments by name.
 
     Raises:
         ValueError: If the model is packed (it has no weights to train), if it has no quantized layer although a
             perturbation of weights is asked for, or if the training set-up cannot work with two passes.
+        TypeError: If an argument is of another kind, or is given twice.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
             )
 
     def _check_set_up(self) -> None:
-        """Raise where the way of training cannot work with two passes."""
+        """Raise `ValueError` if the way of training cannot work with two passes."""
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"SAQTrainer: {self.args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot take the "
@@ -116,7 +116,10 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
 
         Args:
             resume_from_checkpoint: A checkpoint directory, or `True` for the newest one in `output_dir` whose save was
-                finished: one that a killed run left half-written is passed over.
+                finished; checkpoints that a killed run left half-written do not count.
+
+        Raises:
+            ValueError: If that checkpoint is not complete or not of this model, or if there are no data to calibrate.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
@@ -128,19 +131,21 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
             self._step_batches = []
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """As in `Trainer`, which comes here whenever a training begins: also for a second `train()` and where a batch
-        that was too large makes it start anew."""
+        """Begin a training as `Trainer` does, and forget the steps of an earlier one.
+
+        `Trainer` calls this also for a second `train()`, and when it starts anew because a batch was too large.
+        """
         self.start_steps_again()
         return super()._init_training_state(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As in `Trainer`, less the values of quantizers: decaying a step size would shrink the grid."""
+        """Name the parameters that decay, without values of quantizers: decaying a step size would shrink the grid."""
         owned = quantizer_parameters(model)
         without_decay = {name for name, p in model.named_parameters() if p in owned}
         return [name for name in super().get_decay_parameter_names(model) if name not in without_decay]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in `Trainer`, with the values of quantizers in a parameter group of their own learning rate."""
+        """Create the optimizer as `Trainer` does, with a group for values of quantizers and their learning rate."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.saq_config.scale_lr_ratio != 1:
@@ -152,7 +157,7 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
         return optimizer
 
     def _check_own_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Warn where an optimizer that was passed in does with the quantizers' values what nobody wants."""
+        """Warn if an optimizer that was passed in lacks values of quantizers, or treats them as weights."""
         scales = {p for p in quantizer_parameters(model) if p.requires_grad}
         groups = optimizer.param_groups
         unseen = scales.difference(*(group["params"] for group in groups))
@@ -175,7 +180,7 @@ class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTra
 
 
 def _check_types(model: Any, args: Any, saq_config: Any, quantization_config: Any) -> None:
-    """Raise `TypeError` where something of another kind is in the place of one of these."""
+    """Raise `TypeError` if one of these arguments is of another type."""
     expected = {
         "model": (model, nn.Module, "a model, for example of from_pretrained"),
         "args": (args, TrainingArguments, "TrainingArguments"),

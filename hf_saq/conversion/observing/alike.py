@@ -1,4 +1,4 @@
-"""Calibration ends alike on all processes: what the first one found holds for each, also where FSDP2 shards it."""
+"""Make calibration end alike on all processes: what the first one found holds for each, also under FSDP2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Observers keep what calibration keeps of the inputs that quantizers see."""
+"""Observe the inputs that quantizers see, and keep what calibration needs of them."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class ActivationObserver(Observer):
                 )
             self.minimum, self.maximum = min(self.minimum, smallest), max(self.maximum, largest)
             if flat.numel() > SAMPLES_PER_BATCH:
-                # At random: an even stride can fall into step with the layout and keep missing a channel or a place.
-                # From a seed of its own, so that every process draws alike.
+                # Draw at random: with an even stride all draws may miss the same channel or place of the layout.
+                # The generator has a seed of its own, so that every process draws alike.
                 draw = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
                 flat = flat[draw.to(flat.device)]
             self._keep(flat.float())
 
     @property
     def is_constant(self) -> bool:
-        """Whether all values are one, but for rounding: no range can be read from them."""
+        """Tell whether all values are equal except for rounding, so that no range can be read from them."""
         largest = max(abs(self.minimum), abs(self.maximum))
         return self.maximum - self.minimum <= 1e-6 * largest
 

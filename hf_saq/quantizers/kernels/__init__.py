@@ -1,7 +1,7 @@
-"""The arithmetic of fake quantization in few passes over memory: eager, or compiled by `torch.compile`.
+"""Compute fake quantization in few passes over memory: eager, or compiled by `torch.compile`.
 
-The formulas stand once, in `formulas`: autograd's double backward and a surrounding `torch.compile` run them as they
-are. Two backends compute the same values faster:
+The formulas are written once, in `formulas`: autograd's double backward and a surrounding `torch.compile` run them
+unchanged. Two backends compute the same values faster:
 
 - `eager`: ordinary torch operations, chosen and ordered for few passes and few temporaries.
 - `compiled`: one pass, by inductor (C++ on CPU, Triton on CUDA). On CPU its results are those of eager bit for bit,

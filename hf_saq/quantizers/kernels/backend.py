@@ -1,4 +1,4 @@
-"""The choice of the backend: what the user asked for, what pays, and what is possible.
+"""Choose the backend by what the user asked for, what saves time, and what is possible.
 
 `"auto"`, the default, compiles where it pays and never on CPU before this process has quantized `PAYS_AFTER` elements,
 so that tests and short runs do not wait for a compiler. Wherever compilation is not possible, eager takes over.

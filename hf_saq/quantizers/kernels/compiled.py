@@ -1,4 +1,4 @@
-"""The formulas compiled by `torch.compile`, on views that let all shapes share compiled code."""
+"""Run the formulas compiled by `torch.compile`, on views that let all shapes share compiled code."""
 
 from __future__ import annotations
 

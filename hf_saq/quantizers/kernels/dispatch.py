@@ -1,4 +1,4 @@
-"""Fake quantization and its gradients by the backend that fits: what the autograd function calls."""
+"""Compute fake quantization and its gradients by the backend that fits, for the autograd function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formulas as eager torch operations, chosen and ordered for few passes over memory and few temporaries."""
+"""Run the formulas as eager torch operations, chosen and ordered for few passes over memory and few temporaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formulas of fake quantization and of its gradients, as plain torch operations.
+"""Define the formulas of fake quantization and of its gradients, as plain torch operations.
 
 Everything is computed in float32 at least, whatever the type of the input: in bfloat16 `x / s` alone is off by up to
 half a code at 8 bits.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """The codes of a grid and what its gradients count."""
+    """Holds the smallest and largest code of a grid, and what its gradients count."""
 
     qmin: int
     qmax: int

@@ -1,4 +1,4 @@
-"""The quantizers of the literature, one file each: LSQ, LSQ+, LIQ, PACT and DoReFa."""
+"""Define the quantizers of the literature, one file each: LSQ, LSQ+, LIQ, PACT and DoReFa."""
 
 from .dorefa import DoReFaQuantizer
 from .liq import LIQQuantizer

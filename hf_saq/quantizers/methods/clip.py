@@ -1,4 +1,4 @@
-"""What LIQ, PACT and DoReFa share: one clipping value, and the grid of activations."""
+"""Define what LIQ, PACT and DoReFa share: one clipping value, and the grid of activations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..straight_through import SCALE_FLOOR, positive
 
 
 class ClipQuantizer(Quantizer):
-    """A grid whose outermost value is the Parameter `clip_value`; subclasses say what they do to weights.
+    """Quantizes to a grid whose outermost value is the Parameter `clip_value`; subclasses say what weights get.
 
     Activations: codes times `clip_value / qmax`, that is `2^b` values on `[0, c]` if unsigned, as in the papers. None
     of them knows negative activations (GELU, LayerNorm), so signed ones take the grid of LSQ, through zero, which

@@ -1,4 +1,4 @@
-"""DoReFa-Net: Zhou et al., arXiv:1606.06160."""
+"""Quantize as DoReFa-Net does: Zhou et al., arXiv:1606.06160."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINEAR_PART = 4.0
 
 
 class DoReFaQuantizer(ClipQuantizer):
-    """Weights squashed by tanh onto `2^b` levels without zero; activations clipped to a fixed range.
+    """Squashes weights by tanh onto `2^b` levels without zero, and clips activations to a fixed range.
 
     Weights, with `quantize_k(a) = round(n a) / n`, `n = 2^b - 1`, and `c` the learned `clip_value`:
 

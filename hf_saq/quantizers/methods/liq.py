@@ -1,4 +1,4 @@
-"""LIQ: learned clipping of standardised weights, the quantizer of the authors' CNN code."""
+"""Quantize by LIQ, learned clipping of standardised weights: the quantizer of the SAQ authors' CNN code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .clip import ClipQuantizer
 
 
 class LIQQuantizer(ClipQuantizer):
-    """Evenly spaced levels on a learned interval `[-c, c]`, in units of the weight's standard deviation.
+    """Quantizes to even levels on a learned interval `[-c, c]`, in units of the weight's standard deviation.
 
     Weights, with `n = 2^b - 1` and no gradient through the statistics:
 

@@ -1,4 +1,4 @@
-"""Learned Step Size Quantization (LSQ): Esser et al., arXiv:1902.08153."""
+"""Quantize by Learned Step Size Quantization (LSQ): Esser et al., arXiv:1902.08153."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: fl
 
 
 def lsq_fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0) -> Tensor:
-    """`s * clip(round(x/s), qmin, qmax)` (Eq. 1-2, arXiv:1902.08153), differentiable in `x` and `scale`.
+    """Compute `s * clip(round(x/s), qmin, qmax)` (Eq. 1-2, arXiv:1902.08153), differentiable in `x` and `scale`.
 
     Args:
         x: Any shape.
@@ -36,7 +36,7 @@ def lsq_fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale
 
 
 class LSQQuantizer(Quantizer):
-    """A uniform grid through zero with one learned step size per tensor or channel.
+    """Quantizes to a uniform grid through zero, with one learned step size per tensor or channel.
 
     Gradients: of `x`, one inside the grid and zero outside; of the step size, Eq. 3 of the paper times
     `1 / sqrt(N * qmax)`, where `N` counts the elements that share one step size (of one sample, for activations: the

@@ -1,4 +1,4 @@
-"""LSQ+: Bhalgat et al., arXiv:2004.09576."""
+"""Quantize by LSQ+: Bhalgat et al., arXiv:2004.09576."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .lsq import LSQQuantizer
 
 
 class LSQPlusQuantizer(LSQQuantizer):
-    """LSQ with a learned offset for activations: `x_q = s * clip(round((x - o)/s), 0, 2^b - 1) + o`.
+    """Adds a learned offset for activations to LSQ: `x_q = s * clip(round((x - o)/s), 0, 2^b - 1) + o`.
 
     Weights are symmetric and signed, as in LSQ. What activations get follows from `signed`, that is from the
     configuration's `activation_mode`:

@@ -1,4 +1,4 @@
-"""PACT, parameterized clipping activation: Choi et al., arXiv:1805.06085."""
+"""Quantize by PACT, parameterized clipping activation: Choi et al., arXiv:1805.06085."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .dorefa import DoReFaQuantizer
 
 
 class PACTQuantizer(DoReFaQuantizer):
-    """Activations with a learned clip `alpha` (the Parameter `clip_value`); weights as in DoReFa, as in the paper.
+    """Clips activations at a learned `alpha` (the Parameter `clip_value`); weights are as in DoReFa, as in the paper.
 
     With `n = 2^b - 1`:
 

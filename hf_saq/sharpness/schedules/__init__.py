@@ -1,4 +1,4 @@
-"""Schedules: when to perturb, what to reuse, and the step under a schedule.
+"""Decide when to perturb and what to reuse, and run the step under such a schedule.
 
 Each schedule is a [`StepRule`] in a file of its own (`two_passes`, `stale`, `previous`, `look`, `trigger`) and a line
 in `registry.py`; `schedule.py` has the tables of costs and of what goes together.

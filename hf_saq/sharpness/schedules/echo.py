@@ -38,8 +38,8 @@ class Echo(StepRule):
     def check(cls, knobs: Knobs) -> None:
         if knobs.interval < 2:
             raise ValueError(
-                "reuse='echo' with interval=1 would never come back to a batch. Set interval to 2, the number of steps "
-                "in a row that use it, or more."
+                "reuse='echo' with interval=1 would never come back to a batch. Set interval to the number of steps "
+                "in a row that use it, 2 or more."
             )
         if knobs.ascent_fraction < 1:
             raise ValueError(
@@ -95,8 +95,8 @@ def _from_bytes(stored: Tensor, device: torch.device) -> list[Any]:
         return torch.load(io.BytesIO(stored.numpy().tobytes()), map_location=device, weights_only=True)
     except Exception as error:
         raise ValueError(
-            "The batch that reuse='echo' would visit again cannot be read from the checkpoint: its values are not only "
-            f"tensors, numbers and strings ({error}). Resume with interval and reuse left out, or change the collator."
+            "The batch that reuse='echo' would visit again cannot be read from the checkpoint: its values are not "
+            f"only tensors, numbers and strings ({error}). Let the collator give such values alone."
         ) from error
 
 

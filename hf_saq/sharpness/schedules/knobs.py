@@ -1,4 +1,4 @@
-"""The knobs of a schedule: plain numbers, each checked for its own range."""
+"""Hold the knobs of a schedule: plain numbers, each checked for its own range."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 KNOBS = ("interval", "ascent_fraction", "reuse", "trigger")
-"""What a preset decides."""
+"""Knobs that a preset decides."""
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """When to perturb and what to reuse, see [`PerturbationSchedule`]."""
+    """Holds when to perturb and what to reuse, see [`PerturbationSchedule`]."""
 
     interval: int = 1
     start: float = 0.0
@@ -35,7 +35,7 @@ class Knobs:
 
 
 def ceil_of_product(fraction: float, count: int) -> int:
-    """Compute `ceil(fraction * count)` so that 0.07 * 100 is 7, not 8."""
+    """Compute `ceil(fraction * count)` without its rounding error: 0.07 * 100 gives 7, not 8."""
     return math.ceil(fraction * count - 1e-9 * max(count, 1))
 
 

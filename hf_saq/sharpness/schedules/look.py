@@ -1,4 +1,4 @@
-"""LookSAM: keep the part of the perturbed gradient that makes minima flat for a few steps. arXiv:2203.02714."""
+"""Keep, for a few steps, the part of the perturbed gradient that makes minima flat: LookSAM, arXiv:2203.02714."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stale import check_renewal
 from .two_passes import TwoPasses
 
 ROUNDING = 100
-"""A component shorter than so many units in the last place of the gradient is noise, and is not used."""
+"""Units in the last place of the gradient: a component shorter than so many of them is noise, and is not used."""
 
 
 class Look(TwoPasses):
@@ -68,16 +68,16 @@ class Look(TwoPasses):
 
 
 class OrthogonalComponent:
-    """`g_v`, the component of the perturbed gradient that is orthogonal to the clean one (Algorithm 1).
+    """Keeps `g_v`, the component of the perturbed gradient that is orthogonal to the clean one (Algorithm 1).
 
         g_s = dL/dw at the perturbed point,  g = dL/dw,  g_v = g_s - (g_s . g / ||g||^2) g     every k-th step
         g <- g + alpha * ||g|| / ||g_v|| * g_v                                                 between
 
     Products and norms are global over what is perturbed. All gradients are those that the optimizer gets, averaged
-    over processes, so that every process keeps the same `g_v`. Any loss scale cancels.
+    over processes, so that every process keeps the same `g_v`. A loss scale has no influence.
 
     Args:
-        alpha: The paper's `alpha`.
+        alpha: The paper's `alpha`, >= 0.
 
     Attributes:
         direction (`dict[nn.Parameter, Tensor]`): `g_v / ||g_v||`; empty before the first step that keeps one, zero
@@ -92,7 +92,7 @@ class OrthogonalComponent:
     def keep(self, clean: dict[nn.Parameter, Tensor]) -> None:
         """Keep the component of `p.grad` that is orthogonal to `clean`, in the memory of `clean`.
 
-        Nothing is read back from the device: where there is nothing to keep the direction becomes zero.
+        Nothing is read back from the device: where there is nothing to keep, the direction becomes zero.
         """
         self.direction = {}
         parameters = [p for p in clean if p.grad is not None]
@@ -116,7 +116,7 @@ class OrthogonalComponent:
     @torch.no_grad()
     def add_to_gradients(self, model: nn.Module) -> None:
         """Add `alpha * ||g|| / ||g_v|| * g_v` to `g`, which is in `p.grad`; reads `||g||` back from the device."""
-        # In the model's order, which a resumed run shares: the last bit of a norm depends on the order of its terms.
+        # Use the model's order, which a resumed run has too: the last bit of a norm depends on the order of its terms.
         parameters = [p for p in model.parameters() if p in self.direction and p.grad is not None]
         if parameters:
             grads = [_grad(p) for p in parameters]
@@ -124,11 +124,11 @@ class OrthogonalComponent:
             torch._foreach_add_(grads, [self.direction[p] for p in parameters], alpha=alpha)
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Name the tensors of `direction` after the parameters of `model`, to be stored."""
+        """Return the tensors of `direction` by the names of parameters in `model`, to be stored."""
         return {name: self.direction[p] for name, p in model.named_parameters() if p in self.direction}
 
     def load(self, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-        """Take what [`named`] gave.
+        """Load what [`named`] returned.
 
         Raises:
             ValueError: If `model` has no parameter of a stored name.

@@ -22,22 +22,23 @@ from torch import Tensor
 from .knobs import ceil_of_product
 
 MINIMUM = 2
-"""Samples of a part: a batch norm behind global pooling has no statistics of a single one, and torch refuses it.
-Parts are even, since what mixes pairs of images (mixup) refuses odd ones."""
+"""Smallest number of samples in a part: a batch norm behind global pooling has no statistics of a single sample, and
+torch refuses it. Parts have even numbers of samples, because code that mixes pairs of images (mixup) refuses odd ones.
+"""
 
 
 class Samples(NamedTuple):
-    """How many samples a batch has, or why no part of it can be taken."""
+    """Holds the number of samples in a batch, or the reason why no part of the batch can be taken."""
 
     size: int | None
     reason: str = ""
 
 
 def count_samples(batch: Any, names: Collection[str] | None = None) -> Samples:
-    """Find the size of a batch.
+    """Find the number of samples in a batch.
 
     Args:
-        names: Where given, the keys of a mapping whose values have one entry a sample; other keys are doubtful.
+        names: If given, the keys of a mapping whose values have one entry a sample; other keys are doubtful.
     """
     if names is not None and isinstance(batch, Mapping):
         unknown = [str(name) for name, value in batch.items() if name not in names and not _is_shared(value)]
@@ -55,10 +56,11 @@ def count_samples(batch: Any, names: Collection[str] | None = None) -> Samples:
 
 
 def first_samples(batch: Any, fraction: float, names: Collection[str] | None = None) -> Any:
-    """Return the first samples of `batch`, as many as [`part_size`] says, in the same structure; tensors are views.
+    """Take the first samples of `batch`, as many as [`part_size`] says.
 
     Returns:
-        The batch itself if these are all, or if no part of it can be taken.
+        The samples in the structure of `batch`, tensors as views; `batch` itself if these are all samples, or if no
+        part of it can be taken.
     """
     size, _ = count_samples(batch, names)
     if size is None or part_size(size, fraction) == size:
@@ -73,7 +75,7 @@ def part_size(size: int, fraction: float) -> int:
 
 
 def share_of_samples(batches: Iterable[Any], fraction: float, names: Collection[str] | None = None) -> float:
-    """Compute the share of all samples of `batches` that are in their parts."""
+    """Compute the share of the samples of `batches` that are in their parts, in (0, 1]."""
     sizes = [count_samples(batch, names).size for batch in batches]
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes) or sum(known) == 0:
@@ -88,7 +90,7 @@ def _is_shared(value: Any) -> bool:
 
 
 def _could_be_samples_themselves(batch: list | tuple) -> bool:
-    """Tell whether the entries are alike, such as a list of images, so that slicing each would cut samples."""
+    """Tell whether the entries may be samples, such as images of one shape: slicing them would cut samples."""
     if len(batch) < 2 or not all(isinstance(value, Tensor) for value in batch):
         return False
     return len({value.shape for value in batch}) == 1 and batch[0].ndim > 2
@@ -111,7 +113,7 @@ def _doubtful(value: Any, size: int, where: str) -> str:
         found = f"{where or 'a tensor'} has {value.shape[0]} entries where others have {size}"
         return "" if value.shape[0] == size else found
     if where and isinstance(value, (list, tuple)) and len(value) == size:
-        return ""  # one entry a sample, whatever it is
+        return ""  # it has one entry a sample, of whatever kind
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     doubts = (_doubtful(inner, size, f"{where}[{key!r}]") for key, inner in items)
     return next((doubt for doubt in doubts if doubt), "")

@@ -1,4 +1,4 @@
-"""Presets: settings of the knobs that have a name."""
+"""Name some settings of the knobs: the presets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"interval": 1, "ascent_fraction": 0.125, "reuse": None, "trigger": False},
     "free": {"interval": 1, "ascent_fraction": 1.0, "reuse": "previous", "trigger": False},
 }
-"""Knobs by the name of a preset, for 2, 1.125 and 1 passes. In docs/schedules.md `balanced` is the cheapest of those
-that keep at least nine tenths of the gain of `full`; `free` is the one without a second pass."""
+"""Name of a preset -> its knobs, for 2, 1.125 and 1 passes. In docs/schedules.md `balanced` is the cheapest schedule
+that keeps at least nine tenths of the gain of `full`; `free` is the one without a second pass."""
 
 DEFAULT_PRESET = "balanced"
 
 
 def resolve_preset(schedule: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Complete the knobs in `given` that are not `None` by those of the preset `schedule`.
+    """Fill in the knobs that are `None` in `given`, as the preset `schedule` has them.
 
-    Without a preset they are those of the default one; or, where some are given, the others are as in "full".
+    Without a preset, and with no knob given, all are those of the default preset; with some given, the others are as
+    in "full".
 
     Raises:
         ValueError: If there is no such preset or a given knob contradicts it. The message starts with a field's name.

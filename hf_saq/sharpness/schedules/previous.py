@@ -1,4 +1,4 @@
-"""Make `eps` of the gradient that the only pass of the step before gave: no step has a second pass."""
+"""Make `eps` of the gradient from the only pass of the step before: no step has a second pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .rule import MicroBatch, Outcome, StepRule
 
 
 class Previous(StepRule):
-    """Each pass is displaced by the `eps` of the step before and records what the next `eps` is made of."""
+    """Displaces each pass by the `eps` of the step before, and records the gradients for the next `eps`."""
 
     def forget(self) -> None:
         self.eps = Displacement()

@@ -1,4 +1,4 @@
-"""What every schedule has in common: a rule for the passes of one optimizer step, and what it leaves for the next."""
+"""Define what all schedules have in common: a rule for the passes of an optimizer step, with state between steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Action = Literal["plain", "two passes", "reuse", "watch", "record"]
 
 
 class Backward(Protocol):
-    """Forward and backward of one micro-batch, whose loss is divided by the number of micro-batches of the step.
+    """Runs forward and backward of one micro-batch and returns the loss, divided by the number of micro-batches.
 
-    With `reduce=False` gradients are not to be communicated, as in `accelerator.no_sync(model)`.
+    With `reduce=False` gradients must not be communicated, as in `accelerator.no_sync(model)`.
     """
 
     def __call__(self, batch: Any, reduce: bool = True) -> Tensor: ...
@@ -26,13 +26,15 @@ class Backward(Protocol):
 
 @dataclass
 class Outcome:
-    """What one micro-batch gave, for the log.
+    """Holds what one micro-batch gave, for the log.
 
     Attributes:
-        loss: Of the whole micro-batch, at the quantized weights where `is_clean`, else at the perturbed ones. Where the
-            second passes of several micro-batches follow the last first pass, all their losses are added up there.
+        loss: Loss of the whole micro-batch, at the quantized weights where `is_clean`, else at the perturbed ones.
+            Where the second passes of several micro-batches follow the last first pass, their losses are added up
+            there.
         sharpness: Perturbed minus clean loss, for each micro-batch that has both of the same samples.
-        ascent_norm: Of the gradient that a new `eps` was made of here, per sample and without loss scale.
+        ascent_norm: Norm of the gradient that a new `eps` was made of here, per sample and without loss scale; `None`
+            if no new `eps` was made.
     """
 
     loss: Tensor
@@ -43,14 +45,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of an optimizer step.
+    """Holds one micro-batch of an optimizer step.
 
     Attributes:
         k: Its number in the step, from 0.
         batches: All micro-batches of the step.
         backward: Runs forward and backward of one of them.
         action: What this step does.
-        progress: Fraction of training that is over.
+        progress: Fraction of training that is over, 0 to 1.
     """
 
     k: int
@@ -61,23 +63,26 @@ class MicroBatch:
 
     @property
     def batch(self) -> Any:
+        """Return the batch number `k`."""
         return self.batches[self.k]
 
     @property
     def is_last(self) -> bool:
+        """Tell whether this is the last micro-batch of the step."""
         return self.k == len(self.batches) - 1
 
 
 class StepRule(ABC):
-    """The passes of an optimizer step under one schedule. A new schedule is a subclass and a line in `registry.py`.
+    """Runs the passes of an optimizer step under one schedule.
 
-    Class attributes say what a rule needs, so that what contradicts it is refused before training starts. Subclasses
-    implement [`micro_batch`]; those that remember something between steps also [`state`] and [`load_state`].
+    A new schedule is a subclass and a line in `registry.py`. Class attributes say what a rule needs, so that
+    contradictions are refused before training starts. Subclasses implement [`micro_batch`]; those that remember
+    something between steps also [`state`] and [`load_state`].
 
     Args:
         minimizer: Its contexts are the parts that a step is made of.
-        knobs: Those of the schedule.
-        loss_scale: Returns what losses are multiplied with at the moment (fp16).
+        knobs: The knobs of the schedule.
+        loss_scale: Returns the factor that losses are multiplied by at the moment (fp16).
         sample_names: Keys of a batch whose values have one entry a sample; `None` goes by their lengths alone.
 
     Attributes:
@@ -106,19 +111,19 @@ class StepRule(ABC):
 
     @classmethod
     def action(cls, knobs: Knobs, step: int) -> Action:  # noqa: ARG003
-        """Decide what step `step` (0-based, counted from the first that may be perturbed) does."""
+        """Decide what the step number `step` does, counted from 0 at the first step that may be perturbed."""
         return "reuse"
 
     @classmethod
     def first_passes(cls, knobs: Knobs) -> float:  # noqa: ARG003
-        """Count the first passes of a step, of whole batches, on average: what a step costs beyond a plain one."""
+        """Return the first passes of a step on average, in passes over whole batches: its cost beyond a plain step."""
         return 0.0
 
     def forget(self) -> None:  # noqa: B027
-        """Forget what earlier steps left. Called when the rule is built, too: here its state is made."""
+        """Forget what earlier steps left. The constructor calls it too, so it makes the first state."""
 
     def batches_of(self, drawn: Sequence[Any], action: Action) -> Sequence[Any]:  # noqa: ARG002
-        """Return the micro-batches that a step uses: those that were `drawn` for it, unless it comes back to others."""
+        """Return the micro-batches that a step uses: those `drawn` for it, unless it comes back to earlier ones."""
         return drawn
 
     def begin_step(self) -> None:  # noqa: B027
@@ -129,7 +134,7 @@ class StepRule(ABC):
         """Leave the gradients of this micro-batch in `p.grad`, for every action but `"plain"`."""
 
     def norm_per_sample(self, factor: float = 1.0) -> float:
-        """Compute the norm that the last `eps` was made of, times `factor`, without loss scale."""
+        """Compute the norm of the gradient that the last `eps` was made of, times `factor`, without loss scale."""
         return self.minimizer.ascent_norm * factor / self.loss_scale()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -137,4 +142,4 @@ class StepRule(ABC):
         return {}, {}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take what [`state`] gave. Raises `ValueError` if the tensors are not those of this model."""
+        """Load what [`state`] returned. Raise `ValueError` if the tensors are not those of this model."""

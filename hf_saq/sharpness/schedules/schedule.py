@@ -1,4 +1,7 @@
-"""When to perturb and what to reuse. Pure functions of the step: processes decide alike, a resumed run goes on alike.
+"""Decide when to perturb and what to reuse.
+
+All decisions are pure functions of the step: processes decide alike, and a resumed run goes on alike. (Except
+`trigger`, which decides by gradients that are averaged over processes.)
 
 Cost of one optimizer step, in forward+backward passes; a plain step costs 1, the full sharpness-aware step 2:
 
@@ -39,15 +42,15 @@ from .rule import Action, StepRule
 
 @dataclass(frozen=True)
 class PerturbationSchedule(Knobs):
-    """The knobs of the tables above, checked together.
+    """Holds the knobs of the tables above, checked together.
 
     Args:
-        interval: 1 perturbs every step. With `reuse`, how often what is reused is renewed.
-        start: 0 perturbs from the first step, 1 never.
+        interval: Perturb every so many steps, an integer >= 1. With `reuse`, renew what is reused every so many steps.
+        start: Fraction of training without perturbation, 0 to 1: 0 perturbs from the first step, 1 never.
         ascent_fraction: Share of a micro-batch's samples, in (0, 1], that the first pass sees; two at least.
         reuse: What the steps between take from earlier ones; a key of `SCHEDULES`.
-        trigger: Decide by the gradient norm, see [`NormTrigger`].
-        look_alpha: Length of what `reuse="look"` adds, relative to the gradient.
+        trigger: Whether to decide by the gradient norm, see [`NormTrigger`].
+        look_alpha: Length of what `reuse="look"` adds, relative to the gradient, >= 0.
 
     Raises:
         ValueError: If a knob is out of range or two contradict each other. The message starts with a knob's name.
@@ -61,30 +64,30 @@ class PerturbationSchedule(Knobs):
 
     @property
     def rule(self) -> type[StepRule]:
-        """The class that runs the steps of this schedule."""
+        """Return the class that runs the steps of this schedule."""
         return TRIGGER if self.trigger else SCHEDULES[self.reuse]
 
     @property
     def cost(self) -> float:
-        """Forward+backward passes per step over a whole training; with `trigger`, what it costs at most."""
+        """Return the mean number of forward+backward passes per step over a training; with `trigger`, the largest."""
         first_passes = self.rule.first_passes(self)
         return 1 + (1 - self.start) * first_passes if first_passes else 1.0
 
     @property
     def has_state(self) -> bool:
-        """Whether a step depends on earlier ones by more than the weights."""
+        """Tell whether a step depends on earlier ones by more than the weights."""
         return self.rule.has_state
 
     @property
     def kind(self) -> str:
-        """The knob that decides how stored state is to be read."""
+        """Name the knob that decides how stored state must be read."""
         return "trigger" if self.trigger else f"reuse={self.reuse!r}"
 
     def action(self, step: int, total_steps: int) -> Action:
-        """Say what optimizer step `step` (0-based) of `total_steps` does.
+        """Decide what optimizer step `step` (0-based) of `total_steps` does.
 
-        `"plain"` and `"two passes"` are what they say; `"reuse"` is one pass with what earlier steps left; `"watch"`
-        is a plain pass after which the trigger decides on a second one.
+        `"plain"` is one pass without perturbation, `"two passes"` a perturbed step in full. `"reuse"` is one pass with
+        what earlier steps left; `"watch"` is a plain pass after which the trigger decides on a second one.
         """
         first = ceil_of_product(self.start, total_steps)
         return "plain" if step < first else self.rule.action(self, step - first)

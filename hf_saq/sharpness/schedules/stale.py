@@ -1,4 +1,4 @@
-"""Renew `eps` every `interval` steps in two passes; between, one pass at `Q(w)` plus the last `eps`."""
+"""Renew `eps` every `interval` steps in two passes; the steps between are one pass at `Q(w)` plus the last `eps`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .two_passes import TwoPasses
 
 
 def check_renewal(reuse: str, knobs: Knobs) -> None:
-    """Raise where what is kept for the steps between would be renewed in each of them."""
+    """Raise `ValueError` if every step would renew what is kept for the steps between."""
     if knobs.interval < 2:
         raise ValueError(
             f"reuse={reuse!r} with interval=1 would renew at every step what it keeps, at full cost. Set interval to "
@@ -23,7 +23,7 @@ def check_renewal(reuse: str, knobs: Knobs) -> None:
 
 
 class Stale(TwoPasses):
-    """Keeps the `eps` of the last two-pass step, made from all of that step's micro-batches."""
+    """Keeps the `eps` of the last two-pass step, made from all its micro-batches, and adds it in the other steps."""
 
     has_state = True
 

@@ -31,18 +31,18 @@ class ScheduledStep:
         optimizer.zero_grad()
     ```
 
-    With `reuse="stale"`, `reuse="previous"` and `trigger` there is one `eps` for each optimizer step, made from all of
-    its micro-batches: on each process of its own with `sync="local"`, of all processes with `sync="global"`.
+    With `reuse="stale"`, `reuse="previous"` and `trigger` there is one `eps` for each optimizer step, made from all
+    its micro-batches: those of one process with `sync="local"`, those of all processes with `sync="global"`.
 
     Args:
-        minimizer: Its hooks serve here alone from now on.
+        minimizer: The parts of a step; nothing else may use it from now on.
         schedule: When to perturb and what to reuse.
-        loss_scale: Returns what losses are multiplied with at the moment (fp16).
-        sample_names: Keys of a batch whose values have one entry a sample, for `ascent_fraction`; a batch with others
-            is used whole. `None` goes by their lengths alone.
+        loss_scale: Returns the factor that losses are multiplied by at the moment (fp16).
+        sample_names: Keys of a batch whose values have one entry a sample, for `ascent_fraction`; a batch with other
+            keys is used whole. `None` goes by the lengths of values alone.
 
     Attributes:
-        rule (`StepRule`): What runs the steps and remembers something between them.
+        rule (`StepRule`): Runs the steps and remembers something between them.
     """
 
     def __init__(
@@ -59,11 +59,14 @@ class ScheduledStep:
         """Leave the gradients of micro-batch `k` of optimizer step `step` in `p.grad`.
 
         Args:
-            k: To be called with 0, 1, ... `len(batches) - 1`.
+            k: Number of the micro-batch. Call with 0, 1, ... `len(batches) - 1`, in this order.
             batches: All micro-batches of the step.
             backward: See [`Backward`]. Communication of the last call of the last micro-batch is up to the caller.
-            step: 0-based.
-            total_steps: Of the whole training.
+            step: Number of the optimizer step, from 0.
+            total_steps: Number of optimizer steps in the whole training.
+
+        Returns:
+            The loss and the quantities for the log.
         """
         if k == 0:
             self.minimizer.reset()  # the step before may have been stopped half-way
@@ -82,9 +85,9 @@ class ScheduledStep:
 
     @property
     def share(self) -> float:
-        """Share of the samples that the `backward` under way sees, below 1 in a first pass on parts of batches.
+        """Return the share of the samples that the running `backward` sees, below 1 in a first pass on parts.
 
-        A loss that divides by a count of items, made for whole batches, must multiply that count by it.
+        A loss that divides by a number of items, counted in whole batches, must multiply that number by this share.
         """
         return self.rule.share
 
@@ -98,7 +101,7 @@ class ScheduledStep:
         return self.rule.state()
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take what [`state`] gave.
+        """Load what [`state`] returned.
 
         Raises:
             ValueError: If the tensors are not those of this model.

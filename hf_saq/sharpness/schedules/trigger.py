@@ -1,4 +1,4 @@
-"""Perturb where the gradient is long: AE-SAM, "An Adaptive Policy to Employ Sharpness-Aware Minimization",
+"""Perturb the steps whose gradient is long: AE-SAM, "An Adaptive Policy to Employ Sharpness-Aware Minimization",
 arXiv:2304.14647."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIRST_THRESHOLD, LAST_THRESHOLD = 1.0, -1.0
 
 
 class Triggered(StepRule):
-    """A plain pass; after the last micro-batch the trigger may replace all gradients by perturbed ones."""
+    """Runs plain passes; after the last micro-batch the trigger may replace all gradients by perturbed ones."""
 
     def forget(self) -> None:
         self.trigger = NormTrigger()
@@ -46,7 +46,7 @@ class Triggered(StepRule):
 
     @classmethod
     def first_passes(cls, knobs: Knobs) -> float:  # noqa: ARG003
-        return 1.0  # at most
+        return 1.0  # this is the most it can be
 
     def begin_step(self) -> None:
         self._clean_losses = []
@@ -98,12 +98,12 @@ class NormTrigger:
         self.variance = 0.0
 
     def fires(self, squared_norm: float, progress: float) -> bool:
-        """Take `squared_norm` into the statistics and decide.
+        """Take `squared_norm` into the statistics and decide whether to perturb.
 
         Args:
-            squared_norm: Of the gradient, without any loss scale. One that is not finite does not count and never
-                fires.
-            progress: Fraction of training that is over.
+            squared_norm: Squared L2 norm of the gradient, without any loss scale. One that is not finite does not
+                count and never fires.
+            progress: Fraction of training that is over, 0 to 1.
         """
         if not math.isfinite(squared_norm):
             return False

@@ -1,4 +1,4 @@
-"""The reference: a first pass makes `eps`, a second gives the gradients; `interval` says in which steps."""
+"""Perturb in two passes, the reference: the first makes `eps`, the second the gradients. `interval` says how often."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .rule import Action, MicroBatch, Outcome, StepRule
 
 
 class TwoPasses(StepRule):
-    """Perturbs in two passes. Rules that refresh something in such steps build on it.
+    """Perturbs in two passes. Rules that renew something in such steps are subclasses.
 
-    With `sync="global"`, and where [`one_eps_for_a_step`] says so, one `eps` is made from all micro-batches: their
-    second passes follow once the last has had its first. Otherwise each micro-batch has its own.
+    Where [`one_eps_for_a_step`] says so, as with `sync="global"`, one `eps` is made from all micro-batches: their
+    second passes come after the first pass of the last one. Otherwise each micro-batch has its own `eps`.
     """
 
     has_state = False
@@ -30,7 +30,7 @@ class TwoPasses(StepRule):
 
     def forget(self) -> None:
         self._clean_losses: list[Tensor] = []
-        self._share = 1.0  # of the samples that first passes of this step see
+        self._share = 1.0  # share of the samples that first passes of this step see
 
     @classmethod
     def action(cls, knobs: Knobs, step: int) -> Action:
@@ -49,24 +49,27 @@ class TwoPasses(StepRule):
 
     @property
     def one_eps_for_a_step(self) -> bool:
+        """Tell whether all micro-batches of a step share one `eps`."""
         return self.minimizer.sync == "global"
 
     def two_passes(
         self, micro: MicroBatch, clean: dict[nn.Parameter, Tensor] | None = None
     ) -> tuple[Outcome, Displacement]:
-        """Run both passes of one micro-batch; or, where one `eps` serves the step, its first pass alone, and after the
-        last first pass all second ones.
+        """Run both passes of one micro-batch.
+
+        Where all micro-batches of a step share one `eps`, run only the first pass; after the last micro-batch's first
+        pass run the second passes of all.
 
         Args:
             clean: If given, the clean gradients are added up here.
 
         Returns:
-            What came out, and the `eps`, which is empty as long as there is none.
+            The outcome, and the `eps`, which is empty as long as there is none.
         """
         together = self.one_eps_for_a_step
         if micro.k == 0 or not together:
             self._share = self._share_of(micro.batches if together else [micro.batch])
-        # Running statistics come from the one pass that sees the whole batch: of a part they would be noise.
+        # Take running statistics from the one pass that sees the whole batch: those of a part would be noise.
         partial = self._share < 1
         with frozen_norm_statistics(self.minimizer.model) if partial else nullcontext(), self.minimizer.ascent(clean):
             self._clean_losses.append(self._first_backward(micro.batch, micro))
@@ -98,9 +101,9 @@ class TwoPasses(StepRule):
             self.share = 1.0
 
     def _share_of(self, batches: Sequence[Any]) -> float:
-        """Compute the share of samples that first passes on parts of `batches`, which climb together, see.
+        """Compute the share of samples that the first passes on `batches` see; these batches have one `eps` together.
 
-        It is one number for all of them: their losses share one divisor, also where they differ in size.
+        It is one number for all of them: their losses have one divisor, even where they differ in size.
         """
         fraction = self.knobs.ascent_fraction
         if fraction == 1:
