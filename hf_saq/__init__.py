@@ -13,7 +13,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .analysis import Cost, cost
     from .config import SAQConfig, SAQQuantizationConfig
-    from .conversion import calibrate, correct_biases, dequantize, pack, quantize, unpack
+    from .conversion import calibrate, correct_biases, dequantize, pack, quantize, reestimate_batch_norm, unpack
     from .sharpness import SharpnessAwareMinimizer
     from .training import SAQTrainer, parameter_groups
 
@@ -22,7 +22,15 @@ __getattr__, __dir__ = lazy_exports(
     {
         "analysis": ("Cost", "cost"),
         "config": ("SAQConfig", "SAQQuantizationConfig"),
-        "conversion": ("calibrate", "correct_biases", "dequantize", "pack", "quantize", "unpack"),
+        "conversion": (
+            "calibrate",
+            "correct_biases",
+            "dequantize",
+            "pack",
+            "quantize",
+            "reestimate_batch_norm",
+            "unpack",
+        ),
         "sharpness": ("SharpnessAwareMinimizer",),
         "training": ("SAQTrainer", "parameter_groups"),
     },
@@ -56,5 +64,6 @@ __all__ = [
     "pack",
     "parameter_groups",
     "quantize",
+    "reestimate_batch_norm",
     "unpack",
 ]

@@ -86,6 +86,14 @@ class SAQConfig:
         },
     )
 
+    norm_batches: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training batches to re-estimate batch-norm statistics from before the model is evaluated or "
+            "saved; 0: keep the running ones. Not set: 16 where these would come from perturbed passes, else 0."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.rho is not None and not is_number(self.rho):
             raise ValueError(f"SAQConfig.rho={self.rho!r}; expected a finite number >= 0, or None for the default.")
@@ -101,6 +109,10 @@ class SAQConfig:
         self.perturbation_schedule()
         if not is_number(self.scale_lr_ratio):
             raise ValueError(f"SAQConfig.scale_lr_ratio={self.scale_lr_ratio!r}; expected a finite number >= 0.")
+        if self.norm_batches is not None and (type(self.norm_batches) is not int or self.norm_batches < 0):
+            raise ValueError(
+                f"SAQConfig.norm_batches={self.norm_batches!r}; expected an integer >= 0, or None for the default."
+            )
         check_choice("SAQConfig.sync", self.sync, ("local", "global"))
 
     def perturbation_schedule(self) -> PerturbationSchedule:

@@ -11,6 +11,7 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from . import attention_interface
+    from .batch_norm import norms_with_statistics, reestimate_batch_norm
     from .bias_correction import correct_biases
     from .calibration import calibrate, is_calibrated, needs_calibration
     from .first_scales import initialize_weight_quantizers
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "batch_norm": ("norms_with_statistics", "reestimate_batch_norm"),
         "bias_correction": ("correct_biases",),
         "calibration": ("calibrate", "is_calibrated", "needs_calibration"),
         "first_scales": ("initialize_weight_quantizers",),
@@ -48,10 +50,12 @@ __all__ = [
     "is_packed",
     "leave_in_float",
     "needs_calibration",
+    "norms_with_statistics",
     "note_left_in_float",
     "note_signs",
     "pack",
     "quantize",
+    "reestimate_batch_norm",
     "replace_modules",
     "unpack",
 ]

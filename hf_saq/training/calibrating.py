@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -45,7 +47,7 @@ class Calibrating(Trainer):
             return
         if self.train_dataset is None:
             raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to do it with.")
-        if isinstance(self.train_dataset, IterableDataset) and not _is_of_datasets(self.train_dataset):
+        if isinstance(self.train_dataset, IterableDataset) and not is_of_datasets(self.train_dataset):
             self.train_dataset = ReplayedStream(self.train_dataset)
         self._move_to_device()
         with unchanged_rng():
@@ -53,9 +55,20 @@ class Calibrating(Trainer):
             calibrate(self.model, batches, run=self._run_for_calibration)
             self._count_cost(batches[0])
 
+    @contextmanager
+    def fresh_loader(self) -> Iterator[Any]:
+        """Give a training data loader that is at its beginning, and let go of it and of its workers afterwards."""
+        loader = self.get_train_dataloader()
+        try:
+            yield loader
+        finally:
+            kept = self.accelerator._dataloaders  # would keep it, with its workers, until the end of the run
+            kept[:] = [one for one in kept if one is not loader]
+
     def _first_batches(self) -> list[Any]:
         try:
-            batches = list(itertools.islice(iter(self.get_train_dataloader()), CALIBRATION_BATCHES))
+            with self.fresh_loader() as loader:
+                batches = list(itertools.islice(loader, CALIBRATION_BATCHES))
         except ValueError as error:
             if "does not contain any data" not in str(error):  # accelerate says so of an empty stream
                 raise
@@ -103,16 +116,21 @@ class Calibrating(Trainer):
         super().log(logs, start_time)
 
 
-def _is_of_datasets(dataset: Any) -> bool:
+def is_of_datasets(dataset: Any) -> bool:
     """Tell whether `dataset` is a stream of the library `datasets`, which can be read again from its beginning."""
     return type(dataset).__module__.split(".")[0] == "datasets"
 
 
 @contextmanager
 def unchanged_rng() -> Iterator[None]:
-    """Restore the random generators after the block, so that calibrating does not change the training run."""
-    state = RNGState()
+    """Leave the random generators as they were, so that what runs inside does not change the training run.
+
+    Those of Python and numpy are among them: augmentations may draw from any.
+    """
+    of_torch, of_python, of_numpy = RNGState(), random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        state.restore()
+        of_torch.restore()
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

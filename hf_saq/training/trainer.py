@@ -15,15 +15,15 @@ from ..conversion.forms import is_packed
 from ..conversion.swapping import quantize
 from ..hub.publishing_trainer import PublishingTrainer
 from ..layers import QuantizedLayer
-from .calibrating import Calibrating
 from .columns import KeepsColumnsOfTransforms
 from .fsdp import check_fsdp, skeleton_of
+from .norm_statistics import ReestimatesNorms
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbed_steps import PerturbedSteps
 from .saving import SavesAndResumes
 
 
-class SAQTrainer(PerturbedSteps, Calibrating, SavesAndResumes, KeepsColumnsOfTransforms, PublishingTrainer):
+class SAQTrainer(PerturbedSteps, ReestimatesNorms, SavesAndResumes, KeepsColumnsOfTransforms, PublishingTrainer):
     """Trains a quantized image classifier with Sharpness-Aware Quantization (arXiv:2111.12273).
 
     Everything else is [`transformers.Trainer`]: the same arguments, callbacks, evaluation, checkpoints and Hub push.

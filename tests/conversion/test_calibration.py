@@ -199,7 +199,7 @@ def test_an_empty_batch_raises():
 @pytest.mark.parametrize("batch", ["image.png", 3, None, {1, 2}], ids=["str", "int", "NoneType", "set"])
 def test_a_batch_of_another_type_raises(batch):
     found = type(batch).__name__
-    with pytest.raises(ValueError, match=f"calibrate: a batch is a {found}; expected a tensor, a tuple of positional"):
+    with pytest.raises(ValueError, match=f"`batches` holds a {found}; expected a tensor, a tuple of positional"):
         calibrate(quantize(linear_net(), W4A4), [batch])
 
 

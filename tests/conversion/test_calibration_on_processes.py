@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calibration_worker import own_data
 from minimizer_nets import linear_net
 from processes import SUPPORT, run_python
 
@@ -26,3 +27,12 @@ def test_all_processes_have_what_the_first_one_found(quantizer: str, sharded: bo
     calibrate(alone, [torch.randn(32, 12, generator=torch.Generator().manual_seed(0))])
     for name, value in alone.state_dict().items():
         assert torch.equal(first["state"][name], value) and torch.equal(second["state"][name], value), name
+
+
+def test_batch_norm_statistics_are_those_of_all_batches_of_all_processes(results):
+    batches = [batch for rank in (0, 1) for batch in own_data(rank).split(8)]
+    mean = torch.stack([batch.mean(dim=0) for batch in batches]).mean(dim=0)
+    variance = torch.stack([batch.var(dim=0) for batch in batches]).mean(dim=0)  # unbiased, as torch keeps it
+    for result in results:
+        torch.testing.assert_close(result["batch_norm"]["running_mean"], mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(result["batch_norm"]["running_var"], variance, rtol=1e-5, atol=0)

@@ -8,21 +8,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from minimizer_nets import linear_net
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from hf_saq import SAQQuantizationConfig, calibrate, quantize
+from hf_saq import SAQQuantizationConfig, calibrate, quantize, reestimate_batch_norm
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
+def own_data(rank: int) -> torch.Tensor:
+    own = torch.randn(32, 12, generator=torch.Generator().manual_seed(rank)) * (1 + rank)
+    return own.abs() if rank else own  # the sign of the first layer differs
+
+
 def main(output: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    generator = torch.Generator().manual_seed(rank)
-    own = torch.randn(32, 12, generator=generator) * (1 + rank)
-    own = own.abs() if rank else own  # the sign of the first layer differs
+    own = own_data(rank)
     results = {}
     for quantizer in ("lsq", "lsq_plus", "pact"):
         for sharded in (False, True):
@@ -34,6 +38,8 @@ def main(output: Path) -> None:
                 net.reshard()
             state = {name: whole(t).detach().clone() for name, t in net.state_dict().items()}
             results[quantizer, sharded] = {"state": state, "logits": logits}
+    norm = reestimate_batch_norm(nn.Sequential(nn.BatchNorm1d(12)), own.split(8))[0]
+    results["batch_norm"] = {name: value.clone() for name, value in norm.state_dict().items()}
     torch.save(results, output / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -60,6 +60,7 @@ def test_resume_is_exact(family, sync, tmp_path):
 SCHEDULES = {
     "stale": ("vit", dict(reuse="stale", interval=3)),
     "previous": ("swin", dict(reuse="previous")),
+    "previous, batch norms": ("resnet", dict(reuse="previous")),
     "echo": ("vit", dict(reuse="echo", interval=3)),
     "look": ("vit", dict(reuse="look", interval=3, sync="global")),
     "trigger": ("resnet", dict(trigger=True)),

@@ -2,7 +2,7 @@
 
 from .alike import fit_alike, names_of_first_process, reshard
 from .observers import ActivationObserver, PassThrough
-from .running import run_in_float, run_observed, run_quantized
+from .running import run_in_float, run_observed, run_on_device, run_quantized
 
 __all__ = [
     "ActivationObserver",
@@ -12,5 +12,6 @@ __all__ = [
     "reshard",
     "run_in_float",
     "run_observed",
+    "run_on_device",
     "run_quantized",
 ]

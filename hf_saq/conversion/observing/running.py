@@ -34,7 +34,6 @@ def run_observed(
     Args:
         run: Runs the model on one batch; by default the model is called with it.
     """
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     count = 0
@@ -42,7 +41,7 @@ def run_observed(
         for quantizer, observer in observers.items():
             quantizer.observer = observer
         for batch in batches:
-            _run(model, batch, device) if run is None else run(batch)
+            run_on_device(model, batch) if run is None else run(batch)
             count += 1
     finally:
         for quantizer in observers:
@@ -52,7 +51,16 @@ def run_observed(
     return count
 
 
-def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
+def run_on_device(model: nn.Module, batch: Any) -> None:
+    """Call `model` with `batch`, moved to the device of its parameters.
+
+    Args:
+        batch: A tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
+
+    Raises:
+        ValueError: If it is of another type.
+    """
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Tensor):
         model(batch.to(device))
     elif isinstance(batch, Mapping):
@@ -61,7 +69,7 @@ def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
         model(*[_to(value, device) for value in batch])
     else:
         raise ValueError(
-            f"calibrate: a batch is a {type(batch).__name__}; expected a tensor, a tuple of positional inputs, or a "
+            f"`batches` holds a {type(batch).__name__}; expected a tensor, a tuple of positional inputs, or a "
             "dict of keyword inputs of the model."
         )
 

@@ -26,6 +26,10 @@ class Previous(StepRule):
                 "step makes the eps of the next one from its only pass. Leave interval and ascent_fraction out."
             )
 
+    @classmethod
+    def perturbs_statistics(cls, knobs: Knobs) -> bool:  # noqa: ARG003
+        return True
+
     def micro_batch(self, micro: MicroBatch) -> Outcome:
         with self.minimizer.displaced(self.eps), self.minimizer.recorded():
             outcome = Outcome(micro.backward(micro.batch), is_clean=not self.eps)

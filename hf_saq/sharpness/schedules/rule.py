@@ -119,6 +119,11 @@ class StepRule(ABC):
         """Return the first passes of a step on average, in passes over whole batches: its cost beyond a plain step."""
         return 0.0
 
+    @classmethod
+    def perturbs_statistics(cls, knobs: Knobs) -> bool:  # noqa: ARG003
+        """Tell whether running statistics of normalization come from passes at perturbed weights."""
+        return False
+
     def forget(self) -> None:  # noqa: B027
         """Forget what earlier steps left. The constructor calls it too, so it makes the first state."""
 

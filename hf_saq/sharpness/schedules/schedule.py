@@ -79,6 +79,11 @@ class PerturbationSchedule(Knobs):
         return self.rule.has_state
 
     @property
+    def perturbs_statistics(self) -> bool:
+        """Whether running statistics of normalization come from passes at perturbed weights."""
+        return self.rule.perturbs_statistics(self)
+
+    @property
     def kind(self) -> str:
         """Name the knob that decides how stored state must be read."""
         return "trigger" if self.trigger else f"reuse={self.reuse!r}"

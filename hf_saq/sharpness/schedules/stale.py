@@ -43,6 +43,10 @@ class Stale(TwoPasses):
     def one_eps_for_a_step(self) -> bool:
         return True
 
+    @classmethod
+    def perturbs_statistics(cls, knobs: Knobs) -> bool:  # noqa: ARG003
+        return True
+
     def micro_batch(self, micro: MicroBatch) -> Outcome:
         if micro.action == "two passes":
             outcome, self.eps = self.two_passes(micro)

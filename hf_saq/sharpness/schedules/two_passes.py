@@ -40,6 +40,10 @@ class TwoPasses(StepRule):
     def first_passes(cls, knobs: Knobs) -> float:
         return knobs.ascent_fraction / knobs.interval
 
+    @classmethod
+    def perturbs_statistics(cls, knobs: Knobs) -> bool:
+        return knobs.ascent_fraction < 1
+
     def begin_step(self) -> None:
         self._clean_losses = []
 

@@ -1,0 +1,78 @@
+"""Re-estimate batch-norm statistics before a model in training is evaluated or saved."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from ..config import SAQConfig
+from ..conversion import norms_with_statistics, reestimate_batch_norm
+from ..sharpness.schedules import ScheduledStep
+from .calibrating import Calibrating, is_of_datasets, unchanged_rng
+
+logger = logging.getLogger(__name__)
+
+NORM_BATCHES = 16
+"""Training batches that statistics are re-estimated from where the schedule needs it, unless told otherwise."""
+
+
+class ReestimatesNorms(Calibrating):
+    """Keeps, for [`SAQTrainer`], batch-norm statistics those of the model that is evaluated and saved.
+
+    Before an evaluation during training, before a checkpoint and at the end of training the model runs forward on
+    `SAQConfig.norm_batches` batches of the training data, as [`reestimate_batch_norm`] says. Gradients do not depend
+    on running statistics, so training itself goes the same way without it.
+    """
+
+    saq_config: SAQConfig
+    model: nn.Module
+    scheduled_step: ScheduledStep | None
+    _norms_are_of_step = -1
+    """Optimizer step after which the statistics were re-estimated last."""
+    _told_of_stream = False
+
+    @property
+    def norm_batches(self) -> int:
+        """Number of batches of a re-estimation; 0 where there is none."""
+        asked, step = self.saq_config.norm_batches, self.scheduled_step
+        if asked is None:
+            asked = NORM_BATCHES if step is not None and step.schedule.perturbs_statistics else 0
+        return asked if norms_with_statistics(self.model) else 0
+
+    def reestimate_norms_if_needed(self) -> None:
+        """Re-estimate the statistics unless that was done after this very step; alike on all processes."""
+        count = self.norm_batches
+        if not count or self._norms_are_of_step == self.state.global_step:
+            return
+        if isinstance(self.train_dataset, IterableDataset) and not is_of_datasets(self.train_dataset):
+            self._tell_of_stream()
+            return
+        self._norms_are_of_step = self.state.global_step
+        with unchanged_rng(), self.fresh_loader() as loader:  # a run that evaluates more often trains the same way
+            reestimate_batch_norm(self.model, itertools.islice(loader, count), run=self._run_for_calibration)
+
+    def _tell_of_stream(self) -> None:
+        if not self._told_of_stream:
+            self._told_of_stream = True
+            logger.warning(
+                "Batch-norm statistics are not re-estimated: train_dataset is a stream, and reading it again could "
+                "lose samples. Under this schedule they come from perturbed passes; call `hf_saq."
+                "reestimate_batch_norm(model, batches)` before you evaluate or save, or choose another schedule."
+            )
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        self._norms_are_of_step = -1
+        return super()._init_training_state(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_evaluate or self.control.should_save:
+            self.reestimate_norms_if_needed()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.reestimate_norms_if_needed()
+        return super()._finalize_training(*args, **kwargs)

@@ -1,0 +1,134 @@
+"""`SAQTrainer` re-estimates batch-norm statistics before a model is evaluated or saved, where a schedule needs it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from training import BATCH, Images, InOrder, arguments, quantized_model
+
+from hf_saq import SAQConfig, reestimate_batch_norm
+
+STEPS = 4
+
+
+def trained(tmp_path, saq_config: SAQConfig, family: str = "resnet", data=None, **changes) -> InOrder:
+    torch.manual_seed(0)
+    trainer = InOrder(
+        quantized_model(family, torch.float32),
+        arguments(tmp_path, max_steps=STEPS, **changes),
+        saq_config=saq_config,
+        train_dataset=Images(STEPS * BATCH, torch.float32) if data is None else data,
+        eval_dataset=Images(BATCH, torch.float32),
+    )
+    trainer.train()
+    return trainer
+
+
+def states(model) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of `model`, running statistics apart from what is trained."""
+    found = {"statistics": {}, "trained": {}}
+    for name, value in model.state_dict().items():
+        found["statistics" if "running_" in name else "trained"][name] = value.clone()
+    return found
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], value) for name, value in b.items())
+
+
+def test_the_model_that_is_left_has_statistics_of_its_own_weights(tmp_path):
+    """They are those of a re-estimation by hand; the trained weights are the same with and without it."""
+    config = {"rho": 0.2, "reuse": "previous"}
+    without = trained(tmp_path, SAQConfig(**config, norm_batches=0)).model
+    found = trained(tmp_path, SAQConfig(**config, norm_batches=2)).model
+    assert equal(states(found)["trained"], states(without)["trained"])
+    assert not equal(states(found)["statistics"], states(without)["statistics"])
+    first = Images(STEPS * BATCH, torch.float32).pixel_values.split(BATCH)[:2]
+    reestimate_batch_norm(without, [{"pixel_values": batch} for batch in first])
+    for name, value in states(found)["statistics"].items():
+        torch.testing.assert_close(states(without)["statistics"][name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_evaluating_more_often_changes_nothing_in_training(tmp_path):
+    config = SAQConfig(rho=0.2, ascent_fraction=0.5, norm_batches=2)
+    often = trained(tmp_path, config, eval_strategy="steps", eval_steps=1).model
+    assert equal(often.state_dict(), trained(tmp_path, config).model.state_dict())
+
+
+def test_every_evaluation_sees_them(tmp_path, monkeypatch):
+    from hf_saq.training import norm_statistics
+
+    calls = []
+    original = norm_statistics.reestimate_batch_norm
+
+    def counted(model, batches, run):
+        calls.append(trainer_step[0])
+        return original(model, batches, run)
+
+    trainer_step = [0]
+    monkeypatch.setattr(norm_statistics, "reestimate_batch_norm", counted)
+
+    class Watched(InOrder):
+        def evaluate(self, *args, **kwargs):
+            assert len(calls) == self.state.global_step // 2
+            return super().evaluate(*args, **kwargs)
+
+    trainer = Watched(
+        quantized_model("resnet", torch.float32),
+        arguments(tmp_path, max_steps=STEPS, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2),
+        saq_config=SAQConfig(rho=0.2, reuse="previous"),
+        train_dataset=Images(STEPS * BATCH, torch.float32),
+        eval_dataset=Images(BATCH, torch.float32),
+    )
+    trainer.train()
+    assert len(calls) == 2  # once for evaluation and checkpoint of a step together
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        (dict(case=None), 0),
+        (dict(schedule="full"), 0),
+        (dict(reuse="echo", interval=2), 0),
+        (dict(reuse="look", interval=2), 0),
+        (dict(trigger=True), 0),
+        (dict(ascent_fraction=0.5), 16),
+        (dict(reuse="previous"), 16),
+        (dict(reuse="stale", interval=2), 16),
+        (dict(case=None, norm_batches=3), 3),
+        (dict(reuse="previous", norm_batches=0), 0),
+    ],
+    ids=str,
+)
+def test_what_needs_it(knobs: dict, expected: int, tmp_path):
+    def trainer(family: str) -> InOrder:
+        return InOrder(quantized_model(family), arguments(tmp_path), saq_config=SAQConfig(rho=0.1, **knobs))
+
+    assert trainer("resnet").norm_batches == expected
+    assert trainer("vit").norm_batches == 0  # layer norms keep no statistics
+
+
+def test_a_stream_loses_no_sample(tmp_path, caplog):
+    class Stream(IterableDataset):
+        def __init__(self):
+            self.samples = iter(Images(STEPS * BATCH, torch.float32))
+
+        def __iter__(self):
+            return self.samples
+
+    images = Images(STEPS * BATCH, torch.float32)
+    stream = Stream()
+    stream.samples = (images[k] for k in range(len(images)))
+    with caplog.at_level(logging.WARNING, "hf_saq"):
+        trainer = trained(tmp_path, SAQConfig(rho=0.2, reuse="previous"), data=stream)
+    assert trainer.state.global_step == STEPS
+    assert "Batch-norm statistics are not re-estimated: train_dataset is a stream" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, True, "8"], ids=str)
+def test_a_wrong_number_of_batches(wrong):
+    with pytest.raises(ValueError, match="SAQConfig.norm_batches=.*expected an integer >= 0, or None"):
+        SAQConfig(norm_batches=wrong)
