@@ -21,7 +21,7 @@ from ..shared.digits_training import accuracy, load_split, quantized, tiny_vit, 
 from ..shared.images import draw
 from ..shared.places import RESULTS
 from ..shared.runs import Runs, fingerprint_of
-from ..shared.schedule_variants import FULL, QAT, VARIANTS, saq_config
+from ..shared.schedule_variants import ECHOED, FULL, QAT, VARIANTS, saq_config
 from .page import write_page
 
 LONGER = "qat, twice the epochs"
@@ -29,10 +29,14 @@ OWN_RADIUS: dict[str, list[float]] = {
     "adaptive": [1.25, 2.5, 5.0, 10.0],
     "previous": [0.125, 0.25, 0.5, 1.0],
     "stale 5": [0.25, 0.5, 1.0],
+    "echo 2": [0.5, 1.0, 2.0],
+    "echo 3": [0.5, 1.0, 2.0],
+    ECHOED: [0.0],
 }
 """Ways to train whose perturbation is not that of `full`, and the multiples of its radius that they choose from.
 
-The radius of ASAM is in units of weights, and an `eps` made of other images does not find the steepest ascent."""
+The radius of ASAM is in units of weights, and an `eps` made of other images does not find the steepest ascent. Echoed
+batches at radius 0 are plain training that sees each batch twice: the control of `echo 2`."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_saq import SAQConfig
 
-QAT, FULL = "qat", "full"
+QAT, FULL, ECHOED = "qat", "full", "qat, echoed batches"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     QAT: {"case": None},
@@ -24,6 +24,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "interval 5, ascent 1/8": {"interval": 5, "ascent_fraction": 0.125},
     "stale 5": {"reuse": "stale", "interval": 5},
     "previous": {"reuse": "previous"},
+    "echo 2": {"reuse": "echo", "interval": 2},
+    "echo 3": {"reuse": "echo", "interval": 3},
+    ECHOED: {"reuse": "echo", "interval": 2},
     "look 5": {"reuse": "look", "interval": 5},
     "trigger": {"trigger": True},
     "case 1": {"case": 1},

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
 from hf_saq.sharpness.schedules import ScheduledStep
-from hf_saq.sharpness.schedules.trigger import NormTrigger
+from hf_saq.sharpness.schedules.rules.trigger import NormTrigger
 
 from ..shared.schedule_variants import QAT, VARIANTS, saq_config
 from ..shared.training_loop import adamw

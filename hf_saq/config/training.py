@@ -73,6 +73,13 @@ class SAQConfig:
     trigger: bool = field(
         default=False, metadata={"help": "Perturb when the gradient is long against its running mean (AE-SAM)."}
     )
+    match_radius: bool | None = field(
+        default=None,
+        metadata={
+            "help": "With ascent_fraction: adapt the radius so that the loss rises as much as in "
+            "the full step, measured now and then, in every 128th step later on."
+        },
+    )
     look_alpha: float = field(default=0.7, metadata={"help": "What reuse=look adds, relative to the gradient."})
     scale_lr_ratio: float = field(
         default=0.1,

@@ -42,9 +42,8 @@ class SharpnessAwareMinimizer:
     This is the one way to take a full step. Steps of one pass are made of [`displaced`], [`recorded`] and [`climb`];
     [`ScheduledStep`] does so.
 
-    One buffer of the size of the quantized weights is needed: `g_q`, which becomes `eps` in place. It exists on each
-    process and is not part of any state dict. (In cases 1 and 2 that buffer is the gradient of the latent weights, and
-    case 2 saves a copy of them while they are moved.)
+    One buffer of the size of the quantized weights is needed: `g_q`, which becomes `eps` in place; it is part of no
+    state dict. (In cases 1 and 2 it is the gradient of the latent weights, of which case 2 also saves a copy.)
 
     Parameters may be replaced, frozen or unfrozen between steps; each step perturbs what is trainable at that time.
 
@@ -67,6 +66,7 @@ class SharpnessAwareMinimizer:
 
     Attributes:
         ascent_norm (`float`): `norm` of the last perturbation.
+        radius_factor (`float`): Factor of `rho` in the next [`climb`]; a schedule may adapt it.
         skipped (`int`): How often `norm` was zero or not finite, so that `eps` was 0 (plain training on that step).
 
     Raises:
@@ -90,8 +90,7 @@ class SharpnessAwareMinimizer:
         self.model = model
         self.rho, self.case, self.adaptive, self.eta, self.sync = rho, case, adaptive, eta, sync
         self.perturb = tuple(perturb)
-        self.ascent_norm = 0.0
-        self.skipped = 0
+        self.ascent_norm, self.radius_factor, self.skipped = 0.0, 1.0, 0
         self._seam = Seam()
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
         self._rng: list[RNGState] = []  # one per first pass, oldest first
@@ -235,7 +234,7 @@ class SharpnessAwareMinimizer:
         self._grads, self._seam.leaves = None, {}
         if self.sync == "global":
             sharding.average_over_processes([g for g in grads.values() if not sharding.is_sharded(g)])
-        how = Climb(self.rho, self.case, self.adaptive, self.eta)
+        how = Climb(self.rho * self.radius_factor, self.case, self.adaptive, self.eta)
         eps, (self.ascent_norm, *numbers) = climb(grads, self._tensors, how, *also)
         self.skipped += not eps
         return eps, numbers

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..sharpness.schedules import Outcome
 
 LOSSES = ("loss", "perturbed_loss")
-QUANTITIES = (*LOSSES, "sharpness", "ascent_norm", "perturbed_share")
+QUANTITIES = (*LOSSES, "sharpness", "ascent_norm", "radius_factor", "perturbed_share")
 
 
 class StepLogs:
@@ -42,6 +42,8 @@ class StepLogs:
             self._add("sharpness", difference.detach() * micro_batches)
         if outcome.ascent_norm is not None:
             self._add("ascent_norm", outcome.ascent_norm)
+        if outcome.radius_factor is not None:
+            self._add("radius_factor", outcome.radius_factor)
         if was_watched:
             self._add("perturbed_share", float(outcome.ascent_norm is not None))
 

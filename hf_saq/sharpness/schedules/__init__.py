@@ -1,7 +1,7 @@
 """Decide when to perturb and what to reuse, and run the step under such a schedule.
 
-Each schedule is a [`StepRule`] in a file of its own (`two_passes`, `stale`, `previous`, `look`, `trigger`) and a line
-in `registry.py`; `schedule.py` has the tables of costs and of what goes together.
+Each schedule is a [`StepRule`] in a file of its own in `rules/` and a line in `registry.py`; `schedule.py` has the
+tables of costs and of what goes together.
 """
 
 from .knobs import KNOBS

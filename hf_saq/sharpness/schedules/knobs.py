@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-KNOBS = ("interval", "ascent_fraction", "reuse", "trigger")
+KNOBS = ("interval", "ascent_fraction", "reuse", "trigger", "match_radius")
 """Knobs that a preset decides."""
 
 
@@ -19,6 +19,7 @@ class Knobs:
     ascent_fraction: float = 1.0
     reuse: str | None = None
     trigger: bool = False
+    match_radius: bool = False
     look_alpha: float = 0.7
 
     def __post_init__(self) -> None:
@@ -28,8 +29,9 @@ class Knobs:
             raise ValueError(f"start={self.start!r}; expected a fraction of training from 0 to 1.")
         if not _is_number(self.ascent_fraction) or not 0 < self.ascent_fraction <= 1:
             raise ValueError(f"ascent_fraction={self.ascent_fraction!r}; expected a share of a batch, > 0 and <= 1.")
-        if not isinstance(self.trigger, bool):
-            raise ValueError(f"trigger={self.trigger!r}; expected True or False.")
+        for name in ("trigger", "match_radius"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; expected True or False.")
         if not _is_number(self.look_alpha) or not 0 <= self.look_alpha < math.inf:
             raise ValueError(f"look_alpha={self.look_alpha!r}; expected a finite number >= 0.")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "full": {"interval": 1, "ascent_fraction": 1.0, "reuse": None, "trigger": False},
-    "balanced": {"interval": 1, "ascent_fraction": 0.125, "reuse": None, "trigger": False},
-    "free": {"interval": 1, "ascent_fraction": 1.0, "reuse": "previous", "trigger": False},
+    "full": {"interval": 1, "ascent_fraction": 1.0, "reuse": None, "trigger": False, "match_radius": False},
+    "balanced": {"interval": 1, "ascent_fraction": 0.125, "reuse": None, "trigger": False, "match_radius": False},
+    "free": {"interval": 1, "ascent_fraction": 1.0, "reuse": "previous", "trigger": False, "match_radius": False},
 }
 """Name of a preset -> its knobs, for 2, 1.125 and 1 passes. In docs/schedules.md `balanced` is the cheapest schedule
 that keeps at least nine tenths of the gain of `full`; `free` is the one without a second pass."""

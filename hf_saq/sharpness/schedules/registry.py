@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .echo import Echo
-from .look import Look
-from .previous import Previous
 from .rule import StepRule
-from .stale import Stale
-from .trigger import Triggered
-from .two_passes import TwoPasses
+from .rules.echo import Echo
+from .rules.look import Look
+from .rules.previous import Previous
+from .rules.stale import Stale
+from .rules.trigger import Triggered
+from .rules.two_passes import TwoPasses
 
 SCHEDULES: dict[str | None, type[StepRule]] = {
     None: TwoPasses,

@@ -35,11 +35,14 @@ class Outcome:
         sharpness: Perturbed minus clean loss, for each micro-batch that has both of the same samples.
         ascent_norm: Norm of the gradient that a new `eps` was made of here, per sample and without loss scale; `None`
             if no new `eps` was made.
+        radius_factor: What `rho` is multiplied by, of the last micro-batch of a step whose schedule adapts it.
+        is_clean: Whether `loss` is that of the model itself.
     """
 
     loss: Tensor
     sharpness: list[Tensor] = field(default_factory=list)
     ascent_norm: float | None = None
+    radius_factor: float | None = None
     is_clean: bool = True
 
 
@@ -75,7 +78,7 @@ class MicroBatch:
 class StepRule(ABC):
     """Runs the passes of an optimizer step under one schedule.
 
-    A new schedule is a subclass and a line in `registry.py`. Class attributes say what a rule needs, so that
+    A new schedule is a file in `rules/` and a line in `registry.py`. Class attributes say what a rule needs, so that
     contradictions are refused before training starts. Subclasses implement [`micro_batch`]; those that remember
     something between steps also [`state`] and [`load_state`].
 
@@ -118,6 +121,11 @@ class StepRule(ABC):
     def first_passes(cls, knobs: Knobs) -> float:  # noqa: ARG003
         """Return the first passes of a step on average, in passes over whole batches: its cost beyond a plain step."""
         return 0.0
+
+    @classmethod
+    def can_match_radius(cls, knobs: Knobs) -> bool:  # noqa: ARG003
+        """Tell whether each step has an `eps` made of a part of its own batch, whose radius may be matched."""
+        return False
 
     @classmethod
     def perturbs_statistics(cls, knobs: Knobs) -> bool:  # noqa: ARG003

@@ -14,6 +14,7 @@ Cost of one optimizer step, in forward+backward passes; a plain step costs 1, th
 | `reuse="previous"`      | `eps` from the gradient that the only pass of the step before gave  | 1               |
 | `reuse="echo"`          | use each batch k steps in a row, perturb all but the first of them  | 1               |
 | `reuse="look"`          | keep a component of every k-th gradient, add it to those between    | 1 + 1/k         |
+| `match_radius`          | adapt the radius of an `eps` that is made of a part of its batch     | + 1/64          |
 | `trigger`               | perturb when the gradient is long against its running mean          | 1 + fired share |
 
 What goes together. `start` goes with everything, and so do all cases, `adaptive` and both kinds of `sync`:
@@ -36,6 +37,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .knobs import Knobs, ceil_of_product
+from .radius import COST
 from .registry import SCHEDULES, TRIGGER
 from .rule import Action, StepRule
 
@@ -50,6 +52,8 @@ class PerturbationSchedule(Knobs):
         ascent_fraction: Share of a micro-batch's samples, in (0, 1], that the first pass sees; two at least.
         reuse: What the steps between take from earlier ones; a key of `SCHEDULES`.
         trigger: Whether to decide by the gradient norm, see [`NormTrigger`].
+        match_radius: Whether to adapt the radius to that of the full step, see [`RadiusMatch`]; for
+            `ascent_fraction` below 1 without `reuse`.
         look_alpha: Length of what `reuse="look"` adds, relative to the gradient, >= 0.
 
     Raises:
@@ -61,6 +65,12 @@ class PerturbationSchedule(Knobs):
         if self.reuse not in SCHEDULES:
             raise ValueError(f"reuse={self.reuse!r}; expected one of {list(SCHEDULES)}.")
         self.rule.check(self)
+        if self.match_radius and not self.rule.can_match_radius(self):
+            raise ValueError(
+                f"match_radius=True with ascent_fraction={self.ascent_fraction}, reuse={self.reuse!r}, trigger="
+                f"{self.trigger}: the radius is matched where each step has a perturbation made of a part of its own "
+                "batch. Set ascent_fraction below 1 without reuse, or leave match_radius out."
+            )
 
     @property
     def rule(self) -> type[StepRule]:
@@ -71,12 +81,13 @@ class PerturbationSchedule(Knobs):
     def cost(self) -> float:
         """Return the mean number of forward+backward passes per step over a training; with `trigger`, the largest."""
         first_passes = self.rule.first_passes(self)
-        return 1 + (1 - self.start) * first_passes if first_passes else 1.0
+        matching = COST / self.interval if self.match_radius else 0.0
+        return 1 + (1 - self.start) * (first_passes + matching) if first_passes else 1.0
 
     @property
     def has_state(self) -> bool:
         """Tell whether a step depends on earlier ones by more than the weights."""
-        return self.rule.has_state
+        return self.rule.has_state or self.match_radius
 
     @property
     def perturbs_statistics(self) -> bool:

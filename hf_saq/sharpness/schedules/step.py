@@ -8,8 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from ..minimizer import SharpnessAwareMinimizer
+from .radius import RadiusMatch
 from .rule import Backward, MicroBatch, Outcome
 from .schedule import PerturbationSchedule
+
+RADIUS = "radius"
+"""Name of what the match of the radius remembers, among the stored values."""
 
 
 class ScheduledStep:
@@ -54,6 +58,7 @@ class ScheduledStep:
     ):
         self.minimizer, self.schedule = minimizer, schedule
         self.rule = schedule.rule(minimizer, schedule, loss_scale, sample_names)
+        self.radius = RadiusMatch(minimizer) if schedule.match_radius else None
 
     def micro_batch(self, k: int, batches: Sequence[Any], backward: Backward, step: int, total_steps: int) -> Outcome:
         """Leave the gradients of micro-batch `k` of optimizer step `step` in `p.grad`.
@@ -74,7 +79,17 @@ class ScheduledStep:
         action = self.schedule.action(step, total_steps)
         if action == "plain":
             return Outcome(backward(batches[k]))
-        return self.rule.micro_batch(MicroBatch(k, batches, backward, action, step / total_steps))
+        progress = step / total_steps
+        if self.radius is not None and k == 0:
+            self.radius.begin_step(batches, backward, progress)
+        outcome = self.rule.micro_batch(micro := MicroBatch(k, batches, backward, action, progress))
+        if self.radius is not None:
+            outcome.radius_factor = self.radius.factor if micro.is_last else None
+            if not outcome.is_clean:
+                self.radius.add(outcome.loss)
+            if micro.is_last:
+                self.radius.end_step()
+        return outcome
 
     def batches_of(self, drawn: Sequence[Any], step: int, total_steps: int) -> Sequence[Any]:
         """Return the micro-batches that optimizer step `step` uses: `drawn`, unless the schedule comes back to others.
@@ -95,10 +110,13 @@ class ScheduledStep:
         """Forget what earlier steps left, as for a new training."""
         self.minimizer.reset()
         self.rule.forget()
+        if self.radius is not None:
+            self.radius.forget()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what the next step needs of the earlier ones, on this process: named tensors, JSON-plain values."""
-        return self.rule.state()
+        tensors, values = self.rule.state()
+        return tensors, values if self.radius is None else {**values, RADIUS: self.radius.state()}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Load what [`state`] returned.
@@ -107,3 +125,5 @@ class ScheduledStep:
             ValueError: If the tensors are not those of this model.
         """
         self.rule.load_state(tensors, values)
+        if self.radius is not None:
+            self.radius.load_state(values[RADIUS])

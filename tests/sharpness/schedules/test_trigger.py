@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_saq.sharpness.schedules.trigger import NormTrigger
+from hf_saq.sharpness.schedules.rules.trigger import NormTrigger
 
 
 def test_trigger_follows_the_running_statistics():

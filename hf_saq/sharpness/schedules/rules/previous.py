@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..displacement import Displacement
-from .knobs import Knobs
-from .rule import MicroBatch, Outcome, StepRule
+from ...displacement import Displacement
+from ..knobs import Knobs
+from ..rule import MicroBatch, Outcome, StepRule
 
 
 class Previous(StepRule):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..displacement import Displacement
-from .knobs import Knobs
-from .rule import Action, MicroBatch, Outcome
+from ...displacement import Displacement
+from ..knobs import Knobs
+from ..rule import Action, MicroBatch, Outcome
 from .two_passes import TwoPasses
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import sharding
-from .knobs import Knobs
-from .rule import Action, MicroBatch, Outcome, StepRule
+from ... import sharding
+from ..knobs import Knobs
+from ..rule import Action, MicroBatch, Outcome, StepRule
 
 DECAY = 0.9
 """The paper's `delta`."""

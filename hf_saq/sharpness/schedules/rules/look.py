@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import sharding
-from .knobs import Knobs
-from .rule import Action, MicroBatch, Outcome
+from ... import sharding
+from ..knobs import Knobs
+from ..rule import Action, MicroBatch, Outcome
 from .stale import check_renewal
 from .two_passes import TwoPasses
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..displacement import Displacement
-from ..norm_statistics import frozen_norm_statistics
-from .knobs import Knobs
-from .rule import Action, MicroBatch, Outcome, StepRule
+from ...displacement import Displacement
+from ...norm_statistics import frozen_norm_statistics
+from ..knobs import Knobs
+from ..rule import Action, MicroBatch, Outcome, StepRule
 
 EPS, BATCHES = "eps.", "batches"
 """Names in the stored state: what stands before the name of a tensor of `eps`, and what holds the kept batches."""

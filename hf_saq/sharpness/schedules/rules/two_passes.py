@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..displacement import Displacement
-from ..norm_statistics import frozen_norm_statistics
-from .knobs import Knobs
-from .partial_batch import count_samples, first_samples, share_of_samples
-from .rule import Action, MicroBatch, Outcome, StepRule
+from ...displacement import Displacement
+from ...norm_statistics import frozen_norm_statistics
+from ..knobs import Knobs
+from ..partial_batch import count_samples, first_samples, share_of_samples
+from ..rule import Action, MicroBatch, Outcome, StepRule
 
 
 class TwoPasses(StepRule):
@@ -39,6 +39,10 @@ class TwoPasses(StepRule):
     @classmethod
     def first_passes(cls, knobs: Knobs) -> float:
         return knobs.ascent_fraction / knobs.interval
+
+    @classmethod
+    def can_match_radius(cls, knobs: Knobs) -> bool:
+        return cls is TwoPasses and knobs.ascent_fraction < 1
 
     @classmethod
     def perturbs_statistics(cls, knobs: Knobs) -> bool:

@@ -1,0 +1,115 @@
+"""Match the radius of an `eps` that is made of a part of its batch to that of the full step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import sharding
+from ..minimizer import SharpnessAwareMinimizer
+from ..norm_statistics import frozen_norm_statistics
+from ..parameter_gradients import set_aside
+from ..random_state import RNGState
+from .knobs import Knobs
+from .rule import Backward, MicroBatch
+from .rules.two_passes import TwoPasses
+
+EVERY = 128
+"""Steps between two measurements; at the beginning steps 1, 2, 4, 8, ... are measured, counted from 0."""
+
+COST = 2 / EVERY
+"""Passes that measurements add to a step, on average."""
+
+SMALLEST, LARGEST = 0.25, 4.0
+"""Bounds of the factor."""
+
+LARGEST_CHANGE = math.log(2)
+"""Bound of the change of the factor's logarithm at one measurement."""
+
+
+class RadiusMatch:
+    """Finds the factor of `rho` at which `eps` raises the loss as much as the full step's `eps` does at `rho`.
+
+    An `eps` of the same length that is made of a part of the batch climbs less: by how much depends on the model, so
+    that a constant factor such as `1 / sqrt(ascent_fraction)` is right for one and harms another. Now and then the
+    full step's two passes run on the micro-batches of a step before its own ones. With `r` the rise of the loss that
+    the step's `eps` caused and `R` that of the full step, the factor is multiplied by `sqrt(R / r)`, within bounds:
+    the exact ratio would be right for a linear loss and too much for a convex one, and single batches are noisy.
+
+    Args:
+        minimizer: Its `radius_factor` is set here.
+
+    Attributes:
+        factor (`float`): What `rho` is multiplied by.
+        steps (`int`): Perturbed steps so far.
+    """
+
+    def __init__(self, minimizer: SharpnessAwareMinimizer):
+        self.minimizer = minimizer
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, with the radius as it is."""
+        self.factor, self.steps = 1.0, 0
+        self.minimizer.radius_factor = 1.0
+        self._full: tuple[Tensor, Tensor] | None = None
+        self._perturbed: list[Tensor] = []
+
+    def begin_step(self, batches: Sequence[Any], backward: Backward, progress: float) -> None:
+        """Run the full step's passes if it is time to measure; gradients, random state and statistics stay as they
+        are."""
+        self._full, self._perturbed = None, []
+        is_due = self.steps % EVERY == 0 or self.steps < EVERY and self.steps.bit_count() == 1
+        is_due &= self.steps > 0
+        self.steps += 1
+        if not is_due:
+            return
+        minimizer, reference = self.minimizer, TwoPasses(self.minimizer, Knobs())
+        before, skipped = RNGState(), minimizer.skipped
+        minimizer.radius_factor = 1.0
+
+        def unreduced(batch: Any, reduce: bool = True) -> Tensor:  # noqa: ARG001 (a `Backward`)
+            return backward(batch, reduce=False)
+
+        try:
+            with set_aside(minimizer.model.parameters()), frozen_norm_statistics(minimizer.model):
+                outcomes = [
+                    reference.micro_batch(MicroBatch(k, batches, unreduced, "two passes", progress))
+                    for k in range(len(batches))
+                ]
+        finally:
+            before.restore()
+            minimizer.reset()
+            minimizer.radius_factor, minimizer.skipped = self.factor, skipped
+        clean, rises = [o.loss for o in outcomes], [rise for o in outcomes for rise in o.sharpness]
+        self._full = sum(clean[1:], clean[0]), sum(rises[1:], rises[0])
+
+    def add(self, perturbed_loss: Tensor) -> None:
+        """Take in the loss of one micro-batch at the point that the step's own `eps` leads to."""
+        self._perturbed.append(perturbed_loss)
+
+    def end_step(self) -> None:
+        """Adapt the factor if this step was measured; alike on all processes."""
+        if self._full is None or not self._perturbed:
+            return
+        clean, full_rise = self._full
+        rise = sum(self._perturbed[1:], self._perturbed[0]) - clean
+        wanted, found = sharding.averaged(full_rise).item(), sharding.averaged(rise).item()
+        if not (math.isfinite(wanted) and math.isfinite(found) and wanted > 0):
+            return
+        change = 0.5 * math.log(wanted / found) if found > 0 else LARGEST_CHANGE
+        change = min(max(change, -LARGEST_CHANGE), LARGEST_CHANGE)
+        self.factor = min(max(self.factor * math.exp(change), SMALLEST), LARGEST)
+        self.minimizer.radius_factor = self.factor
+
+    def state(self) -> dict[str, float]:
+        """Return what a resumed run needs, JSON-plain."""
+        return {"factor": self.factor, "steps": self.steps}
+
+    def load_state(self, values: dict[str, float]) -> None:
+        """Take what [`state`] gave."""
+        self.factor, self.steps = values["factor"], int(values["steps"])
+        self.minimizer.radius_factor = self.factor
