@@ -39,9 +39,7 @@ class AccuracyArguments:
             unknown = sorted(set(found) - set(known))
             if unknown:
                 raise ValueError(f"--{name} {unknown}: unknown; expected some of {list(known)}.")
-        trials = {seed for name in self.tasks for seed in TASKS[name].trial_seeds}
-        if set(self.seeds) & trials:
-            raise ValueError(f"--seeds {self.seeds}: expected none of {sorted(trials)}, which radii are chosen with.")
+        self.check_seeds()
         possible = {bits for name in self.tasks for bits in TASKS[name].bits}
         if self.bits is not None and not set(self.bits) & possible:
             raise ValueError(
@@ -49,6 +47,11 @@ class AccuracyArguments:
             )
         if self.processes < 1:
             raise ValueError(f"--processes {self.processes}: expected at least one.")
+
+    def check_seeds(self) -> None:
+        trials = {seed for name in self.tasks for seed in TASKS[name].trial_seeds}
+        if set(self.seeds) & trials:
+            raise ValueError(f"--seeds {self.seeds}: expected none of {sorted(trials)}, which radii are chosen with.")
 
     def paths(self) -> Paths:
         return Paths(**{place.name: Path(getattr(self, place.name)) for place in fields(Paths)})

@@ -108,6 +108,7 @@ class Study:
             "test_images": task.test_images,
             "quantization": task.quantization,
             "device": self.args.device,
+            **way.control,
         }
 
     def outcomes(

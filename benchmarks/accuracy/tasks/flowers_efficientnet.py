@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def build() -> nn.Module:
     return prepared(TimmWrapperForImageClassification(TimmWrapperConfig(architecture=ARCHITECTURE, **CHANGES)))
 
 
+def pretrained(directory: Path) -> nn.Module:
+    """The model of [`build`] with the weights in `directory` and a new head."""
+    return prepared(
+        TimmWrapperForImageClassification.from_pretrained(directory, ignore_mismatched_sizes=True, **CHANGES)
+    )
+
+
 def prepared(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -38,9 +46,7 @@ def prepared(model: nn.Module) -> nn.Module:
 
 def train_float(paths: Paths, data: Data, drawn: Images, seed: int) -> nn.Module:  # noqa: ARG001
     torch.manual_seed(SEED)  # of the new head, and of dropout
-    model = prepared(
-        TimmWrapperForImageClassification.from_pretrained(paths.efficientnet, ignore_mismatched_sizes=True, **CHANGES)
-    )
+    model = pretrained(paths.efficientnet)
     batches = data.training_batches(data.training, FLOAT_BATCH, SEED)
     fit(model, batches, FLOAT_STEPS, TASK.optimizer_of(model, FLOAT_LEARNING_RATE), warmup=FLOAT_WARMUP)
     return model
