@@ -5,8 +5,8 @@
     python -m benchmarks.accuracy.sweep --tasks digits --bits 2 --images_per_class 5 30 60 --methods qat "case 3"
 
 For every task and number of bits: learning rates and radii, chosen on validation images with seeds of their own (how:
-`benchmarks/accuracy/choosing.py`, docs/protocol.md); then all methods on all seeds from the same float model. One JSON for each run;
-`benchmarks/accuracy/page.py` makes docs/results.md of them.
+`benchmarks/accuracy/choosing.py`, docs/protocol.md); then all methods on all seeds from the same float model. One JSON
+for each run; `benchmarks/accuracy/page.py` makes docs/results.md of them.
 """
 
 from __future__ import annotations
