@@ -92,7 +92,6 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     )
 
     if arguments.get("clean_batches"):
-        model.train()
         update_bn((batch["pixels"] for batch in islice(batches, arguments["clean_batches"])), model)
 
     def score(scored: nn.Module, some: Images) -> float:

@@ -21,14 +21,14 @@ def load_photographs(directory: Path, splits: Sequence[str], size: int, stored: 
             `test` among them.
         size: The shorter side is resized to so many pixels, the middle of the longer one kept.
     """
-    return splits_made_once(stored, splits, lambda split: _decode(directory, split, size))
+    return splits_made_once(stored, splits, lambda split: _decode(directory, split, size, stored.parent / "datasets"))
 
 
-def _decode(directory: Path, split: str, size: int) -> Images:
+def _decode(directory: Path, split: str, size: int, cache: Path) -> Images:
     from torchvision.transforms import v2
 
     named = DataTrainingArguments(dataset_name=str(directory), eval_split="test" if split == "train" else split)
-    rows = load_images(named, seed=0)["train" if split == "train" else "eval"]
+    rows = load_images(named, seed=0, cache_dir=str(cache))["train" if split == "train" else "eval"]
     resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     pixels = torch.stack([resize(row["image"].convert("RGB")) for row in rows])
     return Images(pixels, torch.tensor(rows["label"][:]))
