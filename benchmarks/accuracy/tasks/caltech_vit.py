@@ -16,7 +16,7 @@ from ..task import Data, Paths, Task
 
 SIZE, STORED_SIZE, CLASSES = 112, 128, 101
 VALIDATION = 0.2
-FLOAT_STEPS, FLOAT_WARMUP, FLOAT_LEARNING_RATE = 400, 20, 2e-4
+FLOAT_STEPS, FLOAT_BATCH, FLOAT_WARMUP, FLOAT_LEARNING_RATE = 400, 48, 20, 2e-4
 SEED = 0
 
 
@@ -41,7 +41,7 @@ def normalize(pixels: Tensor) -> Tensor:
 def train_float(paths: Paths, data: Data, drawn: Images, seed: int) -> nn.Module:  # noqa: ARG001
     torch.manual_seed(SEED)  # of the new head
     model = vit_tiny.pretrained(paths.vit_tiny, CLASSES, SIZE)
-    batches = data.training_batches(data.training, TASK.batch_size, SEED)
+    batches = data.training_batches(data.training, FLOAT_BATCH, SEED)
     fit(model, batches, FLOAT_STEPS, TASK.optimizer_of(model, FLOAT_LEARNING_RATE), warmup=FLOAT_WARMUP)
     return model
 
@@ -51,7 +51,7 @@ TASK = Task(
     description="Caltech-101 without the background class, up to 30 images of each class to train on, a fifth of "
     f"which is set aside to choose by, {SIZE} x {SIZE} pixels cut out of {STORED_SIZE} and mirrored, and "
     "transformers' ViT-tiny with ImageNet weights, its position embeddings interpolated once to 49 patches, "
-    f"fine-tuned in float in {FLOAT_STEPS} steps, AdamW, learning rate {FLOAT_LEARNING_RATE:g} after "
+    f"fine-tuned in float in {FLOAT_STEPS} steps of {FLOAT_BATCH}, AdamW, learning rate {FLOAT_LEARNING_RATE:g} after "
     f"{FLOAT_WARMUP} steps of warm-up.",
     load=load,
     build=partial(vit_tiny.build, CLASSES, SIZE),
