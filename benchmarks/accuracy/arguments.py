@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..shared.places import CIFAR, FLOWERS, MOBILENET, RESNET20, RESULTS
+from ..shared.places import CALTECH, CIFAR, EFFICIENTNET, FLOWERS, MOBILENET, RESNET20, RESULTS, VIT_TINY
 from .methods import DEFAULT, METHODS
 from .task import Paths
 from .tasks import TASKS
@@ -30,15 +30,16 @@ class AccuracyArguments:
     mobilenet: str = field(default=MOBILENET, metadata={"help": "MobileNetV2 1.0, 224."})
     cifar: str = field(default=CIFAR, metadata={"help": "CIFAR-10 as parquet files."})
     resnet20: str = field(default=RESNET20, metadata={"help": "Weights of ResNet-20."})
+    caltech: str = field(default=CALTECH, metadata={"help": "Caltech-101 as parquet files."})
+    vit_tiny: str = field(default=VIT_TINY, metadata={"help": "ViT-tiny/16 of transformers, 224."})
+    efficientnet: str = field(default=EFFICIENTNET, metadata={"help": "EfficientNet-Lite0 of timm, 224."})
 
     def __post_init__(self) -> None:
         for name, found, known in (("tasks", self.tasks, TASKS), ("methods", self.methods, METHODS)):
             unknown = sorted(set(found) - set(known))
             if unknown:
                 raise ValueError(f"--{name} {unknown}: unknown; expected some of {list(known)}.")
-        trials = {seed for name in self.tasks for seed in TASKS[name].trial_seeds}
-        if set(self.seeds) & trials:
-            raise ValueError(f"--seeds {self.seeds}: expected none of {sorted(trials)}, which radii are chosen with.")
+        self.check_seeds()
         possible = {bits for name in self.tasks for bits in TASKS[name].bits}
         if self.bits is not None and not set(self.bits) & possible:
             raise ValueError(
@@ -47,5 +48,10 @@ class AccuracyArguments:
         if self.processes < 1:
             raise ValueError(f"--processes {self.processes}: expected at least one.")
 
+    def check_seeds(self) -> None:
+        trials = {seed for name in self.tasks for seed in TASKS[name].trial_seeds}
+        if set(self.seeds) & trials:
+            raise ValueError(f"--seeds {self.seeds}: expected none of {sorted(trials)}, which radii are chosen with.")
+
     def paths(self) -> Paths:
-        return Paths(*(Path(p) for p in (self.flowers, self.mobilenet, self.cifar, self.resnet20, self.cache)))
+        return Paths(**{place.name: Path(getattr(self, place.name)) for place in fields(Paths)})

@@ -12,6 +12,7 @@ from ..shared.schedule_variants import saq_config
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
 CASES = ("case 1", "case 2")
 DISTILL_ALPHA = 0.5
+CLEAN_BATCHES = 15
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,21 @@ class Method:
         radius_of: Method whose radius it uses; itself, if it has one of its own.
         length: Steps, relative to those of plain training.
         distill_alpha: Weight of the float model's logits in the loss.
+        echoed: Whether every batch is trained on in two steps in a row.
+        clean_batches: Training batches that batch-norm statistics are estimated anew from when training is over.
     """
 
     saq: dict[str, Any] | None = field(default_factory=dict)
     radius_of: str = SAQ
     length: int = 1
     distill_alpha: float = 0.0
+    echoed: bool = False
+    clean_batches: int = 0
+
+    @property
+    def control(self) -> dict[str, Any]:
+        """What only controls have, for the arguments of a run."""
+        return {name: getattr(self, name) for name in ("echoed", "clean_batches") if getattr(self, name)}
 
     @property
     def passes(self) -> float:
@@ -46,8 +56,12 @@ METHODS: dict[str, Method] = {
     BALANCED: Method(dict(PRESETS["balanced"])),
     "qat, distilled": Method(saq=None, distill_alpha=DISTILL_ALPHA),
     "case 3, distilled": Method(distill_alpha=DISTILL_ALPHA),
+    "qat, echoed batches": Method(saq=None, echoed=True),
+    "qat, clean statistics": Method(saq=None, clean_batches=CLEAN_BATCHES),
 }
-"""`case 2` is SAM as it stands, on a quantized model; `balanced` is the preset. In the order of the tables."""
+"""`case 2` is SAM as it stands, on a quantized model; `balanced` is the preset. In the order of the tables.
+
+The last two are controls: they share with cheap schedules all but the perturbation (docs/protocol.md)."""
 
 DEFAULT = [QAT, SAQ, LONGER, "case 2", "case 1", ADAPTIVE, BALANCED]
 """Those of a sweep unless others are asked for: what carries a claim first."""

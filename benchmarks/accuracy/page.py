@@ -18,6 +18,7 @@ from .methods import METHODS, QAT, SAQ
 from .plots import draw_gains, draw_sizes
 from .settings import settings_of, size_studies, training_images
 from .tables import claims, size_table, table
+from .task import Task
 from .tasks import TASKS
 
 
@@ -80,13 +81,19 @@ def how(records: Sequence[dict[str, Any]]) -> str:
             lines.append(
                 f"- **{task.title}**: {task.description} {task.steps} steps of {a['batch_size']} images, "
                 f"{'AdamW' if a['optimizer'] == 'adamw' else 'SGD with momentum 0.9'}, {decay}; {tested} test images. "
-                + (
-                    "Cases 1 and 2 use the radius of case 3."
-                    if task.shared_radius
-                    else "Each case has its own radius."
-                )
+                + how_chosen(task)
             )
     return "\n".join(lines) + "\n"
+
+
+def how_chosen(task: Task) -> str:
+    if task.trials:
+        at = "" if task.tuned_at is None else f", at {task.tuned_at} bits for all"
+        return (
+            f"Here every method has a learning rate and a radius of its own, the best of {task.trials} trials "
+            f"each{at} ([protocol.md](protocol.md))."
+        )
+    return "Cases 1 and 2 use the radius of case 3." if task.shared_radius else "Each case has its own radius."
 
 
 def chosen(records: Sequence[dict[str, Any]]) -> str:
@@ -110,7 +117,7 @@ def chosen(records: Sequence[dict[str, Any]]) -> str:
     rank = sorted(scores, key=lambda k: (order.index(k[0]), -k[1], methods.index(k[2]), k[3], k[4]))
     for key in rank:
         name, bits, method, lr, rho = key
-        radius = f"{rho:g}" if method != QAT else "-"
+        radius = f"{rho:g}" if rho else "-"
         values = scores[key]
         lines.append(row(name, str(bits), method, f"{lr:g}", radius, f"{mean(values):.2f}", str(len(values))))
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""One task at one number of bits: its learning rate and radii are chosen, then all methods run on all seeds."""
+"""One task at one number of bits: learning rates and radii are chosen, then all methods run on all seeds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Any
 
 from ..shared.runs import Runs, fingerprint_of
 from .arguments import AccuracyArguments
-from .methods import METHODS, QAT
+from .choosing import Chosen, choose
+from .methods import METHODS
 from .task import Paths, Task
 from .tasks import TASKS
 from .training import float_state, train_one
-
-GIVE_UP = 0.05
-"""Values are no longer tried once one is this much worse in validation accuracy than the best so far."""
 
 
 @dataclass
@@ -35,11 +33,11 @@ class Study:
         return TASKS[self.task_name]
 
     def run(self) -> None:
-        lr, radii = self.chosen()
+        chosen = self.chosen()
         counts: Sequence[int | None] = self.args.images_per_class or [self.task.images_per_class]
         for count in counts:
             jobs = [  # seed by seed: an interrupted sweep has complete pairs
-                self.arguments("run", self.bits, name, seed, lr, radii.get(self.task.radius_of(name)), count)
+                self.arguments("run", self.bits, name, seed, *chosen[name], count)
                 for seed in self.args.seeds
                 for name in self.args.methods
             ]
@@ -71,35 +69,21 @@ class Study:
                     f"methods are compared seed by seed. Choose --seeds other than {used}, or another --results."
                 )
 
-    def chosen(self) -> tuple[float, dict[str, float]]:
-        """Learning rate of plain QAT, and the radius of each method that has one of its own.
+    def chosen(self) -> dict[str, Chosen]:
+        """What each method trains with, at these bits or at those that the task is tuned at."""
+        return choose(self.task, self.args.methods, self.validation)
 
-        Each is the best in mean validation accuracy, the smaller of equals. They are tried from the smallest up.
-        """
+    def validation(self, method: str, settings: Chosen) -> float:
+        """Mean validation accuracy of the trials of `method`."""
         task = self.task
         bits = self.bits if task.tuned_at is None else task.tuned_at
-
-        def best(values: Sequence[float], arguments: Callable[[float, int], dict[str, Any]]) -> float:
-            means: dict[float, float] = {}
-            for value in sorted(values):
-                found = self.outcomes([arguments(value, seed) for seed in task.trial_seeds])
-                means[value] = mean(outcome["validation"] for outcome in found)
-                if means[value] < max(means.values()) - GIVE_UP:
-                    break
-            return max(means, key=means.__getitem__)
-
-        count = task.images_per_class
-        lr = best(task.learning_rates, lambda v, seed: self.arguments("trial", bits, QAT, seed, v, None, count))
-        needed = {task.radius_of(m) for m in self.args.methods if METHODS[m].saq is not None}
-        radii = {}
-        for name in METHODS:
-            if name in needed:
-                values = task.adaptive_radii if "adaptive" in (METHODS[name].saq or {}) else task.radii
-                radii[name] = best(
-                    values,
-                    lambda v, seed, name=name: self.arguments("trial", bits, name, seed, lr, v, count),  # type: ignore[misc]
-                )
-        return lr, radii
+        found = self.outcomes(
+            [
+                self.arguments("trial", bits, method, seed, settings.lr, settings.rho, task.images_per_class)
+                for seed in task.trial_seeds
+            ]
+        )
+        return mean(outcome["validation"] for outcome in found)
 
     def arguments(
         self, kind: str, bits: int, method: str, seed: int, lr: float, rho: float | None, count: int | None
@@ -124,14 +108,18 @@ class Study:
             "test_images": task.test_images,
             "quantization": task.quantization,
             "device": self.args.device,
+            **way.control,
         }
 
-    def outcomes(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """In the order of `jobs`; those that are not stored yet are run in the pool."""
+    def outcomes(
+        self, jobs: list[dict[str, Any]], name_of: Callable[[dict[str, Any]], str] | None = None
+    ) -> list[dict[str, Any]]:
+        """In the order of `jobs`; those that are not stored yet, under their [`file_name`] or that of `name_of`, are
+        run in the pool."""
 
         def outcome(arguments: dict[str, Any]) -> dict[str, Any]:
             once = self.runs.once(
-                file_name(arguments, self.task),
+                name_of(arguments) if name_of else file_name(arguments, self.task),
                 arguments,
                 lambda: self.pool.submit(train_one, arguments, self.paths).result(),
             )

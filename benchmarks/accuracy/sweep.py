@@ -4,9 +4,9 @@
     python -m benchmarks.accuracy.sweep --tasks digits --bits 2 --methods qat "case 3" --seeds 0 1 --processes 2
     python -m benchmarks.accuracy.sweep --tasks digits --bits 2 --images_per_class 5 30 60 --methods qat "case 3"
 
-For every task and number of bits: learning rate of plain QAT, then the radius of every case, chosen on validation
-images with seeds of their own; then all methods on all seeds from the same float model. One JSON for each run;
-`benchmarks/accuracy/page.py` makes docs/results.md of them.
+For every task and number of bits: learning rates and radii, chosen on validation images with seeds of their own (how:
+`benchmarks/accuracy/choosing.py`, docs/protocol.md); then all methods on all seeds from the same float model. One JSON
+for each run; `benchmarks/accuracy/page.py` makes docs/results.md of them.
 """
 
 from __future__ import annotations

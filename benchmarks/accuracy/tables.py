@@ -67,24 +67,38 @@ def sentences(settings: Sequence[Setting]) -> list[str]:
 
 
 def table(setting: Setting) -> str:
-    """Of one setting: every method, its cost, accuracy and gain."""
+    """Of one setting: every method, its cost, accuracy and gain.
+
+    Where every method has a learning rate of its own, that rate, and cost as it was measured: passes over those of
+    plain training, processor seconds of a run.
+    """
+    measured = TASKS[setting.task].trials > 0
+    more = ["CPU s", "learning rate"] if measured else []
     lines = [
         f"## {setting.name}",
         "",
         f"{training_images(setting)} training images; {floats(setting)}",
         "",
-        *head("method", "passes", "radius", "seeds", "top-1 %", "gain over QAT"),
+        *head("method", "passes", *more, "radius", "seeds", "top-1 %", "gain over QAT"),
     ]
     for method in METHODS:
         test = setting.test(method)
         if not test:
             continue
-        saq = next(iter(setting.runs[method].values()))["arguments"]["saq"]
+        runs = list(setting.runs[method].values())
+        saq = runs[0]["arguments"]["saq"]
+        passes = METHODS[method].passes
+        more = []
+        if measured:
+            passes = METHODS[method].length * mean(run["outcome"]["passes"] for run in runs)
+            seconds = mean(run["outcome"]["cpu_seconds"] for run in runs)
+            more = [f"{seconds:.0f}", f"{runs[0]['arguments']['lr']:g}"]
         spread = f" ± {stdev(test.values()):.2f}" if len(test) > 1 else ""
         gain = setting.gain(method) if method != QAT else None
         cells = [
             method,
-            f"{METHODS[method].passes:.2f}",
+            f"{passes:.2f}",
+            *more,
             f"{saq['rho']:g}" if saq else "-",
             str(len(test)),
             f"{mean(test.values()):.2f}{spread}",

@@ -23,6 +23,9 @@ class Paths:
     mobilenet: Path
     cifar: Path
     resnet20: Path
+    caltech: Path
+    vit_tiny: Path
+    efficientnet: Path
     cache: Path
 
 
@@ -70,7 +73,10 @@ class Task:
         images_per_class: That a seed draws; `None`: all.
         steps: Optimizer steps of quantized training.
         optimizer: `adamw` or `sgd`.
-        learning_rates: To choose from on the validation images, with plain QAT.
+        learning_rates: To choose from on the validation images, with plain QAT; those of methods that perturb where
+            `plain_learning_rates` are given.
+        plain_learning_rates: Given, every method chooses a learning rate and a radius of its own, with as many trials
+            for each; those that do not perturb choose from these.
         radii: To choose from on the validation images, for each case of its own.
         adaptive_radii: The same for the adaptive perturbation, whose radius is in other units.
         quantization: Fields of `SAQQuantizationConfig` besides the bits.
@@ -95,6 +101,7 @@ class Task:
     optimizer: str
     weight_decay: float
     learning_rates: tuple[float, ...]
+    plain_learning_rates: tuple[float, ...] = ()
     radii: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     adaptive_radii: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     quantization: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +111,24 @@ class Task:
     channels_last: bool = False
     needs: tuple[str, ...] = ()
     tuned_at: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("radii", "adaptive_radii") if self.plain_learning_rates else ():
+            trials = len(self.learning_rates) + len(getattr(self, name)) - 1
+            if trials != self.trials:
+                raise ValueError(
+                    f"{self.title}: {self.trials} plain_learning_rates; expected {trials}, as many as learning_rates "
+                    f"and {name} have trials."
+                )
+
+    @property
+    def trials(self) -> int:
+        """Of every method, each with all `trial_seeds`; 0 where methods share a learning rate."""
+        return len(self.plain_learning_rates)
+
+    def radii_of(self, method: str) -> tuple[float, ...]:
+        """What `method` may choose from, smallest first."""
+        return tuple(sorted(self.adaptive_radii if "adaptive" in (METHODS[method].saq or {}) else self.radii))
 
     def radius_of(self, method: str) -> str:
         """The method whose radius `method` uses."""

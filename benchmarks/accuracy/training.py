@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from examples.distillation import distillation_loss
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
@@ -75,10 +78,11 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     shown = data.evaluation_batches(images[slice(0, CALIBRATION_BATCHES * CALIBRATION_BATCH)], CALIBRATION_BATCH)
     calibrate(model, [moved(batch, device, layout)["pixels"] for batch in shown])
     saq = None if arguments["saq"] is None else saq_of(arguments["saq"])
+    batches = (moved(batch, device, layout) for batch in data.training_batches(images, task.batch_size, seed))
     torch.manual_seed(seed)  # of dropout
     outcome = fit(
         model,
-        (moved(batch, device, layout) for batch in data.training_batches(images, task.batch_size, seed)),
+        twice(batches) if arguments.get("echoed") else batches,
         arguments["steps"],
         task.optimizer_of(model, arguments["lr"]),
         saq,
@@ -86,6 +90,9 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
         if not arguments["distill_alpha"]
         else partial(distilled, teacher(float_model, device), arguments["distill_alpha"]),
     )
+
+    if arguments.get("clean_batches"):
+        update_bn((batch["pixels"] for batch in islice(batches, arguments["clean_batches"])), model)
 
     def score(scored: nn.Module, some: Images) -> float:
         return accuracy(scored.to(device), (moved(batch, device, layout) for batch in data.evaluation_batches(some)))
@@ -108,6 +115,13 @@ def saq_of(stored: dict[str, Any]) -> SAQConfig:
 def moved(batch: Batch, device: torch.device, layout: torch.memory_format) -> Batch:
     pixels = batch["pixels"].to(device, memory_format=layout)
     return {"pixels": pixels, "labels": batch["labels"].to(device)}
+
+
+def twice(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Each batch two times in a row, its augmentation included."""
+    for batch in batches:
+        yield batch
+        yield batch
 
 
 def teacher(model: nn.Module, device: torch.device) -> nn.Module:

@@ -52,6 +52,17 @@ def draw_per_class(images: Images, count: int, seed: int) -> Images:
     return images[torch.cat(kept).sort().values]
 
 
+def split_per_class(images: Images, share: float, seed: int) -> tuple[Images, Images]:
+    """`share` of the images of each class, rounded, and the others; both in the order of `images`."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    labels = images.labels[order]
+    taken = torch.zeros(len(images), dtype=torch.bool)
+    for label in labels.unique():
+        of_class = order[labels == label]
+        taken[of_class[: round(share * len(of_class))]] = True
+    return images[taken], images[~taken]
+
+
 def shuffled_batches(images: Images, batch_size: int, generator: torch.Generator) -> Iterator[Images]:
     """Batches without end, every epoch in a random order of its own; its last batch may be smaller."""
     while True:

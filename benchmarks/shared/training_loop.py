@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,16 +50,18 @@ def take_steps(
     optimizer: torch.optim.Optimizer,
     saq: SAQConfig | None = None,
     loss_of: Callable[[nn.Module, Batch], Tensor] = plain_loss,
+    warmup: int = 0,
 ) -> tuple[list[Tensor], int]:
     """Train `model` in place for `total` steps, the learning rate along a cosine to zero.
 
     Args:
         saq: When and how to perturb; `None` or `case=None`: never.
+        warmup: First steps, in which the learning rate rises to where the cosine starts.
 
     Returns:
         The loss that each step reported, and how many of the steps were perturbed.
     """
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+    scheduler = _cosine(optimizer, total, warmup)
     scheduled = None
     if saq is not None and saq.case is not None:
         assert saq.rho is not None
@@ -89,6 +92,18 @@ def take_steps(
     return losses, perturbed
 
 
+def _cosine(optimizer: torch.optim.Optimizer, total: int, warmup: int) -> torch.optim.lr_scheduler.LRScheduler:
+    if not warmup:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
 def fit(
     model: nn.Module,
     batches: Iterator[Batch],
@@ -97,6 +112,7 @@ def fit(
     saq: SAQConfig | None = None,
     loss_of: Callable[[nn.Module, Batch], Tensor] = plain_loss,
     last: int = 16,
+    warmup: int = 0,
 ) -> dict[str, Any]:
     """Train as [`take_steps`] does and sum up how it went.
 
@@ -104,13 +120,28 @@ def fit(
         last: Number of last steps whose losses are averaged.
 
     Returns:
-        `steps`; `cpu_seconds` of this process; `training_loss`, the mean that the last steps reported;
+        `steps`; `passes`, forward and backward, that an image of a step went through, as counted; `cpu_seconds` of
+        this process; `training_loss`, the mean that the last steps reported;
         `perturbed_share` of the steps.
     """
     started = time.process_time()
-    losses, perturbed = take_steps(model, batches, total, optimizer, saq, loss_of)
+    given = passed = 0
+
+    def counted_batches() -> Iterator[Batch]:
+        nonlocal given
+        for batch in batches:
+            given += len(batch["labels"])
+            yield batch
+
+    def counted_loss(model: nn.Module, batch: Batch) -> Tensor:
+        nonlocal passed
+        passed += len(batch["labels"])
+        return loss_of(model, batch)
+
+    losses, perturbed = take_steps(model, counted_batches(), total, optimizer, saq, counted_loss, warmup)
     return {
         "steps": total,
+        "passes": passed / given,
         "cpu_seconds": time.process_time() - started,
         "training_loss": torch.stack(losses[-last:]).mean().item(),
         "perturbed_share": perturbed / total,

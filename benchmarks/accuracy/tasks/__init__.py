@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from ..task import Task
-from . import cifar_resnet, cifar_vit, digits, flowers
+from . import caltech_vit, cifar_resnet, cifar_vit, digits, flowers, flowers_efficientnet, flowers_vit
 
 TASKS: dict[str, Task] = {
     "digits": digits.TASK,
     "flowers": flowers.TASK,
     "cifar-resnet": cifar_resnet.TASK,
     "cifar-vit": cifar_vit.TASK,
+    "flowers-vit": flowers_vit.TASK,
+    "caltech-vit": caltech_vit.TASK,
+    "flowers-efficientnet": flowers_efficientnet.TASK,
 }

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-from examples.image_data import DataTrainingArguments, load_images
 from examples.image_model import refit_batch_norm
 
 from ...shared import images
 from ...shared.images import Images, center_crop, crop_and_mirror
-from ...shared.stored_tensors import splits_made_once
 from ...shared.training_loop import fit
+from ..sources.photographs import load_photographs
 from ..task import Data, Paths, Task
 
-SIZE, STORED_SIZE = 64, 73
-CHANGES: dict[str, Any] = {"num_labels": 102, "classifier_dropout_prob": 0.2}
+SIZE, STORED_SIZE, CLASSES = 64, 73, 102
+CHANGES: dict[str, Any] = {"num_labels": CLASSES, "classifier_dropout_prob": 0.2}
 BATCH_NORM_MOMENTUM = 0.1
 MEAN = STD = (0.5, 0.5, 0.5)
 """What the checkpoint was trained with."""
@@ -28,32 +26,20 @@ SEED = 0
 
 
 def load(paths: Paths) -> Data:
-    stored = paths.cache / f"flowers-{STORED_SIZE}.safetensors"
-    training, validation, test = splits_made_once(
-        stored, ("train", "validation", "test"), lambda split: _decode(paths.flowers, split)
-    )
+    return load_at(paths, SIZE, STORED_SIZE, MEAN, STD)
+
+
+def load_at(paths: Paths, size: int, stored_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Data:
+    """The official split, `size x size` pixels cut out of `stored_size`, mirrored and normalized."""
+    stored = paths.cache / f"flowers-{stored_size}.safetensors"
+    training, validation, test = load_photographs(paths.flowers, ("train", "validation", "test"), stored_size, stored)
     return Data(
         training,
         validation,
         images.draw(test, len(test), SEED),  # the files have them in an order of their own
-        lambda pixels, generator: normalize(crop_and_mirror(pixels, SIZE, generator)),
-        lambda pixels: normalize(center_crop(pixels, SIZE)),
+        lambda pixels, generator: images.normalize(crop_and_mirror(pixels, size, generator), mean, std),
+        lambda pixels: images.normalize(center_crop(pixels, size), mean, std),
     )
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    return images.normalize(pixels, MEAN, STD)
-
-
-def _decode(directory: Path, split: str) -> Images:
-    """The whole split, the shorter side resized to 73 pixels and the middle kept."""
-    from torchvision.transforms import v2
-
-    named = DataTrainingArguments(dataset_name=str(directory), eval_split="test" if split == "train" else split)
-    rows = load_images(named, SEED)["train" if split == "train" else "eval"]
-    resize = v2.Compose([v2.Resize(STORED_SIZE), v2.CenterCrop(STORED_SIZE), v2.PILToTensor()])
-    pixels = torch.stack([resize(row["image"].convert("RGB")) for row in rows])
-    return Images(pixels, torch.tensor(rows["label"][:]))
 
 
 def build() -> nn.Module:

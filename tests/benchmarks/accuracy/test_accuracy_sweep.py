@@ -98,6 +98,41 @@ def test_the_best_radius_on_validation_is_taken(tiny, tmp_path, monkeypatch):
     assert chosen["balanced"] == {"rho": 0.1, **PRESETS["balanced"]}
 
 
+def test_every_method_chooses_for_itself(tiny, tmp_path, monkeypatch):
+    """Each runs with what its own trials found, as many for each; the page shows what was measured."""
+    task = dataclasses.replace(
+        TASKS["digits"],
+        learning_rates=(2e-3, 4e-3),
+        radii=(0.1, 0.3),
+        adaptive_radii=(1, 3),
+        plain_learning_rates=(1e-3, 2e-3, 4e-3),
+    )
+    monkeypatch.setitem(TASKS, "digits", task)
+    best = {QAT: (2e-3, None), SAQ: (4e-3, 0.3), "qat, twice the steps": (1e-3, None), "balanced": (2e-3, 0.1)}
+
+    def train_one(arguments, paths):
+        lr, rho = best[arguments["method"]]
+        good = (arguments["lr"] == lr) + ((arguments["saq"] or {}).get("rho") == rho)
+        passes = 2.0 if arguments["method"] == SAQ else 1.1 if arguments["method"] == "balanced" else 1.0
+        told = {"passes": passes, "cpu_seconds": 7.0 * passes, "float_model": f"{arguments['seed']}"}
+        return {**told, "validation": good / 2, "test": 0.5, "float_test": 0.6, "training_images": 30}
+
+    monkeypatch.setattr(study, "train_one", train_one)
+    script.main([*tiny, "--methods", *best])
+    for name, (lr, rho) in best.items():
+        of_method = [r["arguments"] for r in stored(tmp_path).values() if r["arguments"]["method"] == name]
+        assert sum(a["kind"] == "trial" for a in of_method) == 3, name
+        used = [(a["lr"], (a["saq"] or {}).get("rho")) for a in of_method if a["kind"] == "run"]
+        assert used == [(lr, rho)] * 2, name
+    page.write_page(tmp_path / "results", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| method | passes | CPU s | learning rate | radius |" in text
+    assert "| qat, twice the steps | 2.00 | 7 | 0.001 | - | 2 |" in text
+    assert "| balanced | 1.10 | 8 | 0.002 | 0.1 | 2 |" in text
+    assert "a learning rate and a radius of its own, the best of 3 trials each ([protocol.md]" in text
+    assert "| digits | 2 | qat, twice the steps | 0.001 | - | " in text
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.shared.images import Images, center_crop, crop_and_mirror, draw_per_class, shuffled_batches
+from benchmarks.shared.images import (
+    Images,
+    center_crop,
+    crop_and_mirror,
+    draw_per_class,
+    shuffled_batches,
+    split_per_class,
+)
 
 
 def test_images_of_each_class():
@@ -17,6 +24,18 @@ def test_images_of_each_class():
         labels[i] == label for i, label in zip(few.pixels.flatten(), few.labels, strict=True)
     )
     assert any(set(draw_per_class(images, 2, s).pixels.flatten().tolist()) != kept[0] for s in range(10))
+
+
+def test_a_share_of_each_class_is_set_aside():
+    """A fifth of 10, 5 and 4 images, rounded; both parts in the order of the images, the same for the same seed."""
+    labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 4)
+    images = Images(torch.arange(19).view(19, 1, 1, 1), labels)
+    aside, others = split_per_class(images, 0.2, 0)
+    assert aside.labels.bincount().tolist() == [2, 1, 1] and others.labels.bincount().tolist() == [8, 4, 3]
+    kept = [part.pixels.flatten().tolist() for part in (aside, others)]
+    assert sorted(kept[0] + kept[1]) == list(range(19)) and all(k == sorted(k) for k in kept)
+    assert split_per_class(images, 0.2, 0)[0].pixels.flatten().tolist() == kept[0]
+    assert any(split_per_class(images, 0.2, s)[0].pixels.flatten().tolist() != kept[0] for s in range(1, 5))
 
 
 def test_an_epoch_has_every_image_once():

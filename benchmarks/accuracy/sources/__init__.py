@@ -1,0 +1,1 @@
+"""Images and pretrained models that several tasks of the accuracy benchmark start from."""

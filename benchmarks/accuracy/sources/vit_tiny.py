@@ -1,0 +1,52 @@
+"""ViT-tiny/16 of transformers with pretrained weights, for images of another size than it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+MEAN = STD = (0.5, 0.5, 0.5)
+"""What the checkpoint was trained with: pixels from -1 to 1."""
+POSITIONS = "vit.embeddings.position_embeddings"
+
+
+def build(classes: int, image_size: int) -> nn.Module:
+    """12 blocks of width 192 with 3 heads on patches of 16 x 16 pixels, random weights, no dropout."""
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=image_size,
+            hidden_size=192,
+            num_attention_heads=3,
+            intermediate_size=768,
+            layer_norm_eps=1e-6,
+            num_labels=classes,
+        )  # type: ignore[call-arg]
+    )
+
+
+def pretrained(directory: Path, classes: int, image_size: int) -> nn.Module:
+    """The model of [`build`] with the weights in `directory` and a new head."""
+    return resized(ViTForImageClassification.from_pretrained(directory), build(classes, image_size), image_size)
+
+
+@torch.no_grad()
+def resized(source: ViTForImageClassification, target: nn.Module, image_size: int) -> nn.Module:
+    """Copy the weights of `source` to `target`, in place, but for the head; returns `target`.
+
+    Position embeddings are interpolated here, once, and are those of the new size ever after.
+
+    Args:
+        target: The same architecture for square images with a side of `image_size` pixels.
+
+    Raises:
+        RuntimeError: If names or shapes of other weights differ.
+    """
+    head = {name: value for name, value in target.state_dict().items() if name.startswith("classifier.")}
+    kept = {name: value for name, value in source.state_dict().items() if not name.startswith("classifier.")}
+    positions = target.get_parameter(POSITIONS)
+    kept[POSITIONS] = source.vit.embeddings.interpolate_pos_encoding(positions, image_size, image_size)
+    target.load_state_dict({**kept, **head})
+    return target

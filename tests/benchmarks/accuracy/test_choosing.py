@@ -1,0 +1,74 @@
+"""How methods get their learning rates and radii, from accuracies by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from benchmarks.accuracy.choosing import Chosen, choose
+from benchmarks.accuracy.methods import ADAPTIVE, LONGER, QAT, SAQ
+from benchmarks.accuracy.tasks import TASKS
+
+
+@pytest.fixture
+def task():
+    return dataclasses.replace(
+        TASKS["digits"],
+        learning_rates=(1e-3, 2e-3),
+        radii=(0.1, 0.2, 0.4),
+        adaptive_radii=(1.0, 2.0, 3.0),
+        plain_learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+    )
+
+
+def recorded(score):
+    """Accuracy by `score`, and what was asked for."""
+    asked = {}
+
+    def accuracy(method, settings):
+        asked.setdefault(method, []).append(settings)
+        return score(method, settings)
+
+    return accuracy, asked
+
+
+def test_every_method_has_as_many_trials(task):
+    """Rates at the middle radius, then the other radii at the best rate; nothing is left out, however bad."""
+    best = {SAQ: Chosen(2e-3, 0.4), "balanced": Chosen(1e-3, 0.2), ADAPTIVE: Chosen(2e-3, 1.0)}
+    best |= {QAT: Chosen(5e-4, None), LONGER: Chosen(4e-3, None)}
+
+    def score(method, settings):
+        lr, rho = best[method]
+        return (settings.lr == lr) + (settings.rho == rho) * 0.5
+
+    accuracy, asked = recorded(score)
+    assert choose(task, list(best), accuracy) == best
+    assert all(len(tried) == len(set(tried)) == task.trials == 4 for tried in asked.values())
+    assert set(asked[SAQ]) == {Chosen(1e-3, 0.2), Chosen(2e-3, 0.2), Chosen(2e-3, 0.1), Chosen(2e-3, 0.4)}
+    assert {c.rho for c in asked[ADAPTIVE]} == set(task.adaptive_radii)
+    assert {c.lr for c in asked[QAT]} == {c.lr for c in asked[LONGER]} == set(task.plain_learning_rates)
+
+
+def test_the_smaller_of_equals(task):
+    accuracy, _ = recorded(lambda method, settings: 0.5)
+    assert choose(task, [QAT, SAQ], accuracy) == {QAT: Chosen(5e-4, None), SAQ: Chosen(1e-3, 0.1)}
+
+
+def test_tasks_of_old_share_the_rate_of_qat(task):
+    """And stop where a value is hopeless; a distilled method has the radius of case 3 and no trials."""
+    task = dataclasses.replace(task, plain_learning_rates=())
+    accuracy, asked = recorded(lambda method, settings: 0.5 - (settings.rho or 0) - settings.lr)
+    chosen = choose(task, [QAT, SAQ, "case 3, distilled"], accuracy)
+    assert chosen == {QAT: Chosen(1e-3, None)} | dict.fromkeys([SAQ, "case 3, distilled"], Chosen(1e-3, 0.1))
+    assert asked == {
+        QAT: [Chosen(1e-3, None), Chosen(2e-3, None)],
+        SAQ: [Chosen(1e-3, 0.1), Chosen(1e-3, 0.2)],
+    }
+
+
+def test_an_unequal_budget_is_refused(task):
+    with pytest.raises(ValueError, match="4 plain_learning_rates; expected 5, as many as learning_rates and radii"):
+        dataclasses.replace(task, radii=(0.1, 0.2, 0.3, 0.4))
+    with pytest.raises(ValueError, match="expected 3, as many as learning_rates and adaptive_radii"):
+        dataclasses.replace(task, adaptive_radii=(1.0, 2.0))
