@@ -21,8 +21,8 @@ from .settings import QuantizerSettings, Role, ScaleInit
 class Quantizer(HasRangeState, ABC):
     """Fake-quantizes a tensor: `forward(x)` returns the nearest grid values, differentiable in `x` and the scale.
 
-    The learnable values exist from construction on, so that an optimizer built early still sees them; they are
-    meaningless until [`initialize`] has seen data, and `forward` refuses to run before. They stay in float32 at least,
+    The learnable values exist from construction on, so that an optimizer built early still sees them; they are NaN
+    until [`initialize`] has seen data, and `forward` refuses to run before. They stay in float32 at least,
     also where the model around them goes to bfloat16.
 
     Args:
@@ -129,14 +129,14 @@ class Quantizer(HasRangeState, ABC):
         signed = self.settings.signed
         if signed is None and not self.has_offset:  # codes that an offset moves have no sign
             signed = (x.min().item() if minimum is None else minimum) < 0
+        self._fill(1.0)  # the state is read while they are fitted, and is not believed beside values of NaN
         self.take_state(bool(signed))
         self.fit(x)
 
     @torch.no_grad()
     def reset(self) -> None:
         """Forget the range: `forward` raises until [`initialize`] is called."""
-        for parameter in self.parameters(recurse=False):
-            parameter.fill_(1.0)
+        self._fill(torch.nan)
         self._write_state(NOT_CALIBRATED)
 
     @torch.no_grad()

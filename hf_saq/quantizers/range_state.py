@@ -1,13 +1,16 @@
 """Store, besides the learned values of a quantizer, whether it is calibrated, and its sign.
 
-Whoever averages state dicts (EMA, SWA, model soups) without leaving out the buffers averages this one too, and the
-result is cut off to an integer. So the three codes lie apart, "not calibrated" lowest: an average of different states,
-also one that is cut off after each of many small steps, is an error sooner or later and does not come to rest at
-another state. (Were "not calibrated" in the middle, cutting off would carry it down to the lowest code.)
+Whoever averages models (EMA, SWA, model soups) may average these too, and must not end with a model that passes for
+calibrated and is not. Two things see to that:
+
+- The learned values are NaN until calibration. So is every average that they ever were a part of.
+- The state is a float, which no average cuts off to an integer, and only the exact codes count. An average of
+  different codes is none of them: between two there is no third but "not calibrated", whose values are NaN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,12 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 NOT_CALIBRATED, UNSIGNED, SIGNED = 35, 50, 100
-"""Rounding does not move them: `decay * code + (1 - decay) * code` in float32 is `code` for the decays in use. Simple
-averages (a half, a third) of the outer two are not the middle one."""
+"""Whole numbers of bfloat16 and float16 too."""
 FORMER_CODES = {-1: NOT_CALIBRATED, 0: UNSIGNED, 1: SIGNED}
 """What the first version of the format stored. No average of the codes above becomes one of these."""
 ROUNDING = 1e-3
-"""How far from an integer the average of equal states may be."""
+"""How far from a code the average of equal states may be: a few times what rounding does in float32. To be taken for
+equal, one model of an average must be one of 50,000."""
 
 
 class HasRangeState(nn.Module):
@@ -35,7 +38,7 @@ class HasRangeState(nn.Module):
     in an export. `torch.compile` reads when it traces; its code is made anew when the value read last has changed.
 
     Attributes:
-        range_state: `NOT_CALIBRATED`, `UNSIGNED` or `SIGNED`; int8, a scalar.
+        range_state: `NOT_CALIBRATED`, `UNSIGNED` or `SIGNED`; float32, a scalar. Older checkpoints have int8.
         path (`str`): Dotted name of this quantizer inside its model, for error messages.
     """
 
@@ -44,7 +47,7 @@ class HasRangeState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.path = ""
-        self.register_buffer("range_state", torch.tensor(NOT_CALIBRATED, dtype=torch.int8))
+        self.register_buffer("range_state", torch.tensor(NOT_CALIBRATED, dtype=torch.float32))
         self._last_value = NOT_CALIBRATED
         self._read_from: tuple[Tensor, int] | None = None  # the tensor that it was read from, and its version then
 
@@ -60,11 +63,23 @@ class HasRangeState(nn.Module):
 
     @torch.no_grad()
     def check_state(self) -> None:
-        """Raise `ValueError` if the stored state is none of the three; codes of older checkpoints are brought up to
-        date."""
+        """Raise `ValueError` if the stored state is none of the three, or if a learned value is not finite although it
+        says "calibrated"; bring what older checkpoints hold up to date."""
         value, stored = self._state(), self.range_state
-        if not (stored.is_meta or isinstance(stored, FakeTensor)) and stored.item() != value:
+        if stored.is_meta or isinstance(stored, FakeTensor):
+            return
+        if not stored.dtype.is_floating_point or stored.dtype.itemsize < 4:
+            self.range_state = stored.float()
+        if stored.item() != value:
             self._write_state(value)
+        if value == NOT_CALIBRATED:
+            self._fill(torch.nan)
+
+    @torch.no_grad()
+    def _fill(self, value: float) -> None:
+        """Set all learned values: to NaN while there is no range, so that no average of them passes for one."""
+        for parameter in self.parameters(recurse=False):
+            parameter.fill_(value)
 
     def _state(self) -> int:
         if torch.compiler.is_compiling():
@@ -88,12 +103,18 @@ class HasRangeState(nn.Module):
         if stored.is_meta or isinstance(stored, FakeTensor):
             return self._last_value
         self._read_from = None
-        value = stored.item()
-        value = FORMER_CODES.get(value, value)  # type: ignore[arg-type]
-        if value not in FORMER_CODES.values():
+        value = _with_nan_of(self.parameters(recurse=False), stored).item()
+        are_finite = value == value
+        if not are_finite:
+            value = stored.item()
+        value = FORMER_CODES.get(value, value)  # type: ignore[call-overload]
+        found = next((code for code in FORMER_CODES.values() if abs(value - code) < ROUNDING), None)
+        if found is None:
             raise self._wrong_state(value)
-        self._remember(int(value), stored)
-        return self._last_value
+        if found != NOT_CALIBRATED and not are_finite:
+            raise self._wrong_values()
+        self._remember(found, stored)
+        return found
 
     def _write_state(self, value: int) -> None:
         self.range_state.fill_(value)
@@ -107,7 +128,7 @@ class HasRangeState(nn.Module):
         self._read_from = (stored, stored._version) if keep else None
 
     def _wrong_state(self, value: float) -> ValueError:
-        if NOT_CALIBRATED < value < SIGNED or value != int(value):
+        if NOT_CALIBRATED < value < SIGNED or value != value or value != int(value):
             cause = (
                 "This looks like an average of state dicts (EMA, SWA, a model soup), and a sign has no average: "
                 "average the parameters of calibrated models and copy their buffers, as torch's AveragedModel does by "
@@ -116,21 +137,34 @@ class HasRangeState(nn.Module):
         else:
             cause = "The checkpoint is damaged or was written by something else."
         return ValueError(
-            f"{self.path}.range_state is {value}; expected {NOT_CALIBRATED} (not calibrated), {UNSIGNED} (unsigned) "
+            f"{self.path}.range_state is {value:g}; expected {NOT_CALIBRATED} (not calibrated), {UNSIGNED} (unsigned) "
             f"or {SIGNED} (signed), or one of the older codes -1, 0 and 1. {cause}"
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        key = f"{prefix}range_state"
-        arriving = state_dict.get(key)
-        if isinstance(arriving, Tensor) and arriving.is_floating_point() and not arriving.is_meta:
-            value = arriving.item()
-            if not abs(value - round(value)) < ROUNDING:  # copying it into int8 would cut it off without a word
-                raise self._wrong_state(value)
-            state_dict[key] = arriving.round().to(torch.int8)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _wrong_values(self) -> ValueError:
+        names = [name for name, p in self.named_parameters(recurse=False) if not torch.isfinite(p).all()]
+        return ValueError(
+            f"{self.path}.{' and '.join(names)}: NaN or infinite, although this quantizer counts as calibrated. Either "
+            "this is an average (EMA, SWA, a model soup) that was begun before calibration, whose values from then "
+            "weigh in it: begin it with the calibrated model. Or training diverged: go back to an earlier checkpoint."
+        )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.check_state()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what was read: a copy, or what is unpickled, has another buffer and reads it by itself."""
         return {**self.__dict__, "_read_from": None}
+
+
+def _with_nan_of(parameters: Iterable[Tensor], state: Tensor) -> Tensor:
+    """Return the value of `state`, or NaN if a parameter that can be read has a value that is not finite.
+
+    One tensor, so that it is fetched at once. Parameters that FSDP shards are passed over: which process reads, and
+    when, need not be the same everywhere.
+    """
+    for parameter in parameters:
+        if not (parameter.is_meta or isinstance(parameter, FakeTensor) or hasattr(parameter, "device_mesh")):
+            state = state + parameter.detach().sum() * 0
+    return state

@@ -19,8 +19,9 @@ def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shi
     """Minimise the mean of `(x - s * (clip(round(x/s - shift), qmin, qmax) + shift))^2`.
 
     Candidates are `s = max|x| * k/100 / (qmax + shift)`, `k = 1..100`, and the step of the grid that `x` lies on
-    already, as the weights of a checkpoint do that came from a quantizer: those are then kept exactly. The best is
-    refined by least squares: with the codes `q` fixed, the error is smallest at `s = sum(x q) / sum(q^2)`.
+    already, as the weights of a checkpoint do that came from a quantizer: those are then kept exactly. (With a `shift`
+    their codes are: a grid around the mean of values that were rounded is as far off as that mean was moved.) The best
+    is refined by least squares: with the codes `q` fixed, the error is smallest at `s = sum(x q) / sum(q^2)`.
 
     Args:
         x: Values to fit, at least one. Of very many that share one step size, 65,536 quantiles stand for all.
@@ -55,9 +56,9 @@ def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shi
     for k in range(1, CANDIDATES):
         keep_if_better((largest * (k / CANDIDATES) / (qmax + shift)).clamp_min(tiny))
     if scale.numel() == 1:
-        keep_if_better(_step_of_own_grid(x).clamp_min(tiny).expand_as(scale))
+        keep_if_better(_step_of_own_grid(_places(x, shift)).clamp_min(tiny).expand_as(scale))
     else:
-        step = _steps_of_own_grids(x, shared)
+        step = _steps_of_own_grids(x, shared, shift)
         for skipped in range(1, MOST_SKIPPED + 1):
             keep_if_better((step / skipped).clamp_min(tiny))
     for _ in range(LEAST_SQUARES_STEPS):
@@ -74,23 +75,29 @@ def _quantiles(x: Tensor) -> Tensor:
     return x.reshape(-1).sort().values[middle.long()]
 
 
-def _step_of_own_grid(x: Tensor) -> Tensor:
-    """Find the smallest distance of two magnitudes in `x`, zero among them: the step, if `x` lies on a grid."""
-    magnitudes = torch.cat([x.new_zeros(1), x.abs().reshape(-1)]).unique()  # sorted
-    distances = magnitudes.diff()
+def _places(x: Tensor, shift: float) -> Tensor:
+    """Return numbers along the last dimension of `x` whose distances are steps, if `x` lies on a grid: magnitudes, and
+    zero among them; the values themselves where the grid is shifted, since then it need not be symmetric."""
+    return x if shift else torch.cat([torch.zeros_like(x[..., :1]), x.abs()], dim=-1)
+
+
+def _step_of_own_grid(places: Tensor) -> Tensor:
+    """Find the smallest distance of two places: the step, if they lie on a grid."""
+    distances = places.unique().diff()  # sorted
     # Neighbours that differ by rounding alone are one value.
-    distances = distances[distances > magnitudes[-1] * torch.finfo(x.dtype).eps * 8]
-    return distances.min() if distances.numel() else x.new_zeros(())
+    distances = distances[distances > places.abs().max() * torch.finfo(places.dtype).eps * 8]
+    return distances.min() if distances.numel() else places.new_zeros(())
 
 
-def _steps_of_own_grids(x: Tensor, shared: list[int]) -> Tensor:
+def _steps_of_own_grids(x: Tensor, shared: list[int], shift: float) -> Tensor:
     """Find [`_step_of_own_grid`] of each channel. It may be a few times the real step: a channel has few values."""
     kept = [d for d in range(x.ndim) if d not in shared]
-    by_channel = x.abs().permute(*kept, *shared).flatten(len(kept))
-    magnitudes = torch.cat([torch.zeros_like(by_channel[..., :1]), by_channel], dim=-1).sort(dim=-1).values
-    distances = magnitudes.diff(dim=-1)
-    distances = distances.where(distances > magnitudes[..., -1:] * torch.finfo(x.dtype).eps * 8, torch.inf)
-    step = distances.amin(dim=-1).nan_to_num(posinf=0.0)
+    places = _places(x.permute(*kept, *shared).flatten(len(kept)), shift)
+    distances = places.sort(dim=-1).values.diff(dim=-1)
+    least = places.abs().amax(dim=-1, keepdim=True) * torch.finfo(x.dtype).eps * 8
+    step = distances.where(distances > least, torch.inf)
+    # A channel of one value has no distances, and one value alone not even one that is zero.
+    step = step.amin(dim=-1).nan_to_num(posinf=0.0) if step.shape[-1] else step.sum(dim=-1)
     return step.reshape([1 if d in shared else x.shape[d] for d in range(x.ndim)])
 
 

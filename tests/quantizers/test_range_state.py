@@ -72,6 +72,7 @@ def test_a_range_that_arrives_behind_the_back_of_versions_is_found():
     """Some averages write through `.data`, which no version shows."""
     quantizer = LSQQuantizer(QuantizerSettings(4, "activation", signed=None))
     assert not quantizer.initialized
+    quantizer.scale.data.fill_(0.1)
     quantizer.range_state.data.copy_(torch.tensor(1))
     assert quantizer.initialized and quantizer.signed
 

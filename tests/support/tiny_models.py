@@ -22,6 +22,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_saq.quantizers import Quantizer
+
 IMAGE_SIZE = 16
 NUM_LABELS = 3
 VIT_SIZES: dict[str, Any] = {
@@ -126,8 +128,9 @@ def jitter(model: nn.Module, seed: int = 1) -> nn.Module:
     What a round trip then restores cannot be a regenerated default.
     """
     generator = torch.Generator().manual_seed(seed)
+    states = {id(module.range_state) for module in model.modules() if isinstance(module, Quantizer)}
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and id(tensor) not in states:
             noise = torch.rand(tensor.shape, generator=generator) * 0.2
             tensor.copy_((tensor + 0.02 * noise) * (1 + noise))
     return model

@@ -37,7 +37,7 @@ class ClipQuantizer(Quantizer):
             raise ValueError(
                 f"{type(self).__name__}: signed={settings.signed!r}; expected True, weights have signed codes."
             )
-        self.clip_value = nn.Parameter(torch.ones(self.scale_shape, dtype=torch.float32))
+        self.clip_value = nn.Parameter(torch.full(self.scale_shape, torch.nan, dtype=torch.float32))
 
     @property
     def has_offset(self) -> bool:

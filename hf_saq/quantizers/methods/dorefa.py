@@ -31,6 +31,15 @@ class DoReFaQuantizer(ClipQuantizer):
     largest weight exceeds 1/4, then four times that weight: otherwise the large weights of a depthwise convolution
     would all become the same value.
 
+    A weight of zeros (the last layer of a residual branch, LoRA's second factor) gives no hint of its range: there
+    `tanh_width` is -1, which says that `c` counts in units of the largest `tanh(w)`, the range that the weight comes
+    to have, and `c` starts at 1. Learned from zero at the small learning rate of quantizers, `c` would hold the weight
+    back, since its gradient is proportional to `c / max|w|`.
+
+    A weight that lies on the grid of such a quantizer already (trained, then `dequantize`) is kept with `"mse"`, up to
+    6 bits. At 7 and 8 bits the tanh, which belongs to the definition, moves a code by one where the largest weight
+    exceeds 0.24 and 0.17; `unpack` undoes it.
+
     Activations: the paper's `quantize_k(clip(a, 0, 1))` on `[0, c]` instead of `[0, 1]`. This `c` comes from
     calibration and stays: it is a Parameter with `requires_grad=False`. Signed ones as told in `ClipQuantizer`.
     """
@@ -47,14 +56,22 @@ class DoReFaQuantizer(ClipQuantizer):
 
     def squash(self, w: Tensor) -> Tensor:
         """Compute `u`, in `[-1, 1]`, in float32 at least."""
-        squashed = torch.tanh(w / self.tanh_width)
-        largest = squashed.abs().amax(dim=shared_dimensions(w, self.scale_shape), keepdim=True)
-        return squashed / largest.reshape(self.scale_shape).clamp_min(SCALE_FLOOR)
+        squashed = torch.tanh(w / self.tanh_width.abs())
+        return squashed / self._largest(squashed)
+
+    def _largest(self, squashed: Tensor) -> Tensor:
+        """Take the largest magnitude for each entry of `c`, not less than makes a step of `SCALE_FLOOR`."""
+        largest = squashed.abs().amax(dim=shared_dimensions(squashed, self.scale_shape), keepdim=True)
+        return largest.reshape(self.scale_shape).clamp_min(SCALE_FLOOR * (self.qmax + 0.5))
 
     def learned_grid(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.role == "activation":
             return super().learned_grid(x)
-        scale = positive(self.clip_value / (self.qmax + 0.5))  # 2/n = 1 / (qmax + 1/2)
+        clip_value = self.clip_value
+        if x is not None:
+            follows = clip_value * self._largest(torch.tanh(x / self.tanh_width.abs()))
+            clip_value = torch.where(self.tanh_width > 0, clip_value, follows)
+        scale = positive(clip_value / (self.qmax + 0.5))  # 2/n = 1 / (qmax + 1/2)
         return scale, scale / 2
 
     def _place(self, w: Tensor) -> Tensor:
@@ -76,18 +93,26 @@ class DoReFaQuantizer(ClipQuantizer):
     @torch.no_grad()
     def take_over(self, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:  # noqa: ARG002 (half the scale)
         """Return the weight whose largest magnitude is that of the grid; set the tanh as `fitted_weight_clip` does."""
-        self.clip_value.copy_(scale * (self.qmax + 0.5))
-        self.tanh_width.copy_((LINEAR_PART * self.clip_value).clamp_min(1))
+        self._set_tanh_width(largest=scale * (self.qmax + 0.5))
+        follows = self.tanh_width < 0
+        self.clip_value.copy_(torch.where(follows, 1.0, scale * (self.qmax + 0.5)))
         self.take_state(signed=True)
         u = (codes + 0.5) / (self.qmax + 0.5)
-        return self.tanh_width * torch.atanh(u * torch.tanh(self.clip_value / self.tanh_width))
+        width, reach = self.tanh_width.abs(), scale * (self.qmax + 0.5)
+        return width * torch.atanh(u * torch.tanh(reach / width))
+
+    def _set_tanh_width(self, largest: Tensor) -> None:
+        is_zero = largest <= SCALE_FLOOR * (self.qmax + 0.5)
+        self.tanh_width.copy_(torch.where(is_zero, -1.0, (LINEAR_PART * largest).clamp_min(1)))
 
     def fitted_weight_clip(self, x: Tensor) -> Tensor:
         shared = shared_dimensions(x, self.scale_shape)
         largest = x.abs().amax(dim=shared, keepdim=True).reshape(self.scale_shape)
-        self.tanh_width.copy_((LINEAR_PART * largest).clamp_min(1))
+        self._set_tanh_width(largest)
         if self.scale_init == "mean":
-            return self.tanh_width * torch.tanh(largest / self.tanh_width)
-        levels = (self._place(x).round() + 0.5) / (self.qmax + 0.5)  # w_q = c * levels: least squares in c
-        dot, square = (levels * x).sum(dim=shared, keepdim=True), levels.square().sum(dim=shared, keepdim=True)
-        return (dot / square).reshape(self.scale_shape)
+            clip_value = self.tanh_width * torch.tanh(largest / self.tanh_width)
+        else:
+            levels = (self._place(x).round() + 0.5) / (self.qmax + 0.5)  # w_q = c * levels: least squares in c
+            dot, square = (levels * x).sum(dim=shared, keepdim=True), levels.square().sum(dim=shared, keepdim=True)
+            clip_value = (dot / square).reshape(self.scale_shape)
+        return torch.where(self.tanh_width > 0, clip_value, 1.0)

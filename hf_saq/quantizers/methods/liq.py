@@ -27,6 +27,10 @@ class LIQQuantizer(ClipQuantizer):
     output would shift by `mean * sum(inputs)`, which no normalization undoes, so a float checkpoint would lose its
     function at load; the price is an offset in packed layers. And it standardises the weights of convolutions only.
 
+    A weight that lies on the grid of such a quantizer already (trained, then `dequantize`) keeps its codes with
+    `"mse"` where rounding and clipping had moved its mean by less than a tenth of a step. Its values move about as far
+    as the mean did: the grid lies around the mean of what it is given.
+
     Activations: `[0, c]`, signed ones as told in `ClipQuantizer`. First values: `0.8 * max` with `"mean"`, the rule of
     that code, or the least squared error with `"mse"`.
     """
@@ -65,4 +69,9 @@ class LIQQuantizer(ClipQuantizer):
             largest = w_hat.abs().amax(dim=shared_dimensions(x, self.scale_shape), keepdim=True)
             clip_value = largest.reshape(self.scale_shape) * self.largest_fraction
         # A constant weight gives no hint. Zero would clip everything, and without a gradient, once it varies.
-        return torch.where(clip_value > SCALE_FLOOR, clip_value, 1.0)
+        return torch.where(clip_value > SCALE_FLOOR, clip_value, self._clip_of_normal_weights(x))
+
+    def _clip_of_normal_weights(self, x: Tensor) -> Tensor:
+        """Find the clip with the least squared error for normal weights, on 1,000 quantiles: `()`."""
+        normal = torch.special.ndtri((torch.arange(1000, device=x.device, dtype=x.dtype) + 0.5) / 1000)
+        return mse_scale(normal, (1,), self.qmin, self.qmax, shift=0.5)[0] * (self.qmax + 0.5)

@@ -47,7 +47,7 @@ class LSQQuantizer(Quantizer):
 
     def __init__(self, settings: QuantizerSettings):
         super().__init__(settings)
-        self.scale = nn.Parameter(torch.ones(self.scale_shape, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.full(self.scale_shape, torch.nan, dtype=torch.float32))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         return affine_fake_quantize(x, self.scale, None, self.qmin, self.qmax, LSQFactor(self.role))

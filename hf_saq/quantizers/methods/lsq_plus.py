@@ -36,8 +36,8 @@ class LSQPlusQuantizer(LSQQuantizer):
 
     def __init__(self, settings: QuantizerSettings):
         super().__init__(settings)
-        zeros = torch.zeros(self.scale_shape, dtype=torch.float32)
-        self.register_parameter("offset", nn.Parameter(zeros) if self.has_offset else None)
+        offset = torch.full(self.scale_shape, torch.nan, dtype=torch.float32)
+        self.register_parameter("offset", nn.Parameter(offset) if self.has_offset else None)
 
     @property
     def has_offset(self) -> bool:
