@@ -10,6 +10,7 @@ from hf_saq.sharpness.schedules import PRESETS
 from ..shared.schedule_variants import saq_config
 
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
+ECHO, MATCHED = "echo", "balanced, radius matched"
 CASES = ("case 1", "case 2")
 DISTILL_ALPHA = 0.5
 CLEAN_BATCHES = 15
@@ -37,7 +38,7 @@ class Method:
 
     @property
     def control(self) -> dict[str, Any]:
-        """What only controls have, for the arguments of a run."""
+        """What not all methods have, for the arguments of a run."""
         return {name: getattr(self, name) for name in ("echoed", "clean_batches") if getattr(self, name)}
 
     @property
@@ -56,6 +57,8 @@ METHODS: dict[str, Method] = {
     BALANCED: Method(dict(PRESETS["balanced"])),
     "qat, distilled": Method(saq=None, distill_alpha=DISTILL_ALPHA),
     "case 3, distilled": Method(distill_alpha=DISTILL_ALPHA),
+    ECHO: Method({"reuse": "echo", "interval": 2}, radius_of=ECHO),
+    MATCHED: Method({"ascent_fraction": 0.125, "match_radius": True}, radius_of=MATCHED, clean_batches=CLEAN_BATCHES),
     "qat, echoed batches": Method(saq=None, echoed=True),
     "qat, clean statistics": Method(saq=None, clean_batches=CLEAN_BATCHES),
 }

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from examples.distillation import distillation_loss
-from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
+from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize, reestimate_batch_norm
 
 from ..shared.images import Batch, Images, draw_per_class
 from ..shared.runs import fingerprint_of
@@ -92,7 +91,7 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     )
 
     if arguments.get("clean_batches"):
-        update_bn((batch["pixels"] for batch in islice(batches, arguments["clean_batches"])), model)
+        reestimate_batch_norm(model, [batch["pixels"] for batch in islice(batches, arguments["clean_batches"])])
 
     def score(scored: nn.Module, some: Images) -> float:
         return accuracy(scored.to(device), (moved(batch, device, layout) for batch in data.evaluation_batches(some)))
