@@ -86,8 +86,7 @@ def preset_methods() -> dict[str, str]:
     found = {}
     for name, knobs in PRESETS.items():
         for method, config in VARIANTS.items():
-            defaults: dict[str, Any] = {"interval": 1, "ascent_fraction": 1.0, "reuse": None, "trigger": False}
-            if {**defaults, **config} == {key: knobs[key] for key in KNOBS}:
+            if {**PRESETS["full"], **config} == {key: knobs[key] for key in KNOBS}:
                 found[name] = method
     return found
 
@@ -174,7 +173,8 @@ def trials(records: list[dict[str, Any]]) -> str:
         "seeds of their own. "
         "The radius was chosen at QAT's learning rate, the learning rate once more at that radius, "
         "and then the radii of those that have one of their own. That adaptive, previous and stale were given "
-        "radii of their own, and the others not, was decided after test gains of the first seeds had been seen.",
+        "radii of their own, and the others not, was decided after test gains of the first seeds had been seen; "
+        "that echo has them, before any run of it.",
         "",
         *head("way to train", "learning rate", "radius", "validation %", "seeds"),
     ]
