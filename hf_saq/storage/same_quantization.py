@@ -85,7 +85,7 @@ def _layers_stored_in_float(model: nn.Module, directory: Path) -> list[str]:
     if len(absent) == len(prefixes):
         raise ValueError(
             f"{directory} is a checkpoint of a float model, but this {type(model).__name__} is quantized: a "
-            "checkpoint without scales cannot be gone on from. Load its weights into the float model, then quantize it."
+            "checkpoint without scales cannot be gone on from. Load it into the float model, then quantize that."
         )
     return absent
 
