@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import HoldsQuantizers
+from ..layers.wrapping import refuse_adapters
 from ..quantizers import Quantizer
 from .observing import ActivationObserver, PassThrough, fit_alike, names_of_first_process, reshard, run_observed
 from .report import ConversionReport, note_signs
@@ -51,6 +52,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")
+    refuse_adapters(model, "calibrate")
     activation_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
     weight_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "weight"]
     observers = {quantizer: ActivationObserver(quantizer.path) for quantizer in activation_quantizers}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -13,7 +12,12 @@ from torch import nn
 from ..config import SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
-from ..layers.wrapping import drop_hooks_that_stay_behind, replaced_forward, runs_another_module
+from ..layers.wrapping import (
+    drop_hooks_that_stay_behind,
+    refuse_adapters,
+    replaced_forward,
+    runs_another_module,
+)
 from ..quantizers import Quantizer
 from . import attention_interface
 from .report import ConversionReport
@@ -23,28 +27,27 @@ from .swapping import convert, replace_modules
 def pack(model: nn.Module) -> nn.Module:
     """Copy a quantized model with packed integers as weights: small on disk and in memory, for inference only.
 
-    The latent float weights are dropped; keep a float-storage checkpoint to go on training. Warns where activations
-    are not calibrated yet.
+    The latent float weights are dropped; keep a float-storage checkpoint to go on training.
 
     Raises:
-        ValueError: If the model has no quantized weight.
-        RuntimeError: If a weight quantizer was never initialized.
+        ValueError: If the model has no quantized weight, or has adapters of peft.
+        RuntimeError: If a quantizer has no range yet: the model is not calibrated.
     """
+    refuse_adapters(model, "pack")
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.weight_quantizer is not None]
     if not layers:
         found = "is packed already" if is_packed(model) else "has no layer with quantized weights"
         raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
     _check_weights_are_parameters(model)
     waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
+    if waiting:
+        raise RuntimeError(
+            f"pack: {type(model).__name__} is not calibrated: {len(waiting)} quantizers have no range yet, for "
+            f"example {waiting[0]}. Run `hf_saq.calibrate(model, batches)` first, or train with `SAQTrainer`, which "
+            "does so."
+        )
     with torch.no_grad():
         packed = _copy_with(model, {layer: PackedLayer.from_quantized(layer) for layer in layers})
-    if waiting:
-        warnings.warn(
-            f"pack: {type(model).__name__} is not calibrated: {len(waiting)} quantizers have no range yet, for "
-            f"example {waiting[0]}. The packed model does not run before `hf_saq.calibrate(packed, batches)`; better "
-            "calibrate and train first.",
-            stacklevel=2,
-        )
     _set_storage(packed, "packed")
     return packed.eval()
 
@@ -58,6 +61,7 @@ def unpack(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the model is not packed, or if the quantizer of a layer cannot be brought back to its grid.
     """
+    refuse_adapters(model, "unpack")
     if not is_packed(model):
         raise ValueError(
             f"{type(model).__name__} is not packed; expected a model made by `pack` or a packed checkpoint."
@@ -153,6 +157,7 @@ def _check_weights_are_parameters(model: nn.Module) -> None:
 
 def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Build the float layer that stands in for each quantized one."""
+    refuse_adapters(model, "dequantize")
     _check_on_device(model)
     _check_weights_are_parameters(model)
     layers = [module for module in model.modules() if isinstance(module, (QuantizedLayer, PackedLayer))]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import OVERRIDABLE, SAQQuantizationConfig
 from ..layers import HoldsQuantizers, PackedLayer
-from ..layers.wrapping import replaced_forward
+from ..layers.wrapping import refuse_adapters, replaced_forward
 from . import attention_interface
 from .module_names import ModuleNames
 from .report import ConversionReport, LayerPlan
@@ -25,6 +25,7 @@ def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) 
         raise ValueError(
             f"{type(model).__name__} has quantized layers already; start from the float model, or train on as it is."
         )
+    refuse_adapters(model, "quantize")
     names = ModuleNames(model, only_where_needed=config.format_version == 1)
     attentions = _attentions(model) if config.quantize_attention else {}
     names.add(products_name(name) for name in attentions)

@@ -54,6 +54,19 @@ def is_function(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
 
 
+def refuse_adapters(model: nn.Module, doing: str) -> None:
+    """Raise `ValueError` if peft put adapters into `model`: they stay in float beside quantized weights, and once they
+    are merged, rounding takes most of them back."""
+    found = [name for name, module in model.named_modules() if type(module).__module__.split(".")[0] == "peft"]
+    if found:
+        example = found[-1] or type(model).__name__
+        raise ValueError(
+            f"{doing}: {type(model).__name__} has adapters of peft, for example at {example}; "
+            "expected a model without. "
+            "Train them on the float model, call `merge_and_unload()`, then quantize what it returns."
+        )
+
+
 def drop_hooks_that_stay_behind(model: nn.Module) -> None:
     """Remove the marked hooks from all modules of `model`, a copy in another form."""
     for module in model.modules():

@@ -62,17 +62,23 @@ class HasRangeState(nn.Module):
         self._write_state(SIGNED if signed else UNSIGNED)
 
     @torch.no_grad()
-    def check_state(self) -> None:
+    def check_state(self, is_whole: bool = True) -> None:
         """Raise `ValueError` if the stored state is none of the three, or if a learned value is not finite although it
-        says "calibrated"; bring what older checkpoints hold up to date."""
-        value, stored = self._state(), self.range_state
+        says "calibrated"; bring what older checkpoints hold up to date.
+
+        Args:
+            is_whole: Whether state and values belong together already. If not, what is still to come may be loaded
+                later, and the next forward looks at all of it.
+        """
+        stored = self.range_state
+        value = self._read_state(stored, is_whole)
         if stored.is_meta or isinstance(stored, FakeTensor):
             return
         if not stored.dtype.is_floating_point or stored.dtype.itemsize < 4:
             self.range_state = stored.float()
         if stored.item() != value:
             self._write_state(value)
-        if value == NOT_CALIBRATED:
+        if value == NOT_CALIBRATED and is_whole:
             self._fill(torch.nan)
 
     @torch.no_grad()
@@ -99,7 +105,7 @@ class HasRangeState(nn.Module):
     # What `torch.compiler.assume_constant_result` says, without importing the compiler: do not trace it, run it.
     _look._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def _read_state(self, stored: Tensor) -> int:
+    def _read_state(self, stored: Tensor, is_whole: bool = True) -> int:
         if stored.is_meta or isinstance(stored, FakeTensor):
             return self._last_value
         self._read_from = None
@@ -107,13 +113,14 @@ class HasRangeState(nn.Module):
         are_finite = value == value
         if not are_finite:
             value = stored.item()
-        value = FORMER_CODES.get(value, value)  # type: ignore[call-overload]
+        value = FORMER_CODES.get(value, value)  # type: ignore[arg-type]
         found = next((code for code in FORMER_CODES.values() if abs(value - code) < ROUNDING), None)
         if found is None:
             raise self._wrong_state(value)
-        if found != NOT_CALIBRATED and not are_finite:
+        if found == NOT_CALIBRATED or are_finite:
+            self._remember(found, stored)
+        elif is_whole:
             raise self._wrong_values()
-        self._remember(found, stored)
         return found
 
     def _write_state(self, value: int) -> None:
@@ -144,14 +151,17 @@ class HasRangeState(nn.Module):
     def _wrong_values(self) -> ValueError:
         names = [name for name, p in self.named_parameters(recurse=False) if not torch.isfinite(p).all()]
         return ValueError(
-            f"{self.path}.{' and '.join(names)}: NaN or infinite, although this quantizer counts as calibrated. Either "
-            "this is an average (EMA, SWA, a model soup) that was begun before calibration, whose values from then "
-            "weigh in it: begin it with the calibrated model. Or training diverged: go back to an earlier checkpoint."
+            f"{self.path}.{' and '.join(names)}: NaN or infinite, although this quantizer counts as calibrated. "
+            "Either this is an average (EMA, SWA, a model soup) that was begun before calibration, whose values from "
+            "then weigh in it: begin it with the calibrated model. Or training diverged: go back to an earlier "
+            "checkpoint."
         )
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.check_state()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        own = ("range_state", *(name for name, _ in self.named_parameters(recurse=False)))
+        is_whole = all(f"{prefix}{name}" in state_dict for name in own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.check_state(is_whole)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what was read: a copy, or what is unpickled, has another buffer and reads it by itself."""

@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..config import QUANT_METHOD, SAQQuantizationConfig
+from ..layers import HoldsQuantizers
+from ..quantizers import Quantizer
+from .stored_tensors import StoredTensors
 
 COMPARED = (
     "weight_bits",
@@ -43,7 +46,7 @@ def check_same_quantization(model: nn.Module, directory: str | Path) -> list[str
     found = stored_quantization(directory)
     is_ours = found.get("quant_method") == QUANT_METHOD
     if own is None and not is_ours:
-        return []
+        return _layers_stored_in_float(model, Path(directory))
     if own is None or not is_ours:
         kinds = ("a quantized model", "is in float: quantize it with the configuration of the checkpoint")
         if not is_ours:
@@ -65,6 +68,26 @@ def check_same_quantization(model: nn.Module, directory: str | Path) -> list[str
     if listed - ours or (ours - set(own.modules_found_idle or ())) - theirs:
         _compare("modules_to_not_convert", sorted(theirs), sorted(ours), model, directory)
     return sorted(theirs - ours)
+
+
+def _layers_stored_in_float(model: nn.Module, directory: Path) -> list[str]:
+    """Find quantized layers of `model` that the checkpoint has no quantizers of, by the names of its tensors: a model
+    that is not one of transformers is saved without a configuration."""
+    prefixes = {
+        name: tuple(f"{name}.{child}." for child, m in layer.named_children() if isinstance(m, Quantizer))
+        for name, layer in model.named_modules()
+        if isinstance(layer, HoldsQuantizers) and layer.own_quantizers()
+    }
+    if not prefixes:
+        return []
+    stored = StoredTensors(directory).names
+    absent = [name for name, starts in prefixes.items() if not any(tensor.startswith(starts) for tensor in stored)]
+    if len(absent) == len(prefixes):
+        raise ValueError(
+            f"{directory} is a checkpoint of a float model, but this {type(model).__name__} is quantized: a "
+            "checkpoint without scales cannot be gone on from. Load it into the float model, then quantize that."
+        )
+    return absent
 
 
 def _compare(name: str, stored: Any, own: Any, model: nn.Module, directory: str | Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..conversion.calibration import NEVER_RUN
@@ -46,6 +46,9 @@ class SavesAndResumes(Trainer):
         in_shards = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
         if is_checkpoint and (in_shards or not self.is_fsdp_enabled) or not (quantized or self.is_fsdp_enabled):
             super().save_model(output_dir, _internal_call)
+            config: Any = getattr(self.model, "config", None)
+            if in_shards and is_checkpoint and self.args.should_save and hasattr(config, "save_pretrained"):
+                config.save_pretrained(output_dir)  # a run that goes on compares its settings with it
             return
         if self.is_fsdp_enabled:
             model = gathered(self.accelerator, self.model, self._skeleton)
@@ -129,7 +132,7 @@ class SavesAndResumes(Trainer):
         plain = self.accelerator.unwrap_model(target)
         if self._has_files_of_another_kind(plain):
             if self.is_fsdp_enabled and stored_quantization(resume_from_checkpoint):
-                check_same_quantization(plain, resume_from_checkpoint)
+                _check_same_layers(plain, resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         go_on_from(plain, resume_from_checkpoint)
@@ -145,12 +148,27 @@ class SavesAndResumes(Trainer):
     def _has_files_of_another_kind(self, model: nn.Module) -> bool:
         """Tell whether checkpoints are shards or adapters, which `Trainer` and peft load themselves."""
         is_adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-        return self.is_fsdp_enabled or is_adapted or not isinstance(model, PreTrainedModel)
+        return self.is_fsdp_enabled or is_adapted
 
 
-def go_on_from(model: PreTrainedModel, checkpoint: str) -> None:
-    """Bring `model` to the state saved in `checkpoint`. Raise `ValueError` if it is no state of this model."""
+def go_on_from(model: nn.Module, checkpoint: str) -> None:
+    """Bring `model` to the state saved in `checkpoint`; raises `ValueError` where it is not a state of this model."""
+    leave_in_float(model, _quantized_in_vain(model, checkpoint), NEVER_RUN)
+    load_exactly(model, checkpoint)
+
+
+def _quantized_in_vain(model: nn.Module, checkpoint: str) -> list[str]:
+    """Name the layers of `model` that are in float in `checkpoint`; raise `ValueError` where anything else differs."""
     idle = check_same_quantization(model, checkpoint)
     quantized = {name for name, m in model.named_modules() if isinstance(m, HoldsQuantizers) and m.own_quantizers()}
-    leave_in_float(model, [name for name in idle if name in quantized], NEVER_RUN)
-    load_exactly(model, checkpoint)
+    return [name for name in idle if name in quantized]
+
+
+def _check_same_layers(model: nn.Module, checkpoint: str) -> None:
+    """Raise `ValueError` unless `model`, which is in shards already, has the very layers of `checkpoint`."""
+    names = _quantized_in_vain(model, checkpoint)
+    if names:
+        raise ValueError(
+            f"{checkpoint} has {', '.join(names)} in float, because {NEVER_RUN}, but this {type(model).__name__} "
+            "quantizes them, and FSDP has sharded it. Quantize it with them in modules_to_not_convert."
+        )

@@ -15,6 +15,7 @@ from ..conversion.forms import is_packed
 from ..conversion.swapping import quantize
 from ..hub.publishing_trainer import PublishingTrainer
 from ..layers import QuantizedLayer
+from ..layers.wrapping import refuse_adapters
 from .columns import KeepsColumnsOfTransforms
 from .fsdp import check_fsdp, skeleton_of
 from .norm_statistics import ReestimatesNorms
@@ -45,8 +46,9 @@ class SAQTrainer(PerturbedSteps, ReestimatesNorms, SavesAndResumes, KeepsColumns
         **kwargs: The same arguments by name.
 
     Raises:
-        ValueError: If the model is packed (it has no weights to train), if it has no quantized layer although a
-            perturbation of weights is asked for, or if the training set-up cannot work with two passes.
+        ValueError: If the model is packed (it has no weights to train) or has adapters of peft, if it has no quantized
+            layer although a perturbation of weights is asked for, or if the training set-up cannot work with two
+            passes.
         TypeError: If an argument is of another kind, or is given twice.
     """
 
@@ -78,12 +80,14 @@ class SAQTrainer(PerturbedSteps, ReestimatesNorms, SavesAndResumes, KeepsColumns
         self.prepare_steps()
 
     def _check_model(self, model: nn.Module) -> None:
+        quantized = any(isinstance(m, QuantizedLayer) for m in model.modules())
+        if quantized:
+            refuse_adapters(model, "SAQTrainer")
         if is_packed(model):
             raise ValueError(
                 f"{type(model).__name__} holds packed integers, which cannot be trained. Load a checkpoint in float "
                 "storage, as training leaves them in `checkpoint-N`."
             )
-        quantized = any(isinstance(m, QuantizedLayer) for m in model.modules())
         if self.saq_config.case is not None and not quantized and "other" not in self.saq_config.perturb:
             raise ValueError(
                 f"{type(model).__name__} has no quantized layer. Pass quantization_config="

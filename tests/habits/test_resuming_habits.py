@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from checkpoint_files import edit_weights
-from quantized_models import assert_same_state, quantized
+from quantized_models import assert_same_state, quantized, same_values
+from safetensors.torch import save_file
 from tiny_models import TRANSFORMERS_MODELS, vit
 from torch import nn
 from training import Images, arguments
-from transformers import ViTForImageClassification
+from transformers import Trainer, ViTForImageClassification
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, pack, quantize
+from hf_saq.conversion.swapping import leave_in_float
 from hf_saq.storage.exact_loading import load_exactly
 from hf_saq.training.checkpoints import what_is_missing
 from hf_saq.training.saving import go_on_from
@@ -188,7 +192,7 @@ def test_a_model_that_is_quantized_otherwise(fields, changed, tmp_path):
     with pytest.raises(ValueError, match=rf"was saved with {name}=.*, but this .* is quantized with {name}=") as error:
         go_on_from(model, checkpoint)
     assert repr(value) in str(error.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(same_values(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_first_values_may_be_found_otherwise(tmp_path):
@@ -246,7 +250,7 @@ def test_tensors_that_do_not_fit(change, message, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         load_exactly(model, checkpoint)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(same_values(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_checkpoint_in_shards(tmp_path):
@@ -256,3 +260,121 @@ def test_a_checkpoint_in_shards(tmp_path):
     again = fresh()
     go_on_from(again, str(tmp_path))
     assert_same_state(again, model)
+
+
+# Models that are not of transformers -------------------------------------------------------------------------------
+
+
+class PlainNet(nn.Module):
+    """A classifier of one's own, with a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, pixel_values, labels):
+        logits = self.net(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def plain_trainer(directory: Path, steps: int, model: nn.Module | None = None, **fields) -> SAQTrainer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = quantize(PlainNet(), SAQQuantizationConfig(**{**W3, **fields})) if model is None else model
+    changes = dict(max_steps=steps, save_strategy="steps", save_steps=2, label_names=["labels"])
+    data = Images(16, torch.float32)
+    return SAQTrainer(model, arguments(directory, **changes), saq_config=SAQConfig(rho=0.1), train_dataset=data)
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("plain")
+    with pytest.warns(UserWarning, match="1 of 3 layers stay in float"):
+        plain_trainer(directory, 2).train()
+    return directory / "checkpoint-2"
+
+
+def test_a_plain_module_goes_on_exactly(plain_checkpoint, tmp_path):
+    """Also where the first run left an idle layer in float, which the second quantizes at first."""
+    whole = plain_trainer(tmp_path, 4)
+    with pytest.warns(UserWarning, match="1 of 3 layers stay in float"):
+        whole.train()
+    resumed = plain_trainer(tmp_path, 4)
+    other_values(resumed.model)
+    resumed.train(resume_from_checkpoint=str(plain_checkpoint))
+    assert_same_state(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("change", ["missing", "left-over"])
+def test_a_plain_module_that_is_another_is_refused(change, plain_checkpoint, tmp_path):
+    """`Trainer` loads such models without a word about names that do not match."""
+    model = PlainNet()
+    if change == "missing":
+        model.more = nn.LayerNorm(3)
+        message = r"it lacks 2 tensor\(s\) \(for example more.weight, more.bias\) of the model"
+    else:
+        del model.net[3]
+        model.net.head = nn.Linear(8, 3)
+        message = r"it lacks .* net.head.* and the model does not have .* net.3"
+    trainer = plain_trainer(tmp_path, 4, quantize(model, SAQQuantizationConfig(**W3)))
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(plain_checkpoint))
+
+
+def test_a_plain_module_and_a_float_checkpoint(tmp_path):
+    """Its step sizes would be those of other weights."""
+    save_file(PlainNet().state_dict(), tmp_path / "model.safetensors")
+    model = quantize(PlainNet(), SAQQuantizationConfig(**W3))
+    with pytest.raises(ValueError, match="is a checkpoint of a float model, but this PlainNet is quantized"):
+        go_on_from(model, str(tmp_path))
+
+
+# Under FSDP --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded_trainer(tmp_path, monkeypatch):
+    """A trainer that believes in FSDP; what `Trainer` itself would load and save there is left out."""
+
+    def build(model: nn.Module) -> SAQTrainer:
+        trainer = SAQTrainer(model, arguments(tmp_path / "run"), train_dataset=Images(8, torch.float32))
+        trainer.is_fsdp_enabled = True
+        plugin = SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+        trainer.accelerator.state.fsdp_plugin = plugin
+        return trainer
+
+    loaded = []
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda self, directory, model=None: loaded.append(directory))
+    monkeypatch.setattr(Trainer, "save_model", lambda self, directory, internal: Path(directory).mkdir())
+    build.loaded = loaded
+    yield build
+    AcceleratorState._reset_state(reset_partial_state=False)
+
+
+def test_sharded_checkpoints_know_their_settings(sharded_trainer, tmp_path):
+    """A run under FSDP goes on with the same settings, and is refused with others before anything is loaded."""
+    shards = str(tmp_path / "shards")
+    sharded_trainer(quantized(**W3)).save_model(shards, _internal_call=True)
+    assert [file.name for file in Path(shards).iterdir()] == ["config.json"]
+    sharded_trainer(fresh())._load_from_checkpoint(shards)
+    assert sharded_trainer.loaded == [shards]
+    with pytest.raises(ValueError, match="shards was saved with weight_bits=3, but this ViT.* with weight_bits=4"):
+        sharded_trainer(fresh(weight_bits=4))._load_from_checkpoint(shards)
+    with pytest.raises(ValueError, match="quantized model, but this ViT.* is in float"):
+        trainer = sharded_trainer(fresh())
+        trainer.model = vit()
+        trainer._load_from_checkpoint(shards)
+    assert sharded_trainer.loaded == [shards]
+
+
+def test_layers_that_were_left_in_float_are_named_under_fsdp(sharded_trainer, tmp_path):
+    """Nothing takes quantizers out of a model that is sharded: the user lists them."""
+    model = quantized(**W3)
+    leave_in_float(model, ["vit.layers.0.mlp.fc1"], "idle")
+    shards = str(tmp_path / "shards")
+    sharded_trainer(model).save_model(shards, _internal_call=True)
+    with pytest.raises(ValueError, match=r"shards has vit.layers.0.mlp.fc1 in float.* modules_to_not_convert"):
+        sharded_trainer(fresh())._load_from_checkpoint(shards)
+    sharded_trainer(fresh(modules_to_not_convert=["vit.layers.0.mlp.fc1"]))._load_from_checkpoint(shards)
+    assert sharded_trainer.loaded == [shards]

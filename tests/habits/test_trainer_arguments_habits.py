@@ -73,9 +73,16 @@ def test_an_optimizer_of_parameter_groups_is_right(tmp_path):
     trainer_with(optimizer, model, tmp_path).create_optimizer()
 
 
-def test_packing_before_calibration_is_told():
-    with pytest.warns(UserWarning, match="^pack: ViT.* is not calibrated: 14 quantizers have no range yet"):
-        pack(quantize(vit(), SAQQuantizationConfig()))
+def test_packing_before_calibration_is_refused(tmp_path):
+    """What is saved for use must run: a packed model of a model that was never calibrated would not."""
+    model = quantize(vit(), SAQQuantizationConfig())
+    message = r"^pack: ViT.* is not calibrated: 14 quantizers have no range yet.* Run `hf_saq.calibrate"
+    with pytest.raises(RuntimeError, match=message):
+        pack(model)
+    trainer = SAQTrainer(model, arguments(tmp_path), train_dataset=Images(8, torch.float32))
+    with pytest.raises(RuntimeError, match=message):
+        trainer.save_model(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["logging", "pipeline", "ViTConfig", "ViTImageProcessor", "no_such_thing", None, 3])

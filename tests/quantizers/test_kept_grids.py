@@ -1,4 +1,4 @@
-"""Weights that a quantizer has put on its grid, as floats (`dequantize`), given to a new quantizer of the same kind."""
+"""Weights that a quantizer has put on its grid, as floats (`dequantize`), given to a new one of the same kind."""
 
 from __future__ import annotations
 

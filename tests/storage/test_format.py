@@ -104,7 +104,7 @@ def test_codes_come_back_and_take_their_bits(bits: int, granularity: str, mode: 
     weights = sum(-(-layer.weight.numel() * bits // 8) for layer in layers.values())
     scales = sum(layer.weight.shape[0] if granularity == "channel" else 1 for layer in layers.values())
     biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".bias"))
-    activations = len(layers) * (4 + 4 * (mode == "affine") + 1)  # scale, offset, and a byte that says signed or not
+    activations = len(layers) * (4 + 4 * (mode == "affine") + 4)  # scale, offset, and what says signed or not
     header = 8 + int.from_bytes(content[:8], "little")
     assert len(content) == header + weights + 4 * (scales + biases) + activations
 

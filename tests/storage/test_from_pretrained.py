@@ -153,9 +153,9 @@ def test_weights_take_their_bits_on_disk(bits: int, tmp_path):
     weights = sum(expected.values()) * bits // 8
     assert sum(packed_sizes) == weights  # every weight here fills whole bytes
     # Nothing else holds them: what remains are the tensors that were not quantized, and for each layer two scales of
-    # four bytes and one byte of state.
+    # four bytes and a state of four.
     others = sum(p.nbytes for p in vit().parameters()) - 4 * sum(expected.values())
-    assert sum(sizes.values()) == weights + others + len(expected) * (4 + 4 + 1)
+    assert sum(sizes.values()) == weights + others + len(expected) * (4 + 4 + 4)
     header = int.from_bytes(weights_file(tmp_path).read_bytes()[:8], "little")
     assert weights_file(tmp_path).stat().st_size == sum(sizes.values()) + header + 8
 

@@ -67,7 +67,7 @@ class DoReFaQuantizer(ClipQuantizer):
     def learned_grid(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.role == "activation":
             return super().learned_grid(x)
-        clip_value = self.clip_value
+        clip_value: Tensor = self.clip_value
         if x is not None:
             follows = clip_value * self._largest(torch.tanh(x / self.tanh_width.abs()))
             clip_value = torch.where(self.tanh_width > 0, clip_value, follows)
