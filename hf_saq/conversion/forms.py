@@ -27,13 +27,14 @@ def pack(model: nn.Module) -> nn.Module:
     are not calibrated yet.
 
     Raises:
-        ValueError: If the model has no quantized weight.
+        ValueError: If the model has no quantized weight, or is on the meta device.
         RuntimeError: If a weight quantizer was never initialized.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.weight_quantizer is not None]
     if not layers:
         found = "is packed already" if is_packed(model) else "has no layer with quantized weights"
         raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
+    check_has_values(model)
     _check_weights_are_parameters(model)
     waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
     with torch.no_grad():
@@ -62,7 +63,7 @@ def unpack(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} is not packed; expected a model made by `pack` or a packed checkpoint."
         )
-    _check_on_device(model)
+    check_has_values(model)
     layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
     unpacked = _copy_with(model, {layer: layer.to_quantized() for layer in layers})
     _set_storage(unpacked, "float")
@@ -153,7 +154,7 @@ def _check_weights_are_parameters(model: nn.Module) -> None:
 
 def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Build the float layer that stands in for each quantized one."""
-    _check_on_device(model)
+    check_has_values(model)
     _check_weights_are_parameters(model)
     layers = [module for module in model.modules() if isinstance(module, (QuantizedLayer, PackedLayer))]
     if not layers:
@@ -206,11 +207,13 @@ def _tie(model: nn.Module, target: str, source: str) -> None:
     setattr(model.get_submodule(parent), name, first)
 
 
-def _check_on_device(model: nn.Module) -> None:
+def check_has_values(model: nn.Module) -> None:
+    """Raise `ValueError` if a parameter is on the meta device."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ValueError(
-                f"{type(model).__name__}: {name} has no values (device='meta'); load the model's weights first."
+                f"{type(model).__name__}: {name} has no values (device='meta'); load the model's weights first, or "
+                "take accelerate's hooks off (remove_hook_from_module) if they keep the weights elsewhere."
             )
 
 

@@ -23,6 +23,11 @@ ROUNDING = 1e-3
 """How far from an integer the average of equal states may be."""
 
 
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether nothing can be read from `tensor`: it is on the meta device, or a fake one of the compiler."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 class HasRangeState(nn.Module):
     """Keeps "calibrated" and the sign in one buffer, and reads them from nowhere else.
 
@@ -31,8 +36,8 @@ class HasRangeState(nn.Module):
     one read last or if its version has changed. Every write changes it, except those through `.data` and those that
     DDP makes in a forward: there it copies the buffers of rank 0 and takes care that no version shows it.
 
-    The value that was read last serves where a tensor has no value to read: on the meta device, for fake tensors and
-    in an export. `torch.compile` reads when it traces; its code is made anew when the value read last has changed.
+    The value that was read last serves where a tensor has no value to read: on the meta device, for fake tensors, in
+    an export and for the many states of an ensemble under `vmap`, which must equal it. `torch.compile` reads when it traces; its code is made anew when the value read last has changed.
 
     Attributes:
         range_state: `NOT_CALIBRATED`, `UNSIGNED` or `SIGNED`; int8, a scalar.
@@ -63,7 +68,7 @@ class HasRangeState(nn.Module):
         """Raise `ValueError` if the stored state is none of the three; codes of older checkpoints are brought up to
         date."""
         value, stored = self._state(), self.range_state
-        if not (stored.is_meta or isinstance(stored, FakeTensor)) and stored.item() != value:
+        if not has_no_values(stored) and stored.item() != value:
             self._write_state(value)
 
     def _state(self) -> int:
@@ -85,15 +90,30 @@ class HasRangeState(nn.Module):
     _look._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _read_state(self, stored: Tensor) -> int:
-        if stored.is_meta or isinstance(stored, FakeTensor):
+        if has_no_values(stored):
             return self._last_value
         self._read_from = None
+        if torch._C._functorch.is_batchedtensor(stored):
+            self._check_alike(stored)
+            return self._last_value
         value = stored.item()
         value = FORMER_CODES.get(value, value)  # type: ignore[arg-type]
         if value not in FORMER_CODES.values():
             raise self._wrong_state(value)
         self._remember(int(value), stored)
         return self._last_value
+
+    def _check_alike(self, states: Tensor) -> None:
+        """Raise `ValueError` unless all models of an ensemble, which `vmap` runs as one, have the state read last."""
+        while torch._C._functorch.is_batchedtensor(states):
+            states = torch._C._functorch.get_unwrapped(states)
+        found = sorted(set(states.flatten().tolist()))
+        if found != [self._last_value]:
+            raise ValueError(
+                f"{self.path}: the models that vmap runs as one have the range states {found} ({NOT_CALIBRATED} not "
+                f"calibrated, {UNSIGNED} unsigned, {SIGNED} signed), and the one they run in "
+                f"{self._last_value}; expected one state for all. Quantize with activation_mode='signed', and calibrate all of them."
+            )
 
     def _write_state(self, value: int) -> None:
         self.range_state.fill_(value)
