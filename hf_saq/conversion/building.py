@@ -55,6 +55,12 @@ def _activation_quantizer(path: str, settings: dict[str, Any], device: torch.dev
 
 
 def _make(kind: str, settings: QuantizerSettings, path: str, device: torch.device) -> Quantizer:
-    quantizer = quantizer_class(kind)(settings).to(device)
+    with device:  # also inside of `torch.device("meta")`
+        quantizer = quantizer_class(kind)(settings)
+    if device.type != "meta" and any(tensor.is_meta for tensor in (*quantizer.parameters(), *quantizer.buffers())):
+        raise ValueError(
+            f"{path}: something puts every new parameter on the meta device, as accelerate's init_empty_weights() "
+            f"does, and the weight is on {device}. Build the model in that block, and quantize it after the block."
+        )
     quantizer.path = path
     return quantizer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..layers import HoldsQuantizers
 from ..layers.wrapping import refuse_adapters
 from ..quantizers import Quantizer
+from .forms import check_has_values
 from .observing import ActivationObserver, PassThrough, fit_alike, names_of_first_process, reshard, run_observed
 from .report import ConversionReport, note_signs
 from .swapping import leave_in_float
@@ -47,8 +48,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
         `model` itself.
 
     Raises:
-        ValueError: If the model is not quantized, if there is no batch, if a batch has another type, is empty or makes
-            activations infinite or NaN, or if no quantized layer was run.
+        ValueError: If the model is not quantized or is on the meta device, if there is no batch, if a batch has
+            another type, is empty or makes activations infinite or NaN, or if no quantized layer was run.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")
@@ -62,6 +63,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
     }
     if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
+    check_has_values(model)
     count = run_observed(model, batches, attached_to, run)
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..layers import QuantizedLayer
+from ..quantizers.range_state import has_no_values
 
 TOLERATED_ZERO_CHANNELS = 0.25
 """Share of a layer's output channels that may round to zero without a warning: at 2 bits a few always do."""
@@ -17,13 +18,15 @@ TOLERATED_ZERO_CHANNELS = 0.25
 def initialize_weight_quantizers(model: nn.Module) -> None:
     """Fit every weight quantizer that has no range yet to the weight it will quantize.
 
+    On the meta device there is nothing to fit to: such quantizers get their values when a state dict is loaded.
+
     Warns where one scale for the whole tensor leaves nothing of many output channels, as in depthwise convolutions
     whose channels differ by orders of magnitude.
     """
     damaged = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
-            if not module.weight_quantizer.initialized:
+            if not module.weight_quantizer.initialized and not has_no_values(module.weight):
                 module.weight_quantizer.initialize(module.weight)
                 zero, channels = channels_rounded_to_zero(module)
                 if zero > TOLERATED_ZERO_CHANNELS * channels:

@@ -30,7 +30,7 @@ def pack(model: nn.Module) -> nn.Module:
     The latent float weights are dropped; keep a float-storage checkpoint to go on training.
 
     Raises:
-        ValueError: If the model has no quantized weight, or has adapters of peft.
+        ValueError: If the model has no quantized weight, has adapters of peft, or is on the meta device.
         RuntimeError: If a quantizer has no range yet: the model is not calibrated.
     """
     refuse_adapters(model, "pack")
@@ -38,6 +38,7 @@ def pack(model: nn.Module) -> nn.Module:
     if not layers:
         found = "is packed already" if is_packed(model) else "has no layer with quantized weights"
         raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
+    check_has_values(model)
     _check_weights_are_parameters(model)
     waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
     if waiting:
@@ -66,7 +67,7 @@ def unpack(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} is not packed; expected a model made by `pack` or a packed checkpoint."
         )
-    _check_on_device(model)
+    check_has_values(model)
     layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
     unpacked = _copy_with(model, {layer: layer.to_quantized() for layer in layers})
     _set_storage(unpacked, "float")
@@ -158,7 +159,7 @@ def _check_weights_are_parameters(model: nn.Module) -> None:
 def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Build the float layer that stands in for each quantized one."""
     refuse_adapters(model, "dequantize")
-    _check_on_device(model)
+    check_has_values(model)
     _check_weights_are_parameters(model)
     layers = [module for module in model.modules() if isinstance(module, (QuantizedLayer, PackedLayer))]
     if not layers:
@@ -211,11 +212,13 @@ def _tie(model: nn.Module, target: str, source: str) -> None:
     setattr(model.get_submodule(parent), name, first)
 
 
-def _check_on_device(model: nn.Module) -> None:
+def check_has_values(model: nn.Module) -> None:
+    """Raise `ValueError` if a parameter is on the meta device."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ValueError(
-                f"{type(model).__name__}: {name} has no values (device='meta'); load the model's weights first."
+                f"{type(model).__name__}: {name} has no values (device='meta'); load the model's weights first, or "
+                "take accelerate's hooks off (remove_hook_from_module) if they keep the weights elsewhere."
             )
 
 

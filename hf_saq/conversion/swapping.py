@@ -20,7 +20,8 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
 
     The new layers share the parameters of the old. Weight scales get their first values here; activation quantizers
     wait for `calibrate`. Works on any module: models of transformers, timm, torchvision or your own. With both
-    `weight_bits` and `activation_bits` at `None` nothing changes. With `quantize_attention` the attention products
+    `weight_bits` and `activation_bits` at `None` nothing changes. On the meta device quantizers stay without values
+    until a state dict is loaded. With `quantize_attention` the attention products
     are quantized as well, wherever a model of transformers has them; its `attn_implementation` becomes `"saq"`.
 
     Args:

@@ -10,6 +10,7 @@ from ..quantizers.precision import without_narrowing
 from .float_form import FloatForm, take_over_hooks
 from .packing import pack_codes, packed_size, unpack_codes
 from .quantized import QuantizedLayer
+from .tracing import call_in_graph, is_symbol
 
 GRID_TOLERANCE = 64
 """How far a weight may move when a layer is unpacked, in rounding errors of the layer's largest weight."""
@@ -156,6 +157,8 @@ class PackedLayer(nn.Module):
         return weight.to(self.weight.dtype)  # not before: fake quantization computes in float32 too
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_symbol(x):
+            return call_in_graph(self, x)
         if self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{self.path}: packed weights cannot be trained. Load a checkpoint in float storage to train, or call "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..quantizers import Quantizer
 from .float_form import FloatForm, take_over_hooks
 from .recompute import in_autocast_type, operand_recomputed
+from .tracing import call_in_graph, is_symbol
 
 
 class HoldsQuantizers(nn.Module):
@@ -74,6 +75,8 @@ class QuantizedLayer(HoldsQuantizers, ABC):
         """Compute what the float layer does, with these operands in place of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_symbol(x):
+            return call_in_graph(self, x)
         x_q, w_q = self.quantized_input(x), self.quantized_weight()
         operand = in_autocast_type(x_q)
         with operand_recomputed(x_q, operand):

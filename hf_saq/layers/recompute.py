@@ -51,11 +51,11 @@ def _hooks_are_possible() -> bool:
 
 def _hooks(made: MadeOf, x: Tensor, operand: Tensor) -> saved_tensors_hooks:
     outer_pack, outer_unpack = torch._C._autograd._top_saved_tensors_default_hooks(False) or (Tensor.detach, None)
-    storage, dtype = operand.untyped_storage().data_ptr(), operand.dtype
+    storage, dtype = operand.untyped_storage()._cdata, operand.dtype  # not its address: fake tensors have none
     layout = (operand.size(), operand.stride())
 
     def pack(t: Tensor) -> Any:
-        if t.untyped_storage().data_ptr() != storage or t.dtype != dtype or t.numel() == 0:
+        if t.untyped_storage()._cdata != storage or t.dtype != dtype or t.numel() == 0:
             return outer_pack(t)
         # Packed once more rather than taken from the quantizer: checkpointing hands out each saved tensor once.
         return _Recipe(made, outer_pack(x), dtype, layout, (t.size(), t.stride(), t.storage_offset()))
@@ -80,5 +80,8 @@ class _Recipe(NamedTuple):
 
     def cook(self, x: Tensor) -> Tensor:
         operand = self.made.remake(x).to(self.dtype)
-        assert (operand.size(), operand.stride()) == self.layout and operand.storage_offset() == 0
+        size, stride = self.layout
+        if operand.stride() != stride:  # `save_on_cpu(pin_memory=True)` brings every tensor back contiguous
+            operand = torch.empty_strided(size, stride, dtype=self.dtype, device=x.device).copy_(operand)
+        assert operand.size() == size and operand.storage_offset() == 0
         return operand if self.view == (*self.layout, 0) else operand.as_strided(*self.view)

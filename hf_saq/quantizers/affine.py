@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .kernels import Grid, quantize_backward, quantize_forward
 from .settings import Role
 from .statistics import sum_to
-from .straight_through import SCALE_FLOOR
+from .straight_through import SCALE_FLOOR, asks_for_operations, with_gradient_of
 
 
 class LSQFactor(NamedTuple):
@@ -112,4 +113,29 @@ def affine_fake_quantize(
     """
     if x.ndim == 0:  # a scale has a dimension, and broadcasting would give it to the result
         return affine_fake_quantize(x[None], scale, offset, qmin, qmax, grad_scale, through_rounding)[0]
-    return FakeQuantize.apply(x, scale, offset, Grid(qmin, qmax, through_rounding), grad_scale)
+    grid = Grid(qmin, qmax, through_rounding)
+    if asks_for_operations():
+        return _by_operations(x, scale, offset, grid, grad_scale)
+    return FakeQuantize.apply(x, scale, offset, grid, grad_scale)
+
+
+def _by_operations(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, factor: float | LSQFactor) -> Tensor:
+    """Compute what [`FakeQuantize`] does, by operations whose own gradients, of any order, are the ones it has."""
+    if isinstance(factor, LSQFactor):
+        with warnings.catch_warnings():
+            # A trace keeps the sizes it was made with: only a gradient is scaled by them.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            factor = factor.value(x, scale, grid)
+    s = with_gradient_of(scale * factor, scale.clamp_min(SCALE_FLOOR))
+    o = None if offset is None else with_gradient_of(offset * factor, offset)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    v = (wide if o is None else wide - o) / s
+    outside = (v < grid.qmin) | (v > grid.qmax)
+    # Not `v.clamp`: releases of torch differ in its gradient at the ends. And infinity outside is to stay there.
+    inside = wide.masked_fill(outside, 0)
+    q = torch.where(outside, v.detach().clamp(grid.qmin, grid.qmax), (inside if o is None else inside - o) / s)
+    if grid.through_rounding:
+        x_q = with_gradient_of(q, q.round()) * s
+    else:
+        x_q = with_gradient_of(q * s, q.round() * s)
+    return (x_q if o is None else x_q + o).to(x.dtype)

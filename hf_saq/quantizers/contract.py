@@ -17,6 +17,13 @@ from .precision import without_narrowing
 from .range_state import NOT_CALIBRATED, SIGNED, HasRangeState
 from .settings import QuantizerSettings, Role, ScaleInit
 
+_HOW_TO_GET_A_RANGE: dict[Role, str] = {
+    "activation": "Run `hf_saq.calibrate(model, batches)` with a few batches of model inputs, or train with "
+    "`SAQTrainer`, which calibrates from its training data.",
+    "weight": "Its weight had no values when it was quantized (device='meta'), or was loaded in shards: load a state "
+    "dict into the whole model, or quantize the model once it has its values.",
+}
+
 
 class Quantizer(HasRangeState, ABC):
     """Fake-quantizes a tensor: `forward(x)` returns the nearest grid values, differentiable in `x` and the scale.
@@ -108,10 +115,9 @@ class Quantizer(HasRangeState, ABC):
             return x
         if not self.initialized:
             raise RuntimeError(
-                f"{self.path or type(self).__name__}: this {self.role} quantizer has no range yet. Run "
-                "`hf_saq.calibrate(model, batches)` with a few batches of model inputs, or train with `SAQTrainer`, "
-                "which calibrates from its training data. A copy or an average (EMA, SWA) that was begun before "
-                "that has none either: make it of the calibrated model."
+                f"{self.path or type(self).__name__}: this {self.role} quantizer has no range yet. "
+                f"{_HOW_TO_GET_A_RANGE[self.role]} A copy or an average (EMA, SWA) that was begun before that has "
+                "none either: make it of the calibrated model."
             )
         return self.fake_quantize(x)
 

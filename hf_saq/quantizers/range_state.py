@@ -26,6 +26,11 @@ ROUNDING = 1e-3
 equal, one model of an average must be one of 50,000."""
 
 
+def has_no_values(tensor: Tensor) -> bool:
+    """Tell whether nothing can be read from `tensor`: it is on the meta device, or a fake one of the compiler."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 class HasRangeState(nn.Module):
     """Keeps "calibrated" and the sign in one buffer, and reads them from nowhere else.
 
@@ -34,8 +39,9 @@ class HasRangeState(nn.Module):
     one read last or if its version has changed. Every write changes it, except those through `.data` and those that
     DDP makes in a forward: there it copies the buffers of rank 0 and takes care that no version shows it.
 
-    The value that was read last serves where a tensor has no value to read: on the meta device, for fake tensors and
-    in an export. `torch.compile` reads when it traces; its code is made anew when the value read last has changed.
+    The value that was read last serves where a tensor has no value to read: on the meta device, for fake tensors, in
+    an export and for the many states of an ensemble under `vmap`, which must equal it. `torch.compile` reads when it
+    traces; its code is made anew when the value read last has changed.
 
     Attributes:
         range_state: `NOT_CALIBRATED`, `UNSIGNED` or `SIGNED`; float32, a scalar. Older checkpoints have int8.
@@ -72,7 +78,7 @@ class HasRangeState(nn.Module):
         """
         stored = self.range_state
         value = self._read_state(stored, is_whole)
-        if stored.is_meta or isinstance(stored, FakeTensor):
+        if has_no_values(stored):
             return
         if not stored.dtype.is_floating_point or stored.dtype.itemsize < 4:
             self.range_state = stored.float()
@@ -106,9 +112,12 @@ class HasRangeState(nn.Module):
     _look._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _read_state(self, stored: Tensor, is_whole: bool = True) -> int:
-        if stored.is_meta or isinstance(stored, FakeTensor):
+        if has_no_values(stored):
             return self._last_value
         self._read_from = None
+        if torch._C._functorch.is_batchedtensor(stored):
+            self._check_alike(stored)
+            return self._last_value
         value = _with_nan_of(self.parameters(recurse=False), stored).item()
         are_finite = value == value
         if not are_finite:
@@ -122,6 +131,18 @@ class HasRangeState(nn.Module):
         elif is_whole:
             raise self._wrong_values()
         return found
+
+    def _check_alike(self, states: Tensor) -> None:
+        """Raise `ValueError` unless all models of an ensemble, which `vmap` runs as one, have the state read last."""
+        while torch._C._functorch.is_batchedtensor(states):
+            states = torch._C._functorch.get_unwrapped(states)
+        found = sorted(set(states.flatten().tolist()))
+        if found != [self._last_value]:
+            raise ValueError(
+                f"{self.path}: the models that vmap runs as one have the range states {found} ({NOT_CALIBRATED} not "
+                f"calibrated, {UNSIGNED} unsigned, {SIGNED} signed), and the one they run in {self._last_value}; "
+                "expected one state for all. Quantize with activation_mode='signed', and calibrate all of them."
+            )
 
     def _write_state(self, value: int) -> None:
         self.range_state.fill_(value)
@@ -175,6 +196,7 @@ def _with_nan_of(parameters: Iterable[Tensor], state: Tensor) -> Tensor:
     when, need not be the same everywhere.
     """
     for parameter in parameters:
-        if not (parameter.is_meta or isinstance(parameter, FakeTensor) or hasattr(parameter, "device_mesh")):
+        is_of_an_ensemble = torch._C._functorch.is_batchedtensor(parameter)
+        if not (has_no_values(parameter) or is_of_an_ensemble or hasattr(parameter, "device_mesh")):
             state = state + parameter.detach().sum() * 0
     return state

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
+from ..quantizers.straight_through import asks_for_operations
 from .parameter_gradients import ClearingWatch
 from .perturbed_tensors import QuantizedWeight
 from .rounding import RoundingCheck
@@ -121,6 +122,11 @@ class Seam:
             w_q = w_q + eps.to(w_q.dtype)  # FSDP2 may hand out weights in half precision
         leaf = self.leaves.get(quantizer) if self._catches else None
         if leaf is not None:
+            if asks_for_operations():
+                raise RuntimeError(
+                    f"{quantizer.path}: a first pass inside of a transform of torch.func (grad, vmap) or of "
+                    "torch.jit.trace, which give the perturbation no gradient. Call loss.backward()."
+                )
             w_q = _CatchGradient.apply(w_q if self._passes_on else w_q.detach(), leaf)
         return w_q
 

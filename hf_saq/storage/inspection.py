@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -10,8 +13,9 @@ from ..config import SAQQuantizationConfig
 from ..conversion.forms import convert_to_packed
 from ..conversion.report import ConversionReport, LayerPlan
 from ..conversion.swapping import convert
+from ..layers import PackedLayer, QuantizedLayer
 from .inspection_report import StoredLayer, StoredModel
-from .saved_directory import has_processor, local_directory, model_class, stored_config
+from .saved_directory import damage_named, has_processor, local_directory, model_class, stored_config
 from .stored_tensors import StoredTensors, names_on_disk
 
 
@@ -23,15 +27,18 @@ def inspect_checkpoint(source: str, revision: str | None = None) -> StoredModel:
         revision: Branch, tag or commit of the repository.
 
     Raises:
-        ValueError: If it is not a model that hf_saq saved, or a weight file cannot be read.
+        ValueError: If it is not a model that hf_saq saved, a file cannot be read, or `config.json` and the weight
+            files are those of different models.
         OSError: If the Hub refuses or cannot be reached.
     """
     directory = local_directory(source, revision)
     config = stored_config(directory)
     quantization = config.quantization_config
-    skeleton = _skeleton(config, quantization)
+    with damage_named(directory / "config.json", "makes no model"):
+        skeleton = _skeleton(config, quantization)
     on_disk = names_on_disk(skeleton) or {}
     stored = StoredTensors(directory)
+    _check_tensors(skeleton, on_disk, stored, directory)
     report = skeleton.quantization_report
     assert isinstance(report, ConversionReport)
     return StoredModel(
@@ -57,6 +64,30 @@ def _skeleton(config: PreTrainedConfig, quantization: SAQQuantizationConfig) -> 
         else:
             convert(model, quantization, stored=True)
     return model
+
+
+def _check_tensors(skeleton: nn.Module, on_disk: dict[str, str], stored: StoredTensors, directory: Path) -> None:
+    """Raise `ValueError` if a quantized layer has no tensors, or others in shape or type than `config.json` says."""
+    tensors = skeleton.state_dict(keep_vars=True)
+    count = Counter(id(tensor) for tensor in tensors.values())
+    for layer, module in skeleton.named_modules():
+        if not isinstance(module, (QuantizedLayer, PackedLayer)):
+            continue
+        for name in (f"{layer}.{own}" for own in module.state_dict()):
+            expected, disk = tensors[name], on_disk.get(name, name)
+            if disk not in stored.names:
+                if not on_disk or count[id(expected)] > 1:  # kept in another form, or under the name it is tied to
+                    continue
+                found = "is in no weight file"
+            else:
+                shape, dtype = stored.kind_of(disk)
+                if shape == expected.shape and dtype.is_floating_point == expected.is_floating_point():
+                    continue
+                found = f"has shape {tuple(shape)} and type {dtype}"
+            raise ValueError(
+                f"{directory}: {disk} {found}; expected shape {tuple(expected.shape)} and a type like "
+                f"{expected.dtype}, as config.json says. The files are damaged, or not of one model; get them again."
+            )
 
 
 def _stored_layer(plan: LayerPlan, on_disk: dict[str, str], stored: StoredTensors) -> StoredLayer:

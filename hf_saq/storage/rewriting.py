@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..conversion.forms import dequantize, pack
+from .inspection import inspect_checkpoint
 from .saved_directory import PROCESSOR_FILES, copy_files, local_directory, model_class, stored_config
 from .weight_files import weight_file_bytes
 
@@ -23,7 +24,7 @@ def pack_saved(source: str, target: str | Path) -> int:
         Bytes of the weight files written.
 
     Raises:
-        ValueError: If `source` is not such a model or `target` holds files already.
+        ValueError: If `source` is not such a model, its files are damaged, or `target` holds files already.
         OSError: If the Hub refuses or cannot be reached.
     """
     return _rewrite(source, Path(target), pack)
@@ -40,7 +41,7 @@ def dequantize_saved(source: str, target: str | Path) -> int:
         Bytes of the weight files written.
 
     Raises:
-        ValueError: If `source` is not a quantized model or `target` holds files already.
+        ValueError: If `source` is not a quantized model, its files are damaged, or `target` holds files already.
         OSError: If the Hub refuses or cannot be reached.
     """
     return _rewrite(source, Path(target), dequantize)
@@ -50,6 +51,7 @@ def _rewrite(source: str, target: Path, change: Callable[[nn.Module], nn.Module]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty directory; name a new one.")
     directory = local_directory(source)
+    inspect_checkpoint(str(directory))  # raises where files are damaged or of different models
     kind = model_class(stored_config(directory))
     changed = change(kind.from_pretrained(directory))
     changed.save_pretrained(target)  # type: ignore[operator]

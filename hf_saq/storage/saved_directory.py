@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +43,55 @@ def stored_config(directory: Path) -> PreTrainedConfig:
     """Read the `config.json` of a quantized model and check its `quantization_config`.
 
     Raises:
-        ValueError: If it is missing or not one of ours.
+        ValueError: If it is missing, damaged or not one of ours.
     """
-    if not (directory / "config.json").is_file():
+    path = directory / "config.json"
+    if not path.is_file():
         raise ValueError(f"{directory} has no config.json; expected the directory of a saved model.")
-    config = AutoConfig.from_pretrained(directory)
-    found = getattr(config, "quantization_config", None) or {}
-    method = found.get("quant_method")
+    fields = read_json_object(path)
+    found = fields.get("quantization_config") or {}
+    method = found.get("quant_method") if isinstance(found, dict) else None
     if method != QUANT_METHOD:
-        raise ValueError(
-            f"{directory / 'config.json'}: quantization_config.quant_method is {method!r}; expected {QUANT_METHOD!r}, "
-            "as in what hf_saq saves."
-        )
-    config.quantization_config = SAQQuantizationConfig.from_dict(found)
+        what = f".quant_method is {method!r}" if isinstance(found, dict) else f" is {found!r}"
+        raise ValueError(f"{path}: quantization_config{what}; expected {QUANT_METHOD!r}, as in what hf_saq saves.")
+    named = fields.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{path}: architectures is {named!r}; expected a list with the name of a model class.")
+    with damage_named(path, "is not read as the configuration of a model"):
+        config = AutoConfig.from_pretrained(directory)
+        config.quantization_config = SAQQuantizationConfig.from_dict(found)  # raises ValueError, which says enough
     return config
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: If it holds something else or is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}). It is cut off or damaged; get it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}; expected a JSON object. It is damaged; get it again."
+        )
+    return found
+
+
+@contextmanager
+def damage_named(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever the fields of `path` make transformers raise into a `ValueError` that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # a field can hold anything, and is used for anything
+        raise ValueError(
+            f"{path} {what} ({type(error).__name__}: {error}). One of its fields is damaged or belongs to another "
+            "model; get it again."
+        ) from error
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from .weight_files import weight_files
+from .saved_directory import read_json_object
+from .weight_files import INDEX, ONE_FILE, is_model_file, weight_files
 
 _TYPES = {
     "BOOL": torch.bool,
@@ -40,6 +41,7 @@ class StoredTensors:
 
     def __init__(self, directory: Path):
         files = weight_files(directory)
+        _check_shards(directory, {file.name for file in files})
         if not files:
             raise ValueError(f"{directory} has no weight file (*.safetensors).")
         self.sizes = {file.name: file.stat().st_size for file in files}
@@ -48,7 +50,7 @@ class StoredTensors:
             try:
                 with safe_open(file, framework="pt") as opened:
                     self._where |= dict.fromkeys(opened.keys(), file)
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{file} cannot be read ({error}). It is cut off or damaged; get it again."
                 ) from error
@@ -77,6 +79,23 @@ class StoredTensors:
             return None
         shape, dtype = self.kind_of(name)
         return shape.numel() * dtype.itemsize
+
+
+def _check_shards(directory: Path, there: set[str]) -> None:
+    """Raise `ValueError` if a model in several files lacks its index, or one of the files that the index names."""
+    index = directory / INDEX
+    if ONE_FILE in there or not (index.is_file() or any(is_model_file(name) for name in there)):
+        return
+    if not index.is_file():
+        raise ValueError(f"{directory} has a model in several files, but not {INDEX} for them; get it again.")
+    listed = read_json_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(
+            f"{index}: weight_map is {listed!r:.80}; expected tensors' names and their files. Get it again."
+        )
+    absent = sorted({name for name in listed.values() if name not in there or not is_model_file(name)})
+    if absent:
+        raise ValueError(f"{index} names weight files that are not there: {', '.join(absent)}. Get them again.")
 
 
 def names_on_disk(model: nn.Module) -> dict[str, str] | None:

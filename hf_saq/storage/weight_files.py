@@ -11,16 +11,16 @@ from pathlib import Path
 
 _NUMBER = 5 * "[0-9]"
 # All of these are patterns of `fnmatch`. Only the last one matches a file in a folder.
-_ONE_FILE = "model.safetensors"
+ONE_FILE = "model.safetensors"
 _SHARD = f"model-{_NUMBER}-of-{_NUMBER}.safetensors"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_model.safetensors"
 _PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
 _PICKLED_INDEX = "pytorch_model*.bin.index.json"
 _VARIANTS = ("model.*.safetensors", "model.safetensors.index.*.json")
 _DISTRIBUTED = "*/*.distcp"
 
-MODEL_FILES = (_ONE_FILE, _SHARD, _INDEX)
+MODEL_FILES = (ONE_FILE, _SHARD, INDEX)
 """Patterns of the files that `from_pretrained` takes a model's weights from, as they are saved today."""
 
 
@@ -31,7 +31,7 @@ def is_model_file(name: str) -> bool:
 
 def is_index(name: str) -> bool:
     """Tell whether a file of this name is an index: it holds no weights, but says in which shards they are."""
-    return _matches(name, _INDEX, _PICKLED_INDEX)
+    return _matches(name, INDEX, _PICKLED_INDEX)
 
 
 def is_weight_file(name: str) -> bool:
@@ -45,7 +45,7 @@ def is_weight_file(name: str) -> bool:
 def weight_files(directory: str | Path) -> list[Path]:
     """List the safetensors files that hold the weights of the model saved in `directory`, by name."""
     files = sorted(Path(directory).glob("*.safetensors"))
-    return [file for file in files if _matches(file.name, _ONE_FILE, _SHARD, _ADAPTER)]
+    return [file for file in files if _matches(file.name, ONE_FILE, _SHARD, _ADAPTER)]
 
 
 def weight_file_bytes(directory: str | Path) -> int | None:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -130,6 +131,51 @@ def test_under_offloading_and_where_hooks_are_forbidden():
         forbidden = gradients(quantized, x)
     for name, gradient in expected.items():
         assert torch.equal(offloaded[name], gradient) and torch.equal(forbidden[name], gradient), name
+
+
+class Pictures(nn.Module):
+    """Convolutions whose outputs keep the layout of their input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU())
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x))
+
+
+def come_back_contiguous() -> saved_tensors_hooks:
+    """What `save_on_cpu(pin_memory=True)` does where there is a GPU: the layout is lost on the way."""
+    return saved_tensors_hooks(lambda t: torch.empty(t.size(), dtype=t.dtype).copy_(t), lambda t: t)
+
+
+@pytest.mark.parametrize("hooks", [save_on_cpu, come_back_contiguous], ids=["save_on_cpu", "contiguous"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["", "channels_last"])
+def test_offloading_keeps_the_gradients_in_every_layout(layout: torch.memory_format, hooks):
+    config = SAQQuantizationConfig(weight_bits=4, activation_bits=4, first_last_bits=None)
+    net = quantize(Pictures().to(memory_format=layout), config).train()
+    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=layout)
+    calibrate(net, [x])
+    expected = gradients(net, x)
+    with hooks():
+        offloaded = gradients(net, x)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(offloaded[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_without_addresses_only_the_quantized_input_is_recomputed():
+    """Meta and fake tensors have no address: the weight must not be taken for the input."""
+    _, quantized, x = models()
+    meta = copy.deepcopy(quantized).to("meta")
+    kept: list[tuple[int, ...]] = []
+    with saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        meta.head(torch.empty(5, 16, device="meta"))
+    # The input twice, for its quantizer and as the product's recipe; the latent and the quantized weight.
+    assert sorted(kept) == [(1,), (1,), (4, 16), (5, 16), (5, 16), (16, 4)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = quantized(mode.from_tensor(x))  # asking for an address would warn, which is an error here
+    assert y.shape == (16, 144, 4)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in_place"])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import warnings
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_saq.quantizers import affine_fake_quantize, set_backend
-from hf_saq.quantizers.kernels import Grid, compiled, quantize_backward, quantize_forward
+from hf_saq.quantizers import QUANTIZERS, QuantizerSettings, affine_fake_quantize, quantizer_class, set_backend
+from hf_saq.quantizers.kernels import Grid, compiled, eager, quantize_backward, quantize_forward
 from hf_saq.quantizers.kernels import backend as choice
 from hf_saq.quantizers.kernels.formulas import gradient_terms
 
@@ -228,6 +232,82 @@ def test_without_a_compiler_eager_goes_on_with_one_warning(monkeypatch, backend)
         assert torch.equal(quantize_once(x), expected)
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (InvalidCxxCompiler(), r"InvalidCxxCompiler: No working C\+\+ compiler found .*Install a C\+\+ compiler"),
+        (BackendCompilerFailed(None, InvalidCxxCompiler(), None), r"InvalidCxxCompiler: No working .*Install a C\+\+"),
+        (BackendCompilerFailed(None, KeyError("x"), None), r"failed with KeyError: 'x'\. Set HF_SAQ_KERNELS=eager to"),
+        (AssertionError(), r"failed with AssertionError: \(no message\)\. Set HF_SAQ_KERNELS=eager to"),
+    ],
+    ids=["no_compiler", "wrapped", "a_bug", "no_message"],
+)
+def test_advice_fits_what_went_wrong(error: Exception, advice: str, monkeypatch, backend):
+    def broken(function):
+        raise error
+
+    monkeypatch.setattr(compiled, "_compiled", broken)
+    set_backend("compiled")
+    with pytest.warns(UserWarning, match=advice):
+        quantize_once(torch.randn(100))
+
+
+@pytest.fixture
+def traced(monkeypatch, backend) -> list:
+    """Formulas that were compiled, each once; dynamo traces them, and eager operations run in place of a compiler."""
+    formulas: list = []
+
+    @functools.cache
+    def traced_alone(formula):
+        formulas.append(formula)
+        return torch.compile(formula, dynamic=True, fullgraph=True, backend="eager")
+
+    monkeypatch.setattr(compiled, "_compiled", traced_alone)
+    monkeypatch.setattr(compiled, "_left_uncompiled", set())
+    compiled._of_one_kind.cache_clear()
+    set_backend("compiled")
+    return formulas
+
+
+def test_comparing_all_quantizers_in_one_process_keeps_kernels_compiled(traced):
+    """Quantizers x bits x scales x shapes x types: each kind of use is compiled once, none more often than torch lets.
+
+    Compared with eager, to the bit.
+    """
+    shapes = ((4, 5), (4, 3, 2, 2))
+    for name in sorted(QUANTIZERS):
+        for bits, dtype, shape, channel in itertools.product((2, 8), (torch.float32, torch.bfloat16), shapes, (0, 1)):
+            scale_shape = (4, *(1 for _ in shape[1:])) if channel else (1,)
+            quantizer = quantizer_class(name)(QuantizerSettings(bits, "weight", True, scale_shape))
+            quantizer.initialize(torch.randn(shape))
+            x = torch.randn(shape, dtype=dtype, requires_grad=True)
+            results = []
+            for choice_of in ("eager", "compiled"):
+                set_backend(choice_of)
+                x_q = quantizer(x)
+                results.append((x_q, *torch.autograd.grad(x_q.float().square().sum(), [x, *quantizer.parameters()])))
+            assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), (name, bits, dtype, shape)
+    assert len(traced) > torch._dynamo.config.recompile_limit and not compiled._left_uncompiled
+    for formula in traced:
+        assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(formula.__code__)) <= 2, formula
+
+
+def test_a_kind_that_torch_compiles_no_more_is_named_truly_and_alone(traced):
+    """One element along a dimension needs code of its own; with a limit of one there is none for it."""
+    grid, offset = Grid(-8, 7), torch.tensor([0.1])
+    scale = torch.rand(4, 1) + 0.1
+    wide, narrow = torch.randn(4, 6), torch.randn(4, 1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        quantize_forward(wide, scale, None, grid)
+        with pytest.warns(UserWarning, match=r"one kind .* more than 1 times .*recompile_limit\)\. Raise that limit"):
+            found = quantize_forward(narrow, scale, None, grid)
+        assert torch.equal(found, eager.forward(narrow, scale, None, grid))
+        before = len(traced)
+        quantize_forward(wide, scale, None, grid)  # of that kind: no second warning
+        quantize_forward(wide, offset, offset, grid)
+        assert len(traced) == before + 1 and not choice._impossible
+
+
 def test_an_unknown_backend_is_refused(backend, monkeypatch):
     with pytest.raises(ValueError, match=r"set_backend\('fast'\): expected one of \['auto', 'eager', 'compiled'\]"):
         set_backend("fast")
@@ -266,6 +346,6 @@ def test_compiled_is_eager_to_the_bit(backend):
 def test_compiled_is_eager_to_the_bit_everywhere(shape, dtype: torch.dtype, offset: bool, backend):
     torch._dynamo.reset()
     for grid in GRIDS.values():
-        for eager, fast in both_backends(grid, shape, dtype, offset):
-            assert torch.equal(eager, fast)
+        for slow, fast in both_backends(grid, shape, dtype, offset):
+            assert torch.equal(slow, fast)
     assert not choice._impossible

@@ -79,13 +79,30 @@ def compiles(x: Tensor) -> bool:
     )
 
 
+_NO_COMPILER = ("InvalidCxxCompiler", "CppCompileError", "TritonMissing")
+"""What inductor raises where a compiler is missing or does not work."""
+
+
 def give_up(error: Exception) -> None:
     """Compile no more in this process, and say so."""
     global _impossible
     _impossible = True
+    error = getattr(error, "inner_exception", error)  # torch.compile wraps what its backend raised
+    advice = "Install a C++ compiler (CPU) or Triton (CUDA), or set" if type(error).__name__ in _NO_COMPILER else "Set"
     warnings.warn(
         f"hf_saq: fake quantization runs uncompiled, which is slower: torch.compile failed with "
         f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '(no message)'}. "
-        f"Install a C++ compiler (CPU) or Triton (CUDA), or set {VARIABLE}=eager to silence this.",
+        f"{advice} {VARIABLE}=eager to silence this.",
+        stacklevel=3,
+    )
+
+
+def leave_uncompiled() -> None:
+    """Say that torch refuses to compile one kind of use once more; all others stay compiled."""
+    warnings.warn(
+        "hf_saq: one kind of fake quantization runs uncompiled from here on, which is slower: it would have to be "
+        f"compiled more than {torch._dynamo.config.recompile_limit} times in this process "
+        "(torch._dynamo.config.recompile_limit). Raise that limit, or keep what compiled code depends on as it is, "
+        f"the number of threads for example; set {VARIABLE}=eager to silence this.",
         stacklevel=3,
     )

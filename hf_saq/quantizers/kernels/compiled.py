@@ -1,16 +1,22 @@
-"""Run the formulas compiled by `torch.compile`, on views that let all shapes share compiled code."""
+"""Run the formulas compiled by `torch.compile`, on views that let all shapes share compiled code.
+
+Types, the shape of scales and what is asked for do need code of their own. Of these kinds of use there are more than
+the eight (`torch._dynamo.config.recompile_limit`) that torch lets one function have, as soon as quantizers are
+compared. It counts them by code object, so that each kind gets one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Hashable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from .backend import give_up
+from .backend import give_up, leave_uncompiled
 from .formulas import Grid, bounds, fake_quantized, gradient_terms
 
 _NOTHING = contextlib.nullcontext()
@@ -21,8 +27,9 @@ def forward(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tens
     flat = _flattened([x], scale, offset)
     if flat is None:
         return None
-    (flat_x,), *values = flat
-    result = _attempt(fake_quantized, flat_x, *values, *bounds(grid, x))
+    (flat_x,), scale, offset = flat
+    formula = _of_one_kind(fake_quantized, *_kind(flat_x, scale, offset))
+    result = _attempt(formula, flat_x, scale, offset, *bounds(grid, x))
     return None if result is None else _as(result, x)
 
 
@@ -33,8 +40,10 @@ def backward(
     flat = _flattened([grad, x], scale, offset)
     if flat is None:
         return None
-    operands, *values = flat
-    result = _attempt(gradient_terms, *operands, *values, *bounds(grid, x), grid.through_rounding, need_terms)
+    operands, scale, offset = flat
+    flags = grid.through_rounding, need_terms
+    formula = _of_one_kind(gradient_terms, *_kind(operands[-1], scale, offset), *flags)
+    result = _attempt(formula, *operands, scale, offset, *bounds(grid, x), *flags)
     if result is None:
         return None
     grad_x, terms = result
@@ -82,6 +91,17 @@ def _as(flat: Tensor, x: Tensor) -> Tensor:
     return flat.view(x.shape) if x.is_contiguous() else flat.as_strided(x.shape, x.stride())
 
 
+def _kind(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Hashable, ...]:
+    """Say which operands share compiled code."""
+    return x.dtype, x.device, x.ndim, scale.shape[0] == 1, offset is None
+
+
+@functools.cache
+def _of_one_kind(formula: types.FunctionType, *kind: Hashable) -> Callable:  # noqa: ARG001 (each has its copy)
+    """Copy `formula`, with a code object of its own."""
+    return types.FunctionType(formula.__code__.replace(), formula.__globals__, formula.__name__)
+
+
 @functools.cache
 def _compiled(formula: Callable) -> Callable:
     import torch._inductor.config as inductor
@@ -92,8 +112,14 @@ def _compiled(formula: Callable) -> Callable:
     return torch.compile(formula, dynamic=True, fullgraph=True, options=options)
 
 
+_left_uncompiled: set[Callable] = set()
+"""Kinds for which torch refuses to compile again."""
+
+
 def _attempt(formula: Callable, *args):
-    """Run the formula compiled; `None`, with one warning in the life of the process, if that is not possible."""
+    """Run the formula of one kind compiled; `None`, with one warning, if that is not possible."""
+    if formula in _left_uncompiled:
+        return None
     device = args[0].device.type
     try:
         # Compiled code is bound to the mode that it was compiled in: one mode, one compilation.
@@ -102,5 +128,9 @@ def _attempt(formula: Callable, *args):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        give_up(error)
+        if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+            _left_uncompiled.add(formula)
+            leave_uncompiled()
+        else:
+            give_up(error)
         return None

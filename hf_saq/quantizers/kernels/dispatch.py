@@ -8,6 +8,9 @@ from torch import Tensor
 from . import backend, compiled, eager
 from .formulas import Grid, bounds, fake_quantized, gradient_terms
 
+_is_a_batch = torch._C._functorch.is_legacy_batchedtensor
+"""Whether autograd computes many gradients at once (`is_grads_batched`, `jacobian(vectorize=True)`)."""
+
 
 def quantize_forward(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
     """Compute `fake_quantized` by the backend that fits; same shape, dtype and memory layout as `x`.
@@ -26,7 +29,9 @@ def quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, need_terms: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `gradient_terms` by the backend that fits."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # the former: differentiated once more
+    if (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_a_batch(grad)
+    ):  # first: differentiated once more
         return gradient_terms(grad, x, scale, offset, *bounds(grid, x), grid.through_rounding, need_terms)
     if grad.stride() != x.stride():  # one layout for all, and one order of summation
         grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
