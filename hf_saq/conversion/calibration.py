@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..layers import HoldsQuantizers
 from ..quantizers import Quantizer
-from .observing import ActivationObserver, PassThrough, fit_alike, names_of_first_process, reshard, run_observed
 from .forms import check_has_values
+from .observing import ActivationObserver, PassThrough, fit_alike, names_of_first_process, reshard, run_observed
 from .report import ConversionReport, note_signs
 from .swapping import leave_in_float
 
@@ -47,8 +47,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
         `model` itself.
 
     Raises:
-        ValueError: If the model is not quantized or is on the meta device, if there is no batch, if a batch has another
-            type, is empty or makes activations infinite or NaN, or if no quantized layer was run.
+        ValueError: If the model is not quantized or has no values (meta device), if there is no batch, if a batch has
+            another type, is empty or makes activations infinite or NaN, or if no quantized layer was run.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")

@@ -17,7 +17,6 @@ from .precision import without_narrowing
 from .range_state import NOT_CALIBRATED, SIGNED, HasRangeState
 from .settings import QuantizerSettings, Role, ScaleInit
 
-
 _HOW_TO_GET_A_RANGE: dict[Role, str] = {
     "activation": "Run `hf_saq.calibrate(model, batches)` with a few batches of model inputs, or train with "
     "`SAQTrainer`, which calibrates from its training data.",
@@ -117,8 +116,8 @@ class Quantizer(HasRangeState, ABC):
         if not self.initialized:
             raise RuntimeError(
                 f"{self.path or type(self).__name__}: this {self.role} quantizer has no range yet. "
-                f"{_HOW_TO_GET_A_RANGE[self.role]} A copy or an average (EMA, SWA) that was begun before that has none "
-                "either: make it of the calibrated model."
+                f"{_HOW_TO_GET_A_RANGE[self.role]} A copy or an average (EMA, SWA) that was begun before that has "
+                "none either: make it of the calibrated model."
             )
         return self.fake_quantize(x)
 

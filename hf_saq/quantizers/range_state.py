@@ -37,7 +37,8 @@ class HasRangeState(nn.Module):
     DDP makes in a forward: there it copies the buffers of rank 0 and takes care that no version shows it.
 
     The value that was read last serves where a tensor has no value to read: on the meta device, for fake tensors, in
-    an export and for the many states of an ensemble under `vmap`, which must equal it. `torch.compile` reads when it traces; its code is made anew when the value read last has changed.
+    an export and for the many states of an ensemble under `vmap`, which must equal it. `torch.compile` reads when it
+    traces; its code is made anew when the value read last has changed.
 
     Attributes:
         range_state: `NOT_CALIBRATED`, `UNSIGNED` or `SIGNED`; int8, a scalar.
@@ -111,8 +112,8 @@ class HasRangeState(nn.Module):
         if found != [self._last_value]:
             raise ValueError(
                 f"{self.path}: the models that vmap runs as one have the range states {found} ({NOT_CALIBRATED} not "
-                f"calibrated, {UNSIGNED} unsigned, {SIGNED} signed), and the one they run in "
-                f"{self._last_value}; expected one state for all. Quantize with activation_mode='signed', and calibrate all of them."
+                f"calibrated, {UNSIGNED} unsigned, {SIGNED} signed), and the one they run in {self._last_value}; "
+                "expected one state for all. Quantize with activation_mode='signed', and calibrate all of them."
             )
 
     def _write_state(self, value: int) -> None:

@@ -27,9 +27,9 @@ def forward(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tens
     flat = _flattened([x], scale, offset)
     if flat is None:
         return None
-    (flat_x,), *values = flat
-    formula = _of_one_kind(fake_quantized, *_kind(flat_x, *values))
-    result = _attempt(formula, flat_x, *values, *bounds(grid, x))
+    (flat_x,), scale, offset = flat
+    formula = _of_one_kind(fake_quantized, *_kind(flat_x, scale, offset))
+    result = _attempt(formula, flat_x, scale, offset, *bounds(grid, x))
     return None if result is None else _as(result, x)
 
 
@@ -40,10 +40,10 @@ def backward(
     flat = _flattened([grad, x], scale, offset)
     if flat is None:
         return None
-    operands, *values = flat
+    operands, scale, offset = flat
     flags = grid.through_rounding, need_terms
-    formula = _of_one_kind(gradient_terms, *_kind(operands[-1], *values), *flags)
-    result = _attempt(formula, *operands, *values, *bounds(grid, x), *flags)
+    formula = _of_one_kind(gradient_terms, *_kind(operands[-1], scale, offset), *flags)
+    result = _attempt(formula, *operands, scale, offset, *bounds(grid, x), *flags)
     if result is None:
         return None
     grad_x, terms = result
