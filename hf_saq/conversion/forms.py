@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -40,6 +41,7 @@ def pack(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
     check_has_values(model)
     _check_weights_are_parameters(model)
+    _warn_of_layers_that_are_gone(model)
     waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
     if waiting:
         raise RuntimeError(
@@ -154,6 +156,20 @@ def _check_weights_are_parameters(model: nn.Module) -> None:
                 "spectral norm). Make that permanent first: `torch.nn.utils.prune.remove`, `remove_weight_norm` and "
                 "the like."
             )
+
+
+def _warn_of_layers_that_are_gone(model: nn.Module) -> None:
+    report = getattr(model, "quantization_report", None)
+    names = {name for name, _ in model.named_modules()}
+    planned = [p.name for p in report.converted] if isinstance(report, ConversionReport) else []
+    gone = [name for name in planned if name not in names]
+    if gone:
+        warnings.warn(
+            f"pack: {len(gone)} of {len(planned)} quantized layers of {type(model).__name__} are gone, for example "
+            f"{gone[0]}. Where others stand in for them (fused branches, timm's reparameterize_model), those are in "
+            "float: fuse the float model, then quantize it.",
+            stacklevel=3,
+        )
 
 
 def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import QuantAttentionProducts
+from ..layers import PackedLayer, QuantAttentionProducts, QuantizedLayer
 from ..quantizers import Quantizer
 from ..tables import text_table
 
@@ -62,15 +62,16 @@ class ConversionReport:
 def note_signs(model: nn.Module) -> None:
     """Write into the report of `model` which signs its activations have by now."""
     report = getattr(model, "quantization_report", None)
+    modules = dict(model.named_modules())
     for planned in report.converted if isinstance(report, ConversionReport) else []:
-        module = model.get_submodule(planned.name)
+        module = modules.get(planned.name)
         if isinstance(module, QuantAttentionProducts):
             *others, probability = (
                 _sign(getattr(module, f"{operand}_quantizer")) for operand in ("query", "key", "value", "probability")
             )
             planned.sign = f"{'/'.join(dict.fromkeys(others))}, probabilities {probability}"
-        else:
-            planned.sign = _sign(module.activation_quantizer)  # type: ignore[arg-type]
+        elif isinstance(module, (QuantizedLayer, PackedLayer)):  # a user may have put something else there
+            planned.sign = _sign(module.activation_quantizer)
 
 
 def _sign(quantizer: Quantizer | None) -> str:

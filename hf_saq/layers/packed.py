@@ -168,6 +168,16 @@ class PackedLayer(nn.Module):
             x = self.activation_quantizer(x)
         return self._functional.compute(x, self.quantized_weight(), self.bias)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module; refuses a weight that has elements, or dimensions, beside the codes."""
+        if name == "weight" and param is not None and param.shape != (0,):
+            raise ValueError(
+                f"{self.path}: its weight is packed integers, which a weight of shape {tuple(param.shape)} cannot "
+                "replace. To fuse a BatchNorm into a layer (fuse_conv_bn_eval), do so in the float model, then "
+                "quantize and pack."
+            )
+        super().register_parameter(name, param)
+
     def _apply(self, fn, recurse=True):
         """Move and convert like any module, but let `.to(torch.bfloat16)` and the like leave codes and grid alone."""
         kept = list(self._buffers.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
+from ..quantizers.range_state import has_no_values
 from .float_form import FloatForm, take_over_hooks
 from .recompute import in_autocast_type, operand_recomputed
 from .tracing import call_in_graph, is_symbol
@@ -47,6 +49,7 @@ class QuantizedLayer(HoldsQuantizers, ABC):
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
     float_form: FloatForm
+    _is_loading = False
     _came_first: frozenset[str] = frozenset()
     """Quantizers whose values were loaded without the weight, which then is in another part of the checkpoint."""
 
@@ -82,13 +85,33 @@ class QuantizedLayer(HoldsQuantizers, ABC):
         with operand_recomputed(x_q, operand):
             return self.compute(operand, w_q, self.bias)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module; a weight of other values, as fusing a BatchNorm makes one, gets a scale of its own."""
+        before = vars(self).get("_parameters", {}).get("weight") if name == "weight" else None
+        super().register_parameter(name, param)
+        quantizer = getattr(self, "weight_quantizer", None)
+        if self._is_loading or not (type(before) is type(param) is nn.Parameter) or quantizer is None:
+            return
+        if has_no_values(before) or has_no_values(param) or not quantizer.initialized or torch.equal(before, param):
+            return
+        quantizer.initialize(param)
+        warnings.warn(
+            f"{quantizer.path}: the weight of this layer was replaced by another one, as fuse_conv_bn_eval does; the "
+            "weight quantizer was fitted to it anew. Fuse before `quantize`, so that calibration and training see it.",
+            stacklevel=4,
+        )
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load as any module does, and reset quantizers if the weight arrives without their values.
 
         Such a weight is another one than they were made for. So the weight quantizer is fitted to it, and the
         activations wait for `calibrate` again.
         """
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._is_loading = True  # with `assign=True` the weight is replaced, and its scale still to arrive
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            self._is_loading = False
         for child, quantizer in self.named_children():
             if not isinstance(quantizer, Quantizer):
                 continue

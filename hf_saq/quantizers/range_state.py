@@ -136,7 +136,7 @@ class HasRangeState(nn.Module):
         """Raise `ValueError` unless all models of an ensemble, which `vmap` runs as one, have the state read last."""
         while torch._C._functorch.is_batchedtensor(states):
             states = torch._C._functorch.get_unwrapped(states)
-        found = sorted(set(states.flatten().tolist()))
+        found = sorted({int(value) if value == int(value) else value for value in states.flatten().tolist()})
         if found != [self._last_value]:
             raise ValueError(
                 f"{self.path}: the models that vmap runs as one have the range states {found} ({NOT_CALIBRATED} not "
@@ -195,8 +195,9 @@ def _with_nan_of(parameters: Iterable[Tensor], state: Tensor) -> Tensor:
     One tensor, so that it is fetched at once. Parameters that FSDP shards are passed over: which process reads, and
     when, need not be the same everywhere.
     """
+    with_nan = state
     for parameter in parameters:
         is_of_an_ensemble = torch._C._functorch.is_batchedtensor(parameter)
         if not (has_no_values(parameter) or is_of_an_ensemble or hasattr(parameter, "device_mesh")):
-            state = state + parameter.detach().sum() * 0
-    return state
+            with_nan = with_nan + parameter.detach().sum() * 0
+    return state if has_no_values(with_nan) else with_nan  # inside of a `FakeTensorMode` sums are fake

@@ -95,8 +95,7 @@ class SharpnessAwareMinimizer:
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
         self._rng: list[RNGState] = []  # one per first pass, oldest first
         self._eps: Displacement | None = None  # made of the gradients of the first passes
-        self._is_in_a_pass = False
-        self._reduce_hook = model.register_forward_pre_hook(self._before_forward)
+        self._seam.watch(model)
         self._find_tensors()
         if not self._tensors:
             self.detach()
@@ -110,8 +109,7 @@ class SharpnessAwareMinimizer:
 
     def detach(self) -> None:
         """Remove the hooks; then the model is as it was before the minimizer was built."""
-        self._reduce_hook.remove()
-        self._seam.attach([])
+        self._seam.let_go()
         self.reset()
 
     def reset(self) -> None:
@@ -122,12 +120,6 @@ class SharpnessAwareMinimizer:
         sharding.check_parallelism(self.model, self.case, self.sync)
         self._tensors = PerturbedTensors(self.model, self.perturb)
         self._seam.attach(self._tensors.by_quantizer)
-
-    def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
-        if self._is_in_a_pass and module is self.model:  # a copy of the model has copies of the hooks
-            sharding.reduce_gradients(self.model)
-
-    _before_forward.stays_behind = True  # type: ignore[attr-defined]  # see layers/wrapping.py
 
     # First pass --------------------------------------------------------------------------------------------------
 
@@ -197,13 +189,13 @@ class SharpnessAwareMinimizer:
     @contextmanager
     def _pass(self) -> Iterator[None]:
         """Mark the block as a pass; forget what was collected if the block ends by an exception."""
-        before, self._is_in_a_pass = self._is_in_a_pass, True
+        before, self._seam.is_in_a_pass = self._seam.is_in_a_pass, True
         completed = False
         try:
             yield
             completed = True
         finally:
-            self._is_in_a_pass = before
+            self._seam.is_in_a_pass = before
             if not completed:
                 self.reset()
 
@@ -283,7 +275,7 @@ class SharpnessAwareMinimizer:
     def displaced(self, eps: Displacement) -> Iterator[None]:
         """Run the block at the perturbed point and change nothing else: normalization statistics are updated there."""
         sharding.reshard(self.model)
-        before, self._is_in_a_pass = self._is_in_a_pass, True
+        before, self._seam.is_in_a_pass = self._seam.is_in_a_pass, True
         # Clear the cache of autocast: inside of one autocast block it would carry low-precision copies of parameters
         # from one point to the other.
         torch.clear_autocast_cache()
@@ -292,7 +284,7 @@ class SharpnessAwareMinimizer:
                 try:
                     yield
                 finally:
-                    self._is_in_a_pass = before
+                    self._seam.is_in_a_pass = before
                     sharding.reshard(self.model)
             self._seam.rounding.conclude(self.rho)
         finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..quantizers import Quantizer
 from ..quantizers.straight_through import asks_for_operations
+from . import sharding
 from .parameter_gradients import ClearingWatch
 from .perturbed_tensors import QuantizedWeight
 from .rounding import RoundingCheck
@@ -39,17 +40,35 @@ class Seam:
     Attributes:
         leaves: Quantizer whose gradient is wanted -> the zero leaf behind it, whose `.grad` is `g_q`.
         rounding: Checks, in the first perturbed pass, whether rounding swallows what is added.
+        is_in_a_pass: Whether a pass of the minimizer is under way.
     """
 
     def __init__(self) -> None:
         self.leaves: dict[Quantizer, Tensor] = {}
         self.rounding = RoundingCheck()
         self._added: Mapping[Quantizer, Tensor] = {}
+        self.is_in_a_pass = False
+        self._watched: nn.Module | None = None
         self._catches, self._passes_on = False, True
         self._handles: dict[Quantizer, torch.utils.hooks.RemovableHandle] = {}
 
+    # Copying or pickling a model copies its hooks. They come with a seam that does nothing: nobody watches the copy.
+
     def __deepcopy__(self, memo: dict) -> Seam:
-        return self  # copying a model copies its hooks; they must not bring a second seam along
+        return Seam()
+
+    def __reduce__(self) -> tuple[type[Seam], tuple[()]]:
+        return Seam, ()
+
+    def watch(self, model: nn.Module) -> None:
+        """Let each forward of `model` inside of a pass reduce gradients, where they are sharded."""
+        self._watched = model
+        self._watching = model.register_forward_pre_hook(self._before_forward)
+
+    def let_go(self) -> None:
+        """Remove all hooks."""
+        self._watching.remove()
+        self.attach([])
 
     def attach(self, quantizers: Iterable[Quantizer]) -> None:
         """Put hooks on these quantizers, and remove them from all others."""
@@ -113,6 +132,12 @@ class Seam:
             yield
         finally:
             self._added = before
+
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
+        if self.is_in_a_pass and module is self._watched:
+            sharding.reduce_gradients(module)
+
+    _before_forward.stays_behind = True  # type: ignore[attr-defined]  # see layers/wrapping.py
 
     def _hook(self, quantizer: nn.Module, args: tuple, w_q: Tensor) -> Tensor:  # noqa: ARG002 (a forward hook)
         assert isinstance(quantizer, Quantizer)

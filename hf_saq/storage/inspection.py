@@ -67,7 +67,7 @@ def _skeleton(config: PreTrainedConfig, quantization: SAQQuantizationConfig) -> 
 
 
 def _check_tensors(skeleton: nn.Module, on_disk: dict[str, str], stored: StoredTensors, directory: Path) -> None:
-    """Raise `ValueError` if a quantized layer has no tensors, or others in shape or type than `config.json` says."""
+    """Raise `ValueError` if a tensor of a quantized layer is absent, or has another shape or type than it must."""
     tensors = skeleton.state_dict(keep_vars=True)
     count = Counter(id(tensor) for tensor in tensors.values())
     for layer, module in skeleton.named_modules():

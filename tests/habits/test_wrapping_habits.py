@@ -5,16 +5,22 @@ Each goes on working or is refused by name; no copy runs the original in secret 
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import types
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
-from minimizer_nets import batch, linear_net, two_passes
+from minimizer_nets import batch, linear_net, loss_of, two_passes
+from timm.models.byobnet import MobileOneBlock
+from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import AveragedModel
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, dequantize, pack, quantize, unpack
 from hf_saq.layers.float_form import FloatForm
@@ -137,6 +143,93 @@ def test_hooks_of_others_are_copied():
     assert calls == [1]
 
 
+def stored(model: nn.Module) -> nn.Module:
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), stored, lambda net: AveragedModel(net).module],
+    ids=["deepcopy", "pickle", "torch.save", "averaged"],
+)
+def test_copies_of_a_watched_model_are_nobodys(duplicate):
+    """A user copies or stores a whole model between the two passes: neither the minimizer, nor its buffers, nor the
+    original comes along; the copy trains with a minimizer of its own, like the original would have."""
+    net, data = quantized(), batch(quantized())
+    without = pickled_size(net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.1)
+    with minimizer.ascent():
+        loss_of(net, data).backward()
+    net.zero_grad()
+    copied = duplicate(net)
+    assert pickled_size(net) < without + 500 and pickled_size(copied) < without + 500
+    with minimizer.perturbed():  # no hook on the copy adds what belongs to the original
+        assert torch.equal(copied(data[0]), quantized()(data[0])) and not torch.equal(net(data[0]), copied(data[0]))
+    minimizer.detach()
+    two_passes(copied, SharpnessAwareMinimizer(copied, rho=0.1), data)
+    two_passes(net, SharpnessAwareMinimizer(net, rho=0.1), data)
+    for found, expected in zip(copied.parameters(), net.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+
+
+# Fused layers --------------------------------------------------------------------------------------------------------
+
+
+def with_statistics() -> nn.Module:
+    """A convolution and a BatchNorm that changes the size of its channels by very different factors."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    net[1].running_var.copy_(torch.logspace(-1, 2, 8))
+    net[1].running_mean.normal_()
+    return net
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_batch_norm_fused_into_a_quantized_layer_gives_its_weight_a_scale(granularity: str):
+    """A user fuses after `quantize`: the layer is as if the fused float layer had been quantized, and a warning says
+    what to do better. The scale of the old weight would cut the fused one off."""
+    config = SAQQuantizationConfig(weight_bits=8, activation_bits=None, weight_granularity=granularity)
+    plain, x = with_statistics(), torch.randn(4, 3, 8, 8)
+    net = quantize(copy.deepcopy(plain), config)
+    with pytest.warns(UserWarning, match=r"^0.weight_quantizer: the weight .* replaced .*fitted to it anew\. Fuse"):
+        fused = fuse_conv_bn_eval(net[0], net[1])
+    expected = quantize(nn.Sequential(fuse_conv_bn_eval(plain[0], plain[1])), config)
+    assert torch.equal(fused(x), expected(x))
+    assert not torch.equal(net[0].weight_quantizer.scale, fused.weight_quantizer.scale)
+    if granularity == "channel":
+        assert (fused(x) - plain(x)).abs().max() < 0.01 * plain(x).abs().max()
+
+
+def test_loading_by_assignment_keeps_stored_scales():
+    """`load_state_dict(assign=True)` replaces weights too, and their scales arrive after them."""
+    net, other = quantized(), quantized()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    net.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(net[0].weight_quantizer.scale, other[0].weight_quantizer.scale)
+    assert torch.equal(net(batch(net)[0]), other(batch(net)[0]))
+
+
+def test_a_batch_norm_is_not_fused_into_packed_integers():
+    """A user fuses after `pack`: only the bias would be fused."""
+    net = pack(quantize(with_statistics(), SAQQuantizationConfig(activation_bits=None)))
+    with pytest.raises(ValueError, match=r"^0: its weight is packed integers, .*fuse_conv_bn_eval\), do so in"):
+        fuse_conv_bn_eval(net[0], net[1])
+
+
+def test_reparameterized_branches_are_missed():
+    """A user lets timm fuse the branches of a quantized RepVGG block: `pack` says that what stands in is in float."""
+    block = quantize(nn.Sequential(MobileOneBlock(8, 8, 3), nn.Conv2d(8, 8, 1)).eval(), SAQQuantizationConfig())
+    calibrate(block, [torch.randn(2, 8, 8, 8)])
+    fused = reparameterize_model(block)
+    with pytest.warns(UserWarning, match=r"pack: \d of \d quantized layers of Sequential are gone, for example 0\..*"):
+        pack(fused)
+    calibrate(fused, [torch.randn(2, 8, 8, 8)])  # and their places in the report are no obstacle
+
+
 # Weights that are computed from others -----------------------------------------------------------------------------
 
 
@@ -153,6 +246,20 @@ class TestComputedWeights:
         compute(net[0])
         reasons = {layer.name: layer.reason for layer in quantize(net, CONFIG).quantization_report.skipped}
         assert set(reasons) == {"0"} and reasons["0"]
+
+    def test_after_quantization_the_forward_quantizes_what_was_computed(self, compute):
+        """A user does so after `quantize` and goes on training: the quantizer gets the computed weight, and its
+        sources get the gradient."""
+        net = quantized().train()
+        compute(net[0])
+        x, _ = batch(net)
+        net(x).sum().backward()
+        layer = net[0]
+        w_q = layer.quantized_weight()
+        codes = (layer.weight / layer.weight_quantizer.scale).round().clamp(-128, 127)
+        assert torch.allclose(w_q, codes * layer.weight_quantizer.scale)
+        sources = [p for name, p in layer.named_parameters() if "weight" in name and "quantizer" not in name]
+        assert sources and all(p.grad is not None and p.grad.abs().sum() > 0 for p in sources)
 
     @pytest.mark.parametrize(
         "use", [pack, dequantize, lambda net: SharpnessAwareMinimizer(net, rho=0.1)], ids=["pack", "float", "perturb"]

@@ -15,8 +15,9 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_saq.quantizers import QUANTIZERS, QuantizerSettings, affine_fake_quantize, quantizer_class, set_backend
-from hf_saq.quantizers.kernels import Grid, compiled, eager, quantize_backward, quantize_forward
+from hf_saq.quantizers.kernels import Grid, compiled, quantize_backward, quantize_forward
 from hf_saq.quantizers.kernels import backend as choice
+from hf_saq.quantizers.kernels import eager as eager_backend
 from hf_saq.quantizers.kernels.formulas import gradient_terms
 
 GRIDS = {
@@ -301,7 +302,7 @@ def test_a_kind_that_torch_compiles_no_more_is_named_truly_and_alone(traced):
         quantize_forward(wide, scale, None, grid)
         with pytest.warns(UserWarning, match=r"one kind .* more than 1 times .*recompile_limit\)\. Raise that limit"):
             found = quantize_forward(narrow, scale, None, grid)
-        assert torch.equal(found, eager.forward(narrow, scale, None, grid))
+        assert torch.equal(found, eager_backend.forward(narrow, scale, None, grid))
         before = len(traced)
         quantize_forward(wide, scale, None, grid)  # of that kind: no second warning
         quantize_forward(wide, offset, offset, grid)
