@@ -11,8 +11,8 @@ Must not know: transformers, configurations, files, what a layer computes.
 
 from .default_radius import default_rho
 from .displacement import Displacement
+from .frozen_batch_norm import frozen_norm_statistics, running_statistics
 from .minimizer import SharpnessAwareMinimizer
-from .norm_statistics import frozen_norm_statistics, running_statistics
 from .parameter_gradients import set_aside
 from .perturbed_tensors import PerturbedTensors, QuantizedWeight, kinds_of_parameters, quantized_weights
 from .random_state import RNGState
