@@ -40,6 +40,7 @@ def _export(args: argparse.Namespace) -> str:
         weights=args.weights,
         image_size=size[0] if size is not None and len(size) == 1 else size,
         processor=processor,
+        check=args.check,
         overwrite=args.overwrite,
     )
     return f"{report}\n{args.target}: exported"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..storage import staged
+from .checks import verify
 from .example_inputs import example_inputs
 from .extras import needed
 from .integer_copy import integer_copy
@@ -36,6 +37,7 @@ def export_onnx(
     example: Tensor | None = None,
     image_size: int | tuple[int, int] | None = None,
     processor: Any = None,
+    check: bool = True,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a quantized model as an integer graph that ONNX Runtime, OpenVINO and others run.
@@ -52,9 +54,12 @@ def export_onnx(
         example: Inputs `(batch, ...)`, of any batch. Images of noise are made if there are none; real ones are better.
         image_size: Height and width in pixels, where neither the processor nor the model's configuration says.
         processor: The image processor to store with it.
+        check: Whether to verify before writing: codes and scales are equal; each layer alone, on its input in the
+            model, is within one step; the logits of ONNX Runtime are as near to the model's as those to themselves.
         overwrite: Whether files of an earlier export may be replaced.
 
     Raises:
+        ExportCheckError: If a check fails: a `ValueError` that says which, and of which layers.
         ValueError: If an argument is wrong, the model is not quantized or not calibrated, a grid does not fit into an
             integer graph, or `directory` holds files already.
         ImportError: If a library is missing; says which extra installs it.
@@ -63,13 +68,15 @@ def export_onnx(
         raise ValueError(f"weights={weights!r}; expected one of {list(CODE_RANGE)}.")
     directory = Path(directory)
     _check_free(directory, overwrite)
-    for library in ("onnx", "onnxscript"):
+    for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         needed(library)
     example = example_inputs(model, example, image_size, processor)
     copied = integer_copy(model, weights)
-    graph_model = shipped_graph(trace(copied, example), weights)
+    graph_model = trace(copied, example)
+    folded = shipped_graph(graph_model, weights)
     content = needed("onnx_ir").to_proto(graph_model).SerializeToString()
-    report = ExportReport(MODEL_FILE, len(content), weights, target, _layers(copied, weights))
+    checks = verify(model, copied, content, folded, example) if check else {}
+    report = ExportReport(MODEL_FILE, len(content), weights, target, _layers(copied, weights), checks)
     _write(directory, content, report, getattr(model, "config", None), processor)
     return report
 

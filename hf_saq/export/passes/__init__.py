@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from .batch_norms import fold_batch_norms
-from .codes import narrow_codes
+from .codes import narrow_codes, widen_codes
 from .matmuls import gemms_to_matmuls, transpose_stored_weights
 from .pads import move_pads_behind_codes
 from .relus import fold_relus_into_codes
@@ -21,24 +21,27 @@ __all__ = [
     "narrow_codes",
     "shipped_graph",
     "transpose_stored_weights",
+    "widen_codes",
 ]
 
 
-def shipped_graph(model: Any, weights: str) -> Any:
-    """Run all passes on an `onnx_ir.Model`, in place, and return it.
+def shipped_graph(model: Any, weights: str) -> dict[str, str]:
+    """Run all passes on an `onnx_ir.Model`, in place.
 
     Args:
         weights: `"int4"` stores codes of at most 4 bits as such.
+
+    Returns:
+        What [`fold_batch_norms`] returns.
     """
     common = import_module("onnx_ir.passes.common")
     transpose_stored_weights(model)
     gemms_to_matmuls(model)
-    fold_batch_norms(model)
+    folded = fold_batch_norms(model)
     move_pads_behind_codes(model)
     fold_relus_into_codes(model)
-    if weights == "int4":
-        narrow_codes(model)
+    narrow_codes(model) if weights == "int4" else widen_codes(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     forget_shapes(model)
-    return model
+    return folded

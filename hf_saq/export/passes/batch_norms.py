@@ -21,7 +21,7 @@ def fold_batch_norms(model: Any) -> dict[str, str]:
     channel with the code -128, which has no opposite, and a negative `f` keeps its normalization as it is.
 
     Returns:
-        Name of the codes in the graph -> name of the module whose normalization they now contain.
+        Name of the layer -> name of the module whose normalization its weight now contains.
     """
     folded = {}
     for node in nodes_of(model, "BatchNormalization"):
@@ -51,7 +51,7 @@ def fold_batch_norms(model: Any) -> dict[str, str]:
         inputs = [*convolution.inputs[:2], add_initializer(convolution.graph, name, new_bias)]
         convolution.resize_inputs(3)
         convolution.replace_input_with(2, inputs[2])
-        folded[weight.inputs[0].name] = _module_of(node)
+        folded[weight.inputs[0].name.removesuffix(".codes")] = _module_of(node)
         replace_value(node.outputs[0], convolution.outputs[0])
     return folded
 
