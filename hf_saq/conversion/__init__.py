@@ -11,7 +11,7 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from . import attention_interface
-    from .batch_norm import norms_with_statistics, reestimate_batch_norm
+    from .batch_norm_statistics import norms_with_statistics, reestimate_batch_norm
     from .bias_correction import correct_biases
     from .calibration import calibrate, is_calibrated, needs_calibration
     from .first_scales import initialize_weight_quantizers
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "batch_norm": ("norms_with_statistics", "reestimate_batch_norm"),
+        "batch_norm_statistics": ("norms_with_statistics", "reestimate_batch_norm"),
         "bias_correction": ("correct_biases",),
         "calibration": ("calibrate", "is_calibrated", "needs_calibration"),
         "first_scales": ("initialize_weight_quantizers",),

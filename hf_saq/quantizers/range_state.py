@@ -11,11 +11,14 @@ calibrated and is not. Two things see to that:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 NOT_CALIBRATED, UNSIGNED, SIGNED = 35, 50, 100
 """Whole numbers of bfloat16 and float16 too."""
@@ -118,10 +121,12 @@ class HasRangeState(nn.Module):
         if torch._C._functorch.is_batchedtensor(stored):
             self._check_alike(stored)
             return self._last_value
-        value = _with_nan_of(self.parameters(recurse=False), stored).item()
-        are_finite = value == value
-        if not are_finite:
-            value = stored.item()
+        # Read among fake tensors what is real itself: there results of operations on it are fake, too.
+        with _disable_current_modes() if detect_fake_mode() is not None else nullcontext():
+            value = _with_nan_of(self.parameters(recurse=False), stored).item()
+            are_finite = value == value
+            if not are_finite:
+                value = stored.item()
         value = FORMER_CODES.get(value, value)  # type: ignore[arg-type]
         found = next((code for code in FORMER_CODES.values() if abs(value - code) < ROUNDING), None)
         if found is None:
@@ -195,9 +200,8 @@ def _with_nan_of(parameters: Iterable[Tensor], state: Tensor) -> Tensor:
     One tensor, so that it is fetched at once. Parameters that FSDP shards are passed over: which process reads, and
     when, need not be the same everywhere.
     """
-    with_nan = state
     for parameter in parameters:
         is_of_an_ensemble = torch._C._functorch.is_batchedtensor(parameter)
         if not (has_no_values(parameter) or is_of_an_ensemble or hasattr(parameter, "device_mesh")):
-            with_nan = with_nan + parameter.detach().sum() * 0
-    return state if has_no_values(with_nan) else with_nan  # inside of a `FakeTensorMode` sums are fake
+            state = state + parameter.detach().sum() * 0
+    return state

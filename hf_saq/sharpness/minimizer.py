@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import sharding
 from .displacement import Displacement
-from .norm_statistics import frozen_norm_statistics
+from .frozen_batch_norm import frozen_norm_statistics
 from .parameter_gradients import (
     Mark,
     add_gradients,

@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,10 +30,12 @@ CALIBRATION_BATCHES = 4
 class Calibrating(Trainer):
     """Calibrates, for [`SAQTrainer`], a model whose activations have no range yet.
 
-    The model runs as training will run it: on the batches of `get_train_dataloader`, through `compute_loss`.
+    The model runs as training will run it: on the batches of `get_train_dataloader`, changed as a subclass changes
+    them in `training_step`, through `compute_loss`.
     """
 
     model: nn.Module
+    _instead_of_step: Callable[[Any], None] | None
     _cost_logs: dict[str, float] = {}
     """Cost of a model that was calibrated here, for the first line of its log."""
 
@@ -52,7 +54,7 @@ class Calibrating(Trainer):
         self._move_to_device()
         with unchanged_rng():
             batches = self._first_batches()
-            calibrate(self.model, batches, run=self._run_for_calibration)
+            calibrate(self.model, batches, run=self.run_forward)
             self._count_cost(batches[0])
 
     @contextmanager
@@ -85,12 +87,21 @@ class Calibrating(Trainer):
         if self.place_model_on_device and not self.is_model_parallel:
             self._move_model_to_device(self.model, self.args.device)
 
-    def _run_for_calibration(self, batch: Any) -> None:
-        # Allow gradients, for losses that run a backward of their own; `set_aside` removes them again.
-        with torch.enable_grad(), set_aside(self.model.parameters()), self.compute_loss_context_manager():
-            inputs = self._prepare_inputs(copy.copy(batch))
-            items = self._get_num_items_in_batch([inputs], self.args.device)
-            self.compute_loss(self.model, inputs, num_items_in_batch=items)
+    def run_forward(self, batch: Any) -> None:
+        """Run the loss of `batch` forward, on what a subclass makes of it in `training_step`; nothing is trained."""
+        items = self._get_num_items_in_batch([batch], self.args.device)
+
+        def forward(inputs: Any) -> None:
+            with self.compute_loss_context_manager():
+                self.compute_loss(self.model, self._prepare_inputs(copy.copy(inputs)), num_items_in_batch=items)
+
+        self._instead_of_step = forward
+        try:
+            # Allow gradients, for losses that run a backward of their own; `set_aside` removes them again.
+            with torch.enable_grad(), set_aside(self.model.parameters()):
+                self.training_step(self.model, copy.copy(batch), items)
+        finally:
+            self._instead_of_step = None
 
     def _count_cost(self, batch: Any) -> None:
         """Count for the log what the model costs for one image. If that fails, training goes on without it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,6 +34,8 @@ class PerturbedSteps(Trainer):
     model: nn.Module
     minimizer: SharpnessAwareMinimizer | None = None
     scheduled_step: ScheduledStep | None = None
+    _instead_of_step: Callable[[Any], None] | None = None
+    """What runs on a batch that reaches [`training_step`], while set: see [`Calibrating`]."""
 
     def prepare_steps(self) -> None:
         """Build what the steps need. Call it when the model and the accelerator exist."""
@@ -75,6 +77,9 @@ class PerturbedSteps(Trainer):
         Returns:
             The clean loss; where a pass over the whole batch is made at perturbed weights only, the perturbed one.
         """
+        if self._instead_of_step is not None:
+            self._instead_of_step(inputs)
+            return torch.zeros((), device=self.args.device)
         plain_step, step = super().training_step, self.scheduled_step
         if step is None:
             return plain_step(model, inputs, num_items_in_batch)

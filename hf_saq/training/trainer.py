@@ -18,9 +18,9 @@ from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters
 from .columns import KeepsColumnsOfTransforms
 from .fsdp import check_fsdp, skeleton_of
-from .norm_statistics import ReestimatesNorms
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbed_steps import PerturbedSteps
+from .reestimating_norms import ReestimatesNorms
 from .saving import SavesAndResumes
 
 

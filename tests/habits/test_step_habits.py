@@ -7,10 +7,19 @@ import copy
 import pytest
 import torch
 from minimizer_nets import assert_same_state, batch, conv_net, linear_net, loss_of, quantized, state_of, two_passes
+from tiny_models import TRANSFORMERS_MODELS
 from torch import nn
 from training import BATCH, Images, InOrder, arguments, quantized_model
 
-from hf_saq import SAQConfig, SharpnessAwareMinimizer, parameter_groups
+from hf_saq import (
+    SAQConfig,
+    SAQQuantizationConfig,
+    SharpnessAwareMinimizer,
+    calibrate,
+    parameter_groups,
+    quantize,
+    reestimate_batch_norm,
+)
 from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
 
 CASES = (1, 2, 3)
@@ -28,8 +37,12 @@ def assert_same_gradients(net, other) -> None:
 
 
 def train(cls=InOrder, knobs=None, rho=0.0, case=3, steps=3, tmp_path=None, data=None, **changes):
-    """A short run in float32; with a radius of zero it must be plain training, whatever the schedule."""
-    saq_config = SAQConfig(case=None) if case is None else SAQConfig(rho=rho, case=case, **(knobs or {}))
+    """A short run in float32; with a radius of zero it must be plain training, whatever the schedule.
+
+    Running statistics are those of training, to be compared with plain ones.
+    """
+    plain = SAQConfig(case=None)
+    saq_config = plain if case is None else SAQConfig(rho=rho, case=case, norm_batches=0, **(knobs or {}))
     trainer = cls(
         quantized_model("resnet", torch.float32),
         arguments(tmp_path, max_steps=steps, learning_rate=1e-2, **changes),
@@ -62,6 +75,44 @@ def test_a_batch_that_training_step_changed_is_the_one_that_is_used(knobs, tmp_p
     assert any(
         not torch.equal(a, b) for a, b in zip(found.model.parameters(), unchanged.model.parameters(), strict=True)
     )
+
+
+def test_a_batch_that_comes_again_is_the_changed_one(tmp_path):
+    """`echo` comes back to the batch as it was trained on; it is not changed a second time."""
+    seen = []
+
+    class Watched(Darker):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(inputs["pixel_values"].clone())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    data = Images(BATCH * 2, torch.float32)
+    train(Watched, dict(reuse="echo", interval=2), rho=0.1, steps=2, tmp_path=tmp_path, data=data)
+    assert len(seen) == 2 and all(torch.equal(x, data.pixel_values[:BATCH] * 0.5) for x in seen)
+
+
+def test_calibration_and_statistics_see_what_training_step_makes_of_a_batch(tmp_path):
+    """A user darkens images, or normalizes them on the device, in `training_step`: ranges and batch-norm statistics
+    are those of the changed images, and no gradient, step or random number is left of finding them."""
+    config = SAQQuantizationConfig(weight_bits=4, activation_bits=4)
+    data = Images(BATCH * 4, torch.float32)
+    trainer = Darker(
+        TRANSFORMERS_MODELS["resnet"](),
+        arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        saq_config=SAQConfig(case=None, norm_batches=2),
+        quantization_config=config,
+        train_dataset=data,
+    )
+    by_hand = quantize(TRANSFORMERS_MODELS["resnet"](), config)
+    batches = [{"pixel_values": x * 0.5} for x in data.pixel_values.split(BATCH)]
+    calibrate(by_hand, batches)
+    by_hand.train()
+    reestimate_batch_norm(by_hand, batches[:2])
+    trainer.train()
+    for name, value in by_hand.state_dict().items():
+        if not name.endswith("num_batches_tracked"):  # of the one step
+            assert torch.equal(trainer.model.state_dict()[name], value), name
+    assert all(p.grad is None for p in trainer.model.parameters())
 
 
 def test_batches_are_not_kept_after_training(tmp_path):

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import sharding
+from ..frozen_batch_norm import frozen_norm_statistics
 from ..minimizer import SharpnessAwareMinimizer
-from ..norm_statistics import frozen_norm_statistics
 from ..parameter_gradients import set_aside
 from ..random_state import RNGState
 from .knobs import Knobs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...displacement import Displacement
-from ...norm_statistics import frozen_norm_statistics
+from ...frozen_batch_norm import frozen_norm_statistics
 from ..knobs import Knobs
 from ..partial_batch import count_samples, first_samples, share_of_samples
 from ..rule import Action, MicroBatch, Outcome, StepRule

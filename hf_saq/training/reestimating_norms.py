@@ -53,7 +53,7 @@ class ReestimatesNorms(Calibrating):
             return
         self._norms_are_of_step = self.state.global_step
         with unchanged_rng(), self.fresh_loader() as loader:  # a run that evaluates more often trains the same way
-            reestimate_batch_norm(self.model, itertools.islice(loader, count), run=self._run_for_calibration)
+            reestimate_batch_norm(self.model, itertools.islice(loader, count), run=self.run_forward)
 
     def _tell_of_stream(self) -> None:
         if not self._told_of_stream:

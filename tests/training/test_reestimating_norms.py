@@ -59,17 +59,17 @@ def test_evaluating_more_often_changes_nothing_in_training(tmp_path):
 
 
 def test_every_evaluation_sees_them(tmp_path, monkeypatch):
-    from hf_saq.training import norm_statistics
+    from hf_saq.training import reestimating_norms
 
     calls = []
-    original = norm_statistics.reestimate_batch_norm
+    original = reestimating_norms.reestimate_batch_norm
 
     def counted(model, batches, run):
         calls.append(trainer_step[0])
         return original(model, batches, run)
 
     trainer_step = [0]
-    monkeypatch.setattr(norm_statistics, "reestimate_batch_norm", counted)
+    monkeypatch.setattr(reestimating_norms, "reestimate_batch_norm", counted)
 
     class Watched(InOrder):
         def evaluate(self, *args, **kwargs):
