@@ -65,8 +65,8 @@ class Runs:
                 told = {k: (record["arguments"].get(k), arguments.get(k)) for k in {*record["arguments"], *arguments}}
                 differing = {k: pair for k, pair in sorted(told.items()) if pair[0] != pair[1]}
                 raise ValueError(
-                    f"{self.directory / name}.json: this run is stored with other arguments, {differing} (stored, now); "
-                    "expected the same. Remove the file, or write to another directory of results."
+                    f"{self.directory / name}.json: this run is stored with other arguments, {differing} (stored, "
+                    "now); expected the same. Remove the file, or write to another directory of results."
                 )
             return record
         started = time.perf_counter()

@@ -1,6 +1,6 @@
 """Which further ways to pay less for sharpness, or to gain more from it, deserve a place in the package?
 
-`python -m benchmarks.ways.sweep` runs all of them and writes the page at its end; `sweep` holds the protocol.
+`make ways` runs `sweep`, which holds the protocol and writes the page at its end.
 
 Comes in: scikit-learn's digits. Goes out: `benchmarks/results/ways/*.json`, one for each task and way; docs/ways.md.
 Must not know: other rooms. What is tried here lives here (`rules`, `shapes`, `averaging`, `freezing`), so that the

@@ -5,8 +5,8 @@
 Float model of each seed -> quantized, calibrated, trained in every way from there. Written down before any reported
 run was looked at:
 
-- Every way has six trials on validation images, each with the same two seeds, which no reported run uses. Plain ways
-  try six learning rates. The others try three of these at their first setting, then three more settings at the best
+- Every way has four trials on validation images, each with the same two seeds, which no reported run uses. Plain ways
+  try four learning rates. The others try two of these at their first setting, then two more settings at the better
   rate; a setting is a radius, or a number of the way's own at the radius that the way it builds on has chosen.
 - Batch-norm statistics are estimated anew on the training images for all ways, plain ones included.
 - Ten seeds, paired: one seed has the same images, float model and order of images in every way. Accuracy on test
@@ -47,10 +47,10 @@ class WayArguments:
         default_factory=lambda: [100, 101], metadata={"help": "Those that settings are chosen on."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [2e-3, 4e-3, 8e-3], metadata={"help": "To choose from, of ways that perturb."}
+        default_factory=lambda: [4e-3, 8e-3], metadata={"help": "To choose from, of ways that perturb."}
     )
     plain_learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3, 1.2e-2, 1.6e-2],
+        default_factory=lambda: [2e-3, 4e-3, 8e-3, 1.2e-2],
         metadata={"help": "To choose from, of plain ways; as many as others have trials."},
     )
     pool: int = field(default=400, metadata={"help": "Images that training images are drawn from."})

@@ -52,7 +52,7 @@ class Way:
         builds_on: The way that shares all but what is new here: what it must beat.
         why: What it does, for the page.
         saq: Fields of `SAQConfig` besides `rho`; `None`: plain training.
-        settings: To choose from; the learning rate is chosen with the first. Without any: six learning rates.
+        settings: To choose from; the learning rate is chosen with the first. Without any: learning rates alone.
         radius_of: Way whose chosen radius `Setting.factor` multiplies; `None`: the radius of the task.
         rule: Runs its steps in place of the package's.
         shape: Changes each `eps`.
@@ -65,7 +65,7 @@ class Way:
     builds_on: str
     why: str
     saq: dict[str, Any] | None = field(default_factory=dict)
-    settings: tuple[Setting, ...] = radii(1, 0.5, 2, 4)
+    settings: tuple[Setting, ...] = radii(1, 0.5, 2)
     radius_of: str | None = None
     rule: type[StepRule] | None = None
     shape: Shape = unchanged
@@ -80,10 +80,10 @@ class Way:
         return OwnConfig(rho=rho, own_rule=self.rule, shape=self.shape, own=own, **fields)
 
 
-DECAYS = numbers("decay", 0.95, 0.9, 0.98, 0.99)
-THRESHOLDS = numbers("threshold", 0.05, 0.1, 0.02, 0.01)
-BUDGETS = (*numbers("sigma", 0.1, 0.03, 0.3, factor=2), *numbers("sigma", 0.1, factor=4))
-NOISES = (*numbers("noise", 1, 0.5, 2), *numbers("noise", 1, factor=2))
+DECAYS = numbers("decay", 0.95, 0.9, 0.98)
+THRESHOLDS = numbers("threshold", 0.05, 0.1, 0.02)
+BUDGETS = numbers("sigma", 0.1, 0.03, 0.3, factor=2)
+NOISES = (*numbers("noise", 1, 2), *numbers("noise", 1, factor=2))
 
 WAYS: dict[str, Way] = {
     QAT: Way(QAT, "plain training", saq=None, settings=(), is_new=False),
@@ -99,7 +99,7 @@ WAYS: dict[str, Way] = {
     MOMENTUM: Way(
         QAT,
         "`eps` against the momentum",
-        settings=radii(5, 1.5, 15, 30),
+        settings=radii(5, 1.5, 15),
         rule=AgainstMomentum,
         rival=ECHO,
     ),
@@ -121,11 +121,11 @@ for base, knobs, rule in ((FULL, {}, ShapedTwoPasses), (ECHO, TWICE, ShapedEcho)
         base, "radius `min(sigma / |g|, rho)` (LE-SAM)", settings=BUDGETS, shape=loss_budget, **how
     )
     WAYS[f"{base} + radius per layer"] = Way(
-        base, "radius of a tensor in proportion to its length", settings=radii(1, 0.5, 2, 4), shape=per_layer, **how
+        base, "radius of a tensor in proportion to its length", settings=radii(1, 0.5, 2), shape=per_layer, **how
     )
 
 WAYS[f"{FULL} + clean scales"] = Way(
-    FULL, "scales updated by the clean pass", settings=radii(1, 0.5, 2, 4), radius_of=FULL, rule=CleanScales
+    FULL, "scales updated by the clean pass", settings=radii(1, 0.5, 2), radius_of=FULL, rule=CleanScales
 )
 for base, saq in ((QAT, None), (FULL, {}), (ECHO, TWICE)):
     source = {"saq": saq, "radius_of": base if saq is not None else None}
