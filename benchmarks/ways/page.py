@@ -55,6 +55,8 @@ def task_table(table: Table, task: str) -> str:
     lines = [
         f"## {TASKS[task].title}",
         "",
+        f"{TASKS[task].images} training images, {ways[QAT].chosen['epochs']} epochs.",
+        "",
         *head("way to train", "passes", "time", "seeds", "top-1 %", "gain over QAT", "of full's gain"),
     ]
     for way, runs in ways.items():
@@ -132,7 +134,8 @@ def choices(table: Table) -> str:
 
 def chosen(arguments: dict[str, Any]) -> str:
     own = "".join(f", {name} {value:g}" for name, value in arguments["own"].items())
-    return f"{arguments['lr']:g}, {arguments['rho']:g}{own}"
+    radius = "-" if WAYS[arguments["way"]].saq is None else f"{arguments['rho']:g}"
+    return f"{arguments['lr']:g}, {radius}{own}"
 
 
 def versions(records: list[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ run was looked at:
   try four learning rates. The others try two of these at their first setting, then two more settings at the better
   rate; a setting is a radius, or a number of the way's own at the radius that the way it builds on has chosen.
 - Batch-norm statistics are estimated anew on the training images for all ways, plain ones included.
-- Ten seeds, paired: one seed has the same images, float model and order of images in every way. Accuracy on test
+- Sixteen seeds, paired: one seed has the same images, float model and order of images in every way. Accuracy on test
   images after the last step.
 - A way is worth keeping if the 95 % interval of its difference to what it builds on lies above zero on one task and
   not below zero on the other, and if it does not fall behind its rival, where the package has a way at its price.
@@ -42,7 +42,7 @@ class WayArguments:
         metadata={"help": "Ways to train; those that they build on, or take a radius from, are always among them."},
     )
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Models to train."})
-    seeds: list[int] = field(default_factory=lambda: list(range(10)), metadata={"help": "Of images, weights, order."})
+    seeds: list[int] = field(default_factory=lambda: list(range(16)), metadata={"help": "Of images, weights, order."})
     trial_seeds: list[int] = field(
         default_factory=lambda: [100, 101], metadata={"help": "Those that settings are chosen on."}
     )

@@ -128,7 +128,7 @@ WAYS[f"{FULL} + clean scales"] = Way(
     FULL, "scales updated by the clean pass", settings=radii(1, 0.5, 2), radius_of=FULL, rule=CleanScales
 )
 for base, saq in ((QAT, None), (FULL, {}), (ECHO, TWICE)):
-    source = {"saq": saq, "radius_of": base if saq is not None else None}
+    source: dict[str, Any] = {"saq": saq, "radius_of": base if saq is not None else None}
     WAYS[f"{base} + average"] = Way(
         base, "moving average of latent weights, evaluated at low bits", settings=DECAYS, extra="average", **source
     )

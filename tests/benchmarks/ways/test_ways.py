@@ -1,4 +1,4 @@
-"""Each further way without its perturbation, average or freezing is plain training, bit for bit; and what each does."""
+"""Each way without its perturbation, average or freezing is plain training, bit for bit; and what each of them does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS, RATE = 3, 0.004
 NEUTRAL = {"decay": 0.0, "threshold": math.inf}
 SAME_BATCHES = [name for name in WAYS if "echo" not in name and "twice" not in name]
 ECHOED = [name for name in WAYS if name.startswith("echo 2")]
-LAYER_NORM = ["full + clean scales", "momentum (MSAM)", "echo 2 + radius per layer"]
+LAYER_NORM = ["full + clean scales", "momentum (MSAM)", "full + radius per layer"]
 """Ways that are tried on the tiny ViT as well."""
 RADIUS = {"vit": 0.2, "cnn": 0.5}
 
