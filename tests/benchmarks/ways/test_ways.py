@@ -1,7 +1,8 @@
-"""Each way without its perturbation, average or freezing is plain training, bit for bit; and what each of them does."""
+"""Each way without perturbation, average or freezing is plain training, bit for bit; and what it does otherwise."""
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 
@@ -36,8 +37,13 @@ def images() -> Images:
     return load_split(60, 1700)[0]
 
 
-def model_of(task: str) -> nn.Module:
+@cache
+def calibrated(task: str) -> nn.Module:
     return TASKS[task].quantized(TASKS[task].build(0).state_dict(), images())
+
+
+def model_of(task: str) -> nn.Module:
+    return copy.deepcopy(calibrated(task))
 
 
 def trained(task: str, way: Way, rho: float, own: dict[str, float]) -> dict[str, torch.Tensor]:
