@@ -38,6 +38,7 @@ def _export(args: argparse.Namespace) -> str:
         model,
         args.target,
         weights=args.weights,
+        target=args.target,
         image_size=size[0] if size is not None and len(size) == 1 else size,
         processor=processor,
         check=args.check,

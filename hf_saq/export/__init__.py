@@ -6,7 +6,7 @@ are used.
 
 `stored_grids` says how grids are held, `integer_layers` what a layer computes from them, `operators` how that is
 written in ONNX; `integer_copy` and `tracing` make the graph, `passes/` make it fast, `checks/`
-verify it, `onnx_export` writes it.
+verify it, `onnx_export` writes it; `engine_model` runs it.
 """
 
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .checks import ExportCheckError
+    from .engine_model import ExportedClassifier
     from .onnx_export import export_onnx
     from .report import ExportedLayer, ExportReport
 
@@ -22,9 +23,10 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "checks": ("ExportCheckError",),
+        "engine_model": ("ExportedClassifier",),
         "onnx_export": ("export_onnx",),
         "report": ("ExportReport", "ExportedLayer"),
     },
 )
 
-__all__ = ["ExportCheckError", "ExportReport", "ExportedLayer", "export_onnx"]
+__all__ = ["ExportCheckError", "ExportReport", "ExportedClassifier", "ExportedLayer", "export_onnx"]

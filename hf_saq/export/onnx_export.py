@@ -15,9 +15,10 @@ from .example_inputs import example_inputs
 from .extras import needed
 from .integer_copy import integer_copy
 from .integer_layers import IntegerLayer
-from .passes import shipped_graph
+from .passes import run_in_integers, store, widen_codes
 from .report import ExportedLayer, ExportReport
 from .stored_grids import CODE_RANGE
+from .targets import check_target, fit_to_target
 from .tracing import trace
 
 MODEL_FILE = "onnx/model_quantized.onnx"
@@ -51,6 +52,9 @@ def export_onnx(
         model: A quantized and calibrated model, in float or packed storage.
         directory: What to write; empty or not there, unless `overwrite`.
         weights: `"int8"`, which engines run fastest, or `"int4"`: weights of up to 4 bits take 4 bits in the file.
+        target: What runs it: `"cpu"`, any CPU; `"cpu-vnni"`, CPUs that sum products in 32 bits; or `"gpu"`. For
+            `"cpu"` the products of 8-bit weights with 8-bit inputs that some get wrong are computed in two halves,
+            exactly; for the others a warning names these layers.
         example: Inputs `(batch, ...)`, of any batch. Images of noise are made if there are none; real ones are better.
         image_size: Height and width in pixels, where neither the processor nor the model's configuration says.
         processor: The image processor to store with it.
@@ -66,6 +70,7 @@ def export_onnx(
     """
     if weights not in CODE_RANGE:
         raise ValueError(f"weights={weights!r}; expected one of {list(CODE_RANGE)}.")
+    check_target(target)
     directory = Path(directory)
     _check_free(directory, overwrite)
     for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
@@ -73,10 +78,14 @@ def export_onnx(
     example = example_inputs(model, example, image_size, processor)
     copied = integer_copy(model, weights)
     graph_model = trace(copied, example)
-    folded = shipped_graph(graph_model, weights)
+    folded = run_in_integers(graph_model)
+    if weights == "int8":
+        widen_codes(graph_model)
+    split = fit_to_target(graph_model, target)
+    store(graph_model, weights)
     content = needed("onnx_ir").to_proto(graph_model).SerializeToString()
     checks = verify(model, copied, content, folded, example) if check else {}
-    report = ExportReport(MODEL_FILE, len(content), weights, target, _layers(copied, weights), checks)
+    report = ExportReport(MODEL_FILE, len(content), weights, target, _layers(copied, weights, split), checks)
     _write(directory, content, report, getattr(model, "config", None), processor)
     return report
 
@@ -88,7 +97,7 @@ def _check_free(directory: Path, overwrite: bool) -> None:
         raise ValueError(f"{directory} holds files already; name another directory or pass overwrite=True.")
 
 
-def _layers(copied: nn.Module, weights: str) -> tuple[ExportedLayer, ...]:
+def _layers(copied: nn.Module, weights: str, split: list[str]) -> tuple[ExportedLayer, ...]:
     found = []
     for name, layer in copied.named_modules():
         if isinstance(layer, IntegerLayer):
@@ -96,8 +105,9 @@ def _layers(copied: nn.Module, weights: str) -> tuple[ExportedLayer, ...]:
             if layer.grid is None:
                 found.append(ExportedLayer(name, None, activation_bits, "float"))
             else:
+                notes = ("two halves, for CPUs without VNNI",) if name in split else ()
                 stored = "int4" if weights == "int4" and layer.grid.fits("int4") else "int8"
-                found.append(ExportedLayer(name, layer.grid.bits, activation_bits, stored))
+                found.append(ExportedLayer(name, layer.grid.bits, activation_bits, stored, notes))
     return tuple(found)
 
 

@@ -47,6 +47,8 @@ def wrong_weight(layer: QuantizedLayer | PackedLayer, span: LayerSpan, norm: nn.
 def _difference(
     found: np.ndarray, t: np.ndarray, code: np.ndarray, step: np.ndarray, factor: np.ndarray, exactly: bool
 ) -> str:
+    if found.shape[1] == 2 * code.shape[1]:  # two halves, against saturation
+        found = found[:, : code.shape[1]] + found[:, code.shape[1] :]
     if found.shape != code.shape:
         return f"codes of shape {found.shape} by channel; expected {code.shape}"
     used = factor != 0

@@ -10,6 +10,7 @@ from .codes import narrow_codes, widen_codes
 from .matmuls import gemms_to_matmuls, transpose_stored_weights
 from .pads import move_pads_behind_codes
 from .relus import fold_relus_into_codes
+from .saturation import may_saturate, saturating_layers, split_saturating_layers
 from .sizes import forget_shapes
 
 __all__ = [
@@ -17,31 +18,41 @@ __all__ = [
     "fold_relus_into_codes",
     "forget_shapes",
     "gemms_to_matmuls",
+    "may_saturate",
     "move_pads_behind_codes",
     "narrow_codes",
-    "shipped_graph",
+    "run_in_integers",
+    "saturating_layers",
+    "split_saturating_layers",
+    "store",
     "transpose_stored_weights",
     "widen_codes",
 ]
 
 
-def shipped_graph(model: Any, weights: str) -> dict[str, str]:
-    """Run all passes on an `onnx_ir.Model`, in place.
-
-    Args:
-        weights: `"int4"` stores codes of at most 4 bits as such.
+def run_in_integers(model: Any) -> dict[str, str]:
+    """Bring the layers of an `onnx_ir.Model`, in place, into the forms that engines run in integers.
 
     Returns:
         What [`fold_batch_norms`] returns.
     """
-    common = import_module("onnx_ir.passes.common")
     transpose_stored_weights(model)
     gemms_to_matmuls(model)
     folded = fold_batch_norms(model)
     move_pads_behind_codes(model)
     fold_relus_into_codes(model)
-    narrow_codes(model) if weights == "int4" else widen_codes(model)
+    return folded
+
+
+def store(model: Any, weights: str) -> None:
+    """Choose the types of codes, in place, and drop what a graph can be run without.
+
+    Args:
+        weights: `"int4"` stores codes of at most 4 bits as such.
+    """
+    if weights == "int4":
+        narrow_codes(model)
+    common = import_module("onnx_ir.passes.common")
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     forget_shapes(model)
-    return folded
