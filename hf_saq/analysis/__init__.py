@@ -11,6 +11,7 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .costs import Cost, LayerCost, cost
+    from .layer_sensitivity import OperandSensitivity, Sensitivity, sensitivity
     from .loss_landscape import Landscape, Surface, landscape
     from .sharpness_at_quantized import Rise, Sharpness, sharpness
 
@@ -18,6 +19,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "costs": ("Cost", "LayerCost", "cost"),
+        "layer_sensitivity": ("OperandSensitivity", "Sensitivity", "sensitivity"),
         "loss_landscape": ("Landscape", "Surface", "landscape"),
         "sharpness_at_quantized": ("Rise", "Sharpness", "sharpness"),
     },
@@ -27,10 +29,13 @@ __all__ = [
     "Cost",
     "Landscape",
     "LayerCost",
+    "OperandSensitivity",
     "Rise",
+    "Sensitivity",
     "Sharpness",
     "Surface",
     "cost",
     "landscape",
+    "sensitivity",
     "sharpness",
 ]
