@@ -11,21 +11,31 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .costs import Cost, LayerCost, cost
+    from .layer_sensitivity import OperandSensitivity, Sensitivity, sensitivity
+    from .loss_landscape import Landscape, Surface, landscape
     from .sharpness_at_quantized import Rise, Sharpness, sharpness
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "costs": ("Cost", "LayerCost", "cost"),
+        "layer_sensitivity": ("OperandSensitivity", "Sensitivity", "sensitivity"),
+        "loss_landscape": ("Landscape", "Surface", "landscape"),
         "sharpness_at_quantized": ("Rise", "Sharpness", "sharpness"),
     },
 )
 
 __all__ = [
     "Cost",
+    "Landscape",
     "LayerCost",
+    "OperandSensitivity",
     "Rise",
+    "Sensitivity",
     "Sharpness",
+    "Surface",
     "cost",
+    "landscape",
+    "sensitivity",
     "sharpness",
 ]

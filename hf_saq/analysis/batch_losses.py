@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,9 +57,18 @@ class LabelledBatches:
             raise ValueError(f"The loss of batch {number} has {found}; expected a tensor with one number, the mean.")
         return value.reshape(())
 
+    def spread(self, count: int) -> LabelledBatches:
+        """Take `count` of the batches, evenly spread: at least one, at most all."""
+        count = min(max(count, 1), len(self))
+        return LabelledBatches("", [self.batches[k * len(self) // count] for k in range(count)], self._loss)
+
+    def mean(self, values: Sequence[float]) -> float:
+        """Compute the mean over all examples of values of batches."""
+        return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
+
     def mean_loss(self, model: nn.Module) -> float:
         """Compute the mean loss over all examples, without gradients."""
-        return sum(w * x for w, x in zip(self.weights, self.each_loss(model), strict=True))
+        return self.mean(self.each_loss(model))
 
     @torch.no_grad()
     def each_loss(self, model: nn.Module) -> list[float]:

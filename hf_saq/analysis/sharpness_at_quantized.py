@@ -183,7 +183,7 @@ def sharpness(
     return Sharpness(
         rho=rho,
         adaptive_rho=adaptive_rho,
-        loss=_mean(data, losses),
+        loss=data.mean(losses),
         loss_of_batches=tuple(losses),
         steepest=_rise(data, steepest),
         adaptive=_rise(data, adaptive),
@@ -197,9 +197,5 @@ def sharpness(
     )
 
 
-def _mean(data: LabelledBatches, values: list[float]) -> float:
-    return sum(weight * value for weight, value in zip(data.weights, values, strict=True))
-
-
 def _rise(data: LabelledBatches, values: list[float]) -> Rise:
-    return Rise(_mean(data, values), statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
+    return Rise(data.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
