@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from .extras import needed
+from .extras import check_engine, needed
 from .onnx_export import CONFIG_FILE, EXPORT_VERSION, RECORD
 
 RunFunction = Callable[[np.ndarray], np.ndarray]
@@ -118,12 +118,6 @@ def _graph_of(directory: Path) -> bytes:
             "or was replaced. Export the model again."
         )
     return content
-
-
-def check_engine(engine: str) -> None:
-    """Raise `ValueError` if there is no such engine."""
-    if engine not in ENGINES:
-        raise ValueError(f"engine={engine!r}; expected one of {list(ENGINES)}.")
 
 
 def _onnxruntime(content: bytes, threads: int | None) -> RunFunction:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 EXTRA_OF = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 """Library -> the extra of hf-saq that installs it."""
+
+ENGINES = ("onnxruntime", "openvino")
+"""Libraries that run an export."""
+
+
+def check_engine(engine: str) -> None:
+    """Raise `ValueError` if there is no such engine."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r}; expected one of {list(ENGINES)}.")
+
+
+def installed_engines() -> list[str]:
+    """List the engines that can be imported, and ONNX Runtime in any case: verifying needs one."""
+    return [engine for engine in ENGINES if engine == "onnxruntime" or find_spec(engine) is not None]
 
 
 def needed(library: str) -> ModuleType:

@@ -118,7 +118,10 @@ class IntegerLayer(nn.Module):
             ones = torch.ones(functional.groups, functional.in_channels // functional.groups, *functional.kernel_size)
             self.register_buffer("ones", ones)
             object.__setattr__(self, "_summing", _like(functional, out_channels=functional.groups))
-        elif offset is not None and not _is_linear(functional):
+        elif offset is not None and _is_linear(functional):
+            inputs = functional.weight.shape[1 - functional.channel_axis]
+            self.register_buffer("ones", torch.ones(inputs, 1))
+        elif offset is not None:
             raise ValueError(
                 f"{type(functional).__name__}: the weights of this quantizer have an offset, and how it acts in a "
                 "layer of this type is not known. Choose the quantizer 'lsq' or 'lsq_plus' for it."
@@ -129,7 +132,8 @@ class IntegerLayer(nn.Module):
         """Sum up what each output sees of `x`: shape of the output, or with a dimension of 1 for its channels."""
         functional = self._functional
         if _is_linear(functional):
-            return x.sum(-1, keepdim=True)
+            # Not `x.sum`, which OpenVINO computes wrongly where `x` is dequantized.
+            return torch.matmul(x, self.ones)
         sums = self._summing.compute(x, self.ones, None)
         per_group = functional.out_channels // functional.groups
         if functional.groups > 1 and per_group > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..storage import staged
 from .checks import verify
 from .example_inputs import example_inputs
-from .extras import needed
+from .extras import check_engine, installed_engines, needed
 from .integer_copy import integer_copy
 from .integer_layers import IntegerLayer
 from .passes import run_in_integers, store, widen_codes
@@ -39,6 +40,7 @@ def export_onnx(
     image_size: int | tuple[int, int] | None = None,
     processor: Any = None,
     check: bool = True,
+    engines: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a quantized model as an integer graph that ONNX Runtime, OpenVINO and others run.
@@ -60,6 +62,7 @@ def export_onnx(
         processor: The image processor to store with it.
         check: Whether to verify before writing: codes and scales are equal; each layer alone, on its input in the
             model, is within one step; the logits of ONNX Runtime are as near to the model's as those to themselves.
+        engines: What to verify it with, of `"onnxruntime"` and `"openvino"`; `None` for those that are installed.
         overwrite: Whether files of an earlier export may be replaced.
 
     Raises:
@@ -73,7 +76,10 @@ def export_onnx(
     check_target(target)
     directory = Path(directory)
     _check_free(directory, overwrite)
-    for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+    engines = installed_engines() if engines is None else engines
+    for engine in engines:
+        check_engine(engine)
+    for library in ("onnx", "onnxscript", *(engines if check else ())):
         needed(library)
     example = example_inputs(model, example, image_size, processor)
     copied = integer_copy(model, weights)
@@ -84,7 +90,7 @@ def export_onnx(
     split = fit_to_target(graph_model, target)
     store(graph_model, weights)
     content = needed("onnx_ir").to_proto(graph_model).SerializeToString()
-    checks = verify(model, copied, content, folded, example) if check else {}
+    checks = verify(model, copied, content, folded, example, engines) if check else {}
     report = ExportReport(MODEL_FILE, len(content), weights, target, _layers(copied, weights, split), checks)
     _write(directory, content, report, getattr(model, "config", None), processor)
     return report

@@ -138,6 +138,8 @@ def test_models_that_cannot_be_exported(tmp_path):
     refused(model, target, r"images is in no configuration; pass image_size=\(height, width\)")
     refused(model, target, r"example is int; expected a float tensor", example=3)
     refused(model, target, r"both given", example=vectors(), image_size=3)
+    message = r"engine='tvm'; expected one of \['onnxruntime', 'openvino'\]"
+    refused(model, target, message, engines=["tvm"], example=vectors())
     refused(quantized(vit), target, r"image_size=-1; expected a positive number", image_size=-1)
     refused(model, target, r"weights='int3'; expected one of \['int8', 'int4'\]", weights="int3", example=vectors())
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..extras import needed
 from ..operators import OPSET
 from ..passes.nodes import constant
-from .sessions import run
+from .sessions import RUNS
 from .spans import LayerSpan, nodes_between
 
 ROUNDING = 1e-5
@@ -78,7 +78,7 @@ def _own_pads(layer: Any) -> list[int] | None:
 
 
 def wrong_layers(
-    graph_model: Any, spans: dict[str, LayerSpan], recorded: dict[str, Recorded], optimized: bool
+    graph_model: Any, spans: dict[str, LayerSpan], recorded: dict[str, Recorded], engine: str
 ) -> dict[str, str]:
     """Say for each layer that computes something else than recorded what was found.
 
@@ -86,11 +86,11 @@ def wrong_layers(
     step of the layer's own input can change.
 
     Args:
-        optimized: Whether the engine may fuse nodes, as it does in use.
+        engine: A key of `RUNS`.
     """
     parts = [_Part(i, name, spans[name], recorded[name]) for i, name in enumerate(recorded)]
     content = _side_by_side(graph_model, parts)
-    found = run(content, {part.input_name: part.x for part in parts}, optimized)
+    found = RUNS[engine](content, {part.input_name: part.x for part in parts})
     reasons = {part.name: part.difference(found[part.output_name]) for part in parts}
     return {name: reason for name, reason in reasons.items() if reason}
 

@@ -1,8 +1,9 @@
-"""Run graphs in ONNX Runtime, and read what it made of them."""
+"""Run graphs in engines, and read what ONNX Runtime makes of them."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,17 @@ import numpy as np
 
 from ..extras import needed
 
+Inputs = dict[str, np.ndarray]
+
 INTEGER_OPERATORS = {"QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"}
 """Operators of ONNX Runtime that multiply integers."""
 
 
-def session(content: bytes, optimized: bool, saved_as: Path | None = None) -> Any:
+AS_IT_IS = "ONNX Runtime, optimizations off"
+"""Runs node by node what the graph says."""
+
+
+def onnxruntime_session(content: bytes, optimized: bool = True, saved_as: Path | None = None) -> Any:
     """Load a graph on one thread of the CPU.
 
     Args:
@@ -32,11 +39,27 @@ def session(content: bytes, optimized: bool, saved_as: Path | None = None) -> An
     return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def run(content: bytes, inputs: dict[str, np.ndarray], optimized: bool) -> dict[str, np.ndarray]:
-    """Run a graph once; return its outputs by name."""
-    loaded = session(content, optimized)
+def _run_onnxruntime(content: bytes, inputs: Inputs, optimized: bool = True) -> dict[str, np.ndarray]:
+    loaded = onnxruntime_session(content, optimized)
     names = [output.name for output in loaded.get_outputs()]
     return dict(zip(names, loaded.run(names, inputs), strict=True))
+
+
+def _run_openvino(content: bytes, inputs: Inputs) -> dict[str, np.ndarray]:
+    core: Any = needed("openvino").Core()
+    properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = core.compile_model(core.read_model(content), "CPU", properties)
+    return {output.any_name: array for output, array in compiled(inputs).items()}
+
+
+RUNS: dict[str, Callable[[bytes, Inputs], dict[str, np.ndarray]]] = {
+    AS_IT_IS: lambda content, inputs: _run_onnxruntime(content, inputs, optimized=False),
+    "ONNX Runtime": _run_onnxruntime,
+    "OpenVINO": _run_openvino,
+}
+"""What runs a graph once: inputs by name -> outputs by name."""
+ENGINES = {"onnxruntime": (AS_IT_IS, "ONNX Runtime"), "openvino": ("OpenVINO",)}
+"""Library -> what of [`RUNS`] verifies a graph for it."""
 
 
 def integer_layers(content: bytes) -> int:
@@ -44,7 +67,7 @@ def integer_layers(content: bytes) -> int:
     onnx: Any = needed("onnx")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "optimized.onnx"
-        session(content, optimized=True, saved_as=path)
+        onnxruntime_session(content, saved_as=path)
         graph = onnx.load(path).graph
     integers = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
     stored = {tensor.name for tensor in graph.initializer if tensor.data_type in integers and len(tensor.dims) > 1}

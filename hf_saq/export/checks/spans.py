@@ -123,5 +123,5 @@ def _is_term(value: Any) -> bool:
     if node.op_type == "Conv":
         return all(constant(one) is not None for one in node.inputs)
     if node.op_type == "Mul" and any(constant(one) is not None for one in node.inputs):
-        return any(producer(one, "ReduceSum", "Conv", "Reshape") is not None for one in node.inputs)
+        return any(producer(one, "MatMul", "Conv", "Reshape") is not None for one in node.inputs)
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..extras import needed
 from ..integer_layers import IntegerLayer
 from ..passes.nodes import constant, nodes_of
 from .layers_alone import record, wrong_layers
-from .sessions import integer_layers
+from .sessions import AS_IT_IS, ENGINES, integer_layers
 from .spans import LayerSpan, find_span
 from .stored_values import wrong_activation, wrong_weight
 from .whole_model import agreement, own_logits
@@ -29,7 +30,12 @@ class ExportCheckError(ValueError):
 
 
 def verify(
-    model: nn.Module, copied: nn.Module, content: bytes, folded: dict[str, str], example: Tensor
+    model: nn.Module,
+    copied: nn.Module,
+    content: bytes,
+    folded: dict[str, str],
+    example: Tensor,
+    engines: Sequence[str],
 ) -> dict[str, Any]:
     """Verify the graph `content` of `model`.
 
@@ -39,6 +45,7 @@ def verify(
         content: The graph as it will be written.
         folded: Name of a layer -> name of the module whose normalization its weight now contains.
         example: Inputs `(batch, ...)`.
+        engines: Keys of `ENGINES`, the libraries to verify it with.
 
     Returns:
         What was found, by the name of the check, for people to read.
@@ -59,22 +66,22 @@ def verify(
     used = {name: span for name, span in spans.items() if span is not None}
     single = nn.Module.to(copy.deepcopy(model), device="cpu", dtype=torch.float32).eval()
     recorded = record(single, {name: folded.get(name, name) for name in used}, example[:LARGEST_BATCH])
-    _refuse(_CAUSE_OF_LAYER, wrong_layers(graph_model, used, recorded, optimized=False))
-    _refuse(_CAUSE_OF_ENGINE, wrong_layers(graph_model, used, recorded, optimized=True))
-    found["layers alone"] = f"{len(recorded)} of {len(layers)} within one step"
     logits, own_noise = own_logits(model, example)
-    for optimized in (False, True):
-        result = agreement(content, logits, own_noise, example, optimized)
-        name = f"ONNX Runtime, optimizations {'on' if optimized else 'off'}"
-        _refuse(_CAUSE_OF_ENGINE if optimized else _CAUSE_OF_MODEL, {} if result.holds else {name: str(result)})
-        found[name] = str(result)
-    found["integers"] = f"{integer_layers(content)} of {len(layers)} layers run in integers in ONNX Runtime"
+    name_of_input = graph_model.graph.inputs[0].name
+    for engine in [run for library in engines for run in ENGINES[library]]:
+        causes = (_CAUSE_OF_LAYER, _CAUSE_OF_MODEL) if engine == AS_IT_IS else (_CAUSE_OF_ENGINE.format(engine),) * 2
+        _refuse(causes[0], wrong_layers(graph_model, used, recorded, engine))
+        result = agreement(content, logits, own_noise, example, name_of_input, engine)
+        _refuse(causes[1], {} if result.holds else {"the model": str(result)})
+        found[engine] = f"{len(recorded)} layers alone within one step; {result}"
+    if "onnxruntime" in engines:
+        found["integers"] = f"{integer_layers(content)} of {len(layers)} layers run in integers in ONNX Runtime"
     return found
 
 
 _CAUSE_OF_LAYER = "layers do not compute what the model's do"
 _CAUSE_OF_ENGINE = (
-    "ONNX Runtime computes something else once it optimizes the graph: its integer products saturate on this CPU "
+    "{} computes something else once it optimizes the graph: its integer products saturate on this CPU "
     "(choose target='cpu', or fewer bits for weights or inputs), or it fuses nodes unfaithfully"
 )
 _CAUSE_OF_MODEL = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...quantizers import Quantizer
 from ..integer_copy import logits_of
-from .sessions import session
+from .sessions import RUNS
 
 STEP_NOISE = 0.01
 """Noise on what is quantized, in steps. Integer engines round the bias of a layer, which moves its outputs as much;
@@ -26,6 +26,9 @@ that no more of them flip is verified layer by layer (`layers_alone`)."""
 NOISES = 3
 ALLOWED = 4.0
 """How many times the model's own noise the difference may be, both as root mean squares."""
+UNRELATED = 0.5
+"""More than this, as a share of the root mean square of the logits, is too much: unrelated logits differ by 1 or more.
+Only a model whose own noise is larger still may differ by as much as that."""
 SMALL = 2e-3
 """What it may be in any case, as a share of the root mean square of the logits."""
 
@@ -48,7 +51,8 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        return self.difference <= max(ALLOWED * self.own_noise, SMALL)  # NaN does not
+        allowed = max(min(ALLOWED * self.own_noise, UNRELATED), self.own_noise, SMALL)
+        return self.difference <= allowed  # NaN is not
 
     def __str__(self) -> str:
         return (
@@ -86,14 +90,15 @@ def _noise_before_quantizers(model: nn.Module, seed: int) -> Iterator[None]:
             handle.remove()
 
 
-def agreement(content: bytes, logits: np.ndarray, own_noise: float, example: Tensor, optimized: bool) -> Agreement:
+def agreement(
+    content: bytes, logits: np.ndarray, own_noise: float, example: Tensor, input_name: str, engine: str
+) -> Agreement:
     """Run a graph of one input and one output on `example` and compare.
 
     Args:
-        optimized: Whether the engine may rewrite the graph.
+        engine: A key of `RUNS`.
     """
-    loaded = session(content, optimized)
-    found = loaded.run(None, {loaded.get_inputs()[0].name: example.numpy()})[0]
+    (found,) = RUNS[engine](content, {input_name: example.numpy()}).values()
     same = int((found.argmax(-1) == logits.argmax(-1)).sum())
     return Agreement(_relative(found - logits, logits), own_noise, same, len(logits))
 
