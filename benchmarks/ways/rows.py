@@ -11,7 +11,7 @@ from ..shared.paired import Difference, difference
 from ..shared.schedule_variants import FULL, QAT
 from .ways import WAYS
 
-Verdict = Literal["keep", "drop", "in the package"]
+Verdict = Literal["keep", "drop", "for comparison"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def verdict(table: Table, way: str) -> Verdict | None:
     """Apply the rule that `sweep` states; `None` as long as a task lacks runs."""
     entry = WAYS[way]
     if not entry.is_new:
-        return "in the package"
+        return "for comparison"
     found = [minus(table, task, way, entry.builds_on) for task in table]
     signs = [difference.sign for difference in found if difference is not None]
     if len(signs) < len(table) or not signs:

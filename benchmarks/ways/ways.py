@@ -19,6 +19,7 @@ FULL, LONGER, BALANCED, MATCHED, ECHO = (
     "echo 2",
 )
 MOMENTUM = "momentum (MSAM)"
+SHORTER, PERTURBED_SCALES = "balanced, shorter", "full, choices of clean scales"
 PART = {"ascent_fraction": 0.125}
 TWICE = {"reuse": "echo", "interval": 2}
 
@@ -60,6 +61,8 @@ class Way:
         extra: What follows the optimizer's steps: `"average"` or `"freeze"`.
         is_new: Whether the package lacks it.
         rival: Way of the package at the same price, which it must not fall behind on average.
+        control: Way that shares its choices and lacks what is new, to say where a difference comes from.
+        choice_of: Of a control: the way whose choices it takes, without trials of its own.
     """
 
     builds_on: str
@@ -73,6 +76,8 @@ class Way:
     extra: str | None = None
     is_new: bool = True
     rival: str | None = None
+    control: str | None = None
+    choice_of: str | None = None
 
     def config(self, rho: float, own: dict[str, float]) -> OwnConfig:
         """Build the configuration of a training."""
@@ -111,6 +116,14 @@ WAYS: dict[str, Way] = {
         radius_of=BALANCED,
         rule=ShapedTwoPasses,
         shape=noisy,
+        control=SHORTER,
+    ),
+    SHORTER: Way(
+        BALANCED,
+        "control: the `eps` of an eighth, as long as the noisy one is along the gradient",
+        PART,
+        choice_of="balanced + noise",
+        is_new=False,
     ),
 }
 """In the order of the tables, which is that of choosing: a way comes after the one whose radius it takes."""
@@ -125,7 +138,15 @@ for base, knobs, rule in ((FULL, {}, ShapedTwoPasses), (ECHO, TWICE, ShapedEcho)
     )
 
 WAYS[f"{FULL} + clean scales"] = Way(
-    FULL, "scales updated by the clean pass", settings=radii(1, 0.5, 2), radius_of=FULL, rule=CleanScales
+    FULL,
+    "scales updated by the clean pass",
+    settings=radii(1, 0.5, 2),
+    radius_of=FULL,
+    rule=CleanScales,
+    control=PERTURBED_SCALES,
+)
+WAYS[PERTURBED_SCALES] = Way(
+    FULL, "control: `full` at the choices of clean scales", choice_of=f"{FULL} + clean scales", is_new=False
 )
 for base, saq in ((QAT, None), (FULL, {}), (ECHO, TWICE)):
     source: dict[str, Any] = {"saq": saq, "radius_of": base if saq is not None else None}

@@ -44,7 +44,7 @@ def test_a_way_is_kept_if_it_wins_once_and_loses_nowhere():
     table = table_of(found)
     verdicts = {way: verdict(table, way) for way in gains}
     assert verdicts == {
-        "full": "in the package",
+        "full": "for comparison",
         "full + average": "keep",
         "full + clean scales": "drop",
         "full + radius per layer": "drop",

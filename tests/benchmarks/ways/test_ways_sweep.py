@@ -50,6 +50,22 @@ def test_a_run_and_what_a_restart_skips(arguments, tmp_path, monkeypatch):
     assert {**again, "cpu_seconds": 0} == {**records["cnn-full/seed1"]["outcome"], "cpu_seconds": 0}
 
 
+def test_controls_and_additions_to_plain_training_take_choices_of_others(arguments, tmp_path):
+    """The noisy `eps` is along the gradient by 1 / sqrt(1 + noise^2) of its length."""
+    args = parsed(arguments, "--ways", "balanced + noise", "qat + freezing", "--plain_learning_rates", "0.002", "0.01")
+
+    def run(a):
+        return {"validation": a["lr"] + a["own"].get("noise", 0.0)}
+
+    runs = script.BundledRuns(tmp_path / "results", "python some.py")
+    choices = script.chosen(args, runs, "cnn", run)
+    noisy, control = choices["balanced + noise"], choices["balanced, shorter"]
+    assert noisy.own == {"noise": 2} and control.lr == noisy.lr and control.own == {}
+    assert control.rho == pytest.approx(noisy.rho / 5**0.5, abs=1e-6)
+    tried = {r["arguments"]["lr"] for r in bundled_records(tmp_path / "results") if "freezing" in r["name"]}
+    assert choices["qat"].lr == 0.01 and tried == {0.005, 0.01}
+
+
 def parsed(arguments, *more):
     (args,) = HfArgumentParser(script.WayArguments).parse_args_into_dataclasses([*arguments, *more])
     return args
@@ -84,6 +100,8 @@ def test_settings_are_chosen_on_validation(arguments, tmp_path):
 def test_every_way_has_the_same_number_of_trials(arguments):
     defaults = script.WayArguments()
     for way in script.WAYS.values():
+        if way.choice_of is not None:
+            continue
         rates = defaults.learning_rates if way.settings else defaults.plain_learning_rates
         assert len(rates) + max(len(way.settings) - 1, 0) == 4
 
@@ -93,7 +111,8 @@ def test_a_way_brings_along_what_it_builds_on():
     assert script.needed(["echo 2 + average"]) == ["qat", "qat, echoed batches", "echo 2", "echo 2 + average"]
     for name, way in script.WAYS.items():
         assert order.index(way.builds_on) <= order.index(name)
-        assert way.radius_of is None or order.index(way.radius_of) < order.index(name)
+        for other in (way.radius_of, way.choice_of):
+            assert other is None or order.index(other) < order.index(name)
 
 
 def test_runs_in_bundles_keep_their_arguments(tmp_path):
