@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.analysis import sensitivity
-from hf_saq.analysis.layer_sensitivity import rank_correlation, signal_to_noise
+from hf_saq.analysis.bits.layer_sensitivity import rank_correlation, signal_to_noise
 
 NAMES = ["0", "2", "4"]
 

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..conversion.observing import PassThrough
-from ..quantizers import Quantizer
-from ..quantizers.settings import check_bits
-from ..tables import text_table
-from .batch_losses import LabelledBatches, Loss, left_as_it_was, logits_of
-from .bit_candidates import Candidates, Operand, observe_activations, observed, quantized_operands, replaced
-from .bit_estimates import Key, activation_estimates, weight_estimates
-from .progress import progress_bar
-from .results import Result, new_figure
-from .weight_point import WeightPoint
+from ...conversion.observing import PassThrough
+from ...quantizers import Quantizer
+from ...quantizers.settings import check_bits
+from ...tables import text_table
+from ..batch_losses import LabelledBatches, Loss, left_as_it_was, logits_of
+from ..progress import progress_bar
+from ..results import Result, new_figure
+from ..weight_point import WeightPoint
+from .candidates import Candidates, Operand, observe_activations, observed, quantized_operands, replaced
+from .estimates import Key, activation_estimates, weight_estimates
 
 CANDIDATES = (2, 3, 4, 6, 8)
 SHARE_OF_ESTIMATES = 0.25
@@ -150,7 +150,7 @@ def sensitivity(
     """Measure what quantizing one operand of one layer alone costs, for every layer, weights and activations apart.
 
     Beside each measured rise of the loss stands an estimate by gradient and curvature, which costs a few passes for
-    all layers together (see `bit_estimates.py`). An operand gets the quantizer that it has, if that has these bits,
+    all layers together (see `estimates.py`). An operand gets the quantizer that it has, if that has these bits,
     and otherwise a new one of the same kind, fitted to the weight or to activations in float. The model runs in
     evaluation mode and is left as it was.
 
