@@ -11,6 +11,7 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .bits import Allocation, LayerBits, OperandSensitivity, Sensitivity, allocate_bits, sensitivity
+    from .comparison import Comparison, LayerDifference, compare
     from .costs import Cost, LayerCost, cost
     from .loss_landscape import Landscape, Surface, landscape
     from .sharpness_at_quantized import Rise, Sharpness, sharpness
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "comparison": ("Comparison", "LayerDifference", "compare"),
         "bits": (
             "Allocation",
             "LayerBits",
@@ -34,16 +36,19 @@ __getattr__, __dir__ = lazy_exports(
 
 __all__ = [
     "Allocation",
+    "Comparison",
     "Cost",
     "Landscape",
     "LayerBits",
     "LayerCost",
+    "LayerDifference",
     "OperandSensitivity",
     "Rise",
     "Sensitivity",
     "Sharpness",
     "Surface",
     "allocate_bits",
+    "compare",
     "cost",
     "landscape",
     "sensitivity",

@@ -15,15 +15,17 @@ Unit = Literal["bops", "bytes"]
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Holds the bits of one layer; `None` for an operand whose bits were not up for choice.
+    """Holds the bits of one layer; `None` for an operand that has no quantizer.
 
-    `cost` is in the unit of the allocation, `loss_rise` the predicted rise of the loss over a float layer, and `why`
+    `chosen` names the bits that were up for choice, as fields of a configuration. `cost` is in the unit of the
+    allocation, `loss_rise` the predicted rise of the loss over a float layer (0 if there was no choice), and `why`
     says what held the layer there.
     """
 
     name: str
     weight_bits: int | None
     activation_bits: int | None
+    chosen: tuple[str, ...]
     cost: int
     loss_rise: float
     why: str
@@ -52,12 +54,7 @@ class Allocation(Result):
     @property
     def overrides(self) -> dict[str, dict[str, Any]]:
         """Return the bits as `SAQQuantizationConfig` takes them: name of a layer -> fields."""
-        found = {}
-        for layer in self.layers:
-            bits = {"weight_bits": layer.weight_bits, "activation_bits": layer.activation_bits}
-            if chosen := {field: b for field, b in bits.items() if b is not None}:
-                found[layer.name] = chosen
-        return found
+        return {layer.name: {f: getattr(layer, f) for f in layer.chosen} for layer in self.layers if layer.chosen}
 
     def applied_to(self, config: SAQQuantizationConfig) -> SAQQuantizationConfig:
         """Return a copy of `config` with these bits in its `overrides`, after those that it has: the last one wins."""

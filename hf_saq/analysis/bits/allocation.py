@@ -132,12 +132,12 @@ def allocate_bits(
     result = []
     for k, (name, option) in enumerate(zip(layers, chosen, strict=True)):
         reason = why(option, options[k], most, partners.get(k, [])) if name in free else "fixed"
-        has_choice = name in free
         result.append(
             LayerBits(
                 name=name,
-                weight_bits=option.weight_bits if has_choice else None,
-                activation_bits=option.activation_bits if has_choice and unit == "bops" else None,
+                weight_bits=option.weight_bits,
+                activation_bits=option.activation_bits,
+                chosen=_up_for_choice(operands[name], unit) if name in free else (),
                 cost=option.cost,
                 loss_rise=option.loss,
                 why=reason,
@@ -152,6 +152,10 @@ def allocate_bits(
         layers=tuple(result),
         curve=loss_curve(options, groups),
     )
+
+
+def _up_for_choice(of_layer: Collection[str], unit: Unit) -> tuple[str, ...]:
+    return tuple(f"{kind}_bits" for kind in of_layer if kind == "weight" or unit == "bops")
 
 
 def _rise(found: Sensitivity, name: str, kind: Any, bits: int, by: str) -> float:
