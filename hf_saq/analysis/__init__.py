@@ -10,30 +10,45 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from .bits import Allocation, LayerBits, OperandSensitivity, Sensitivity, allocate_bits, sensitivity
+    from .comparison import Comparison, LayerDifference, compare
     from .costs import Cost, LayerCost, cost
-    from .layer_sensitivity import OperandSensitivity, Sensitivity, sensitivity
     from .loss_landscape import Landscape, Surface, landscape
     from .sharpness_at_quantized import Rise, Sharpness, sharpness
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "comparison": ("Comparison", "LayerDifference", "compare"),
+        "bits": (
+            "Allocation",
+            "LayerBits",
+            "OperandSensitivity",
+            "Sensitivity",
+            "allocate_bits",
+            "sensitivity",
+        ),
         "costs": ("Cost", "LayerCost", "cost"),
-        "layer_sensitivity": ("OperandSensitivity", "Sensitivity", "sensitivity"),
         "loss_landscape": ("Landscape", "Surface", "landscape"),
         "sharpness_at_quantized": ("Rise", "Sharpness", "sharpness"),
     },
 )
 
 __all__ = [
+    "Allocation",
+    "Comparison",
     "Cost",
     "Landscape",
+    "LayerBits",
     "LayerCost",
+    "LayerDifference",
     "OperandSensitivity",
     "Rise",
     "Sensitivity",
     "Sharpness",
     "Surface",
+    "allocate_bits",
+    "compare",
     "cost",
     "landscape",
     "sensitivity",

@@ -82,9 +82,11 @@ class Landscape(Result):
         if self.dimensions == 1:
             figure = new_figure(6, 3.6)
             axes: Any = figure.subplots()
+            colors = {name: f"C{k}" for k, name in enumerate(dict.fromkeys(s.name for s in self.surfaces))}
             for surface in self.surfaces:
                 style = "-" if surface.place == "quantized" else ":"
-                axes.plot(self.steps, surface.losses, style, marker=".", label=surface.label)
+                color = colors[surface.name]
+                axes.plot(self.steps, surface.losses, style, color=color, marker=".", label=surface.label)
             axes.set(xlabel="step along a filter-normalized direction (1: the norm of each filter)", ylabel="loss")
             axes.set_title("Loss around the quantized weights")
             axes.legend()

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..conversion.observing import ActivationObserver, PassThrough
-from ..layers import HoldsQuantizers, QuantizedLayer
-from ..quantizers import Observer, Quantizer
-from .batch_losses import LabelledBatches
+from ...conversion.observing import ActivationObserver, PassThrough
+from ...layers import HoldsQuantizers, QuantizedLayer
+from ...quantizers import Observer, Quantizer
+from ..batch_losses import LabelledBatches
 
 Operand = Literal["weight", "activation"]
 CALIBRATION_BATCHES = 8

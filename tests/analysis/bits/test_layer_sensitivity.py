@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.analysis import sensitivity
-from hf_saq.analysis.layer_sensitivity import rank_correlation, signal_to_noise
+from hf_saq.analysis.agreement import signal_to_noise
+from hf_saq.analysis.bits.layer_sensitivity import rank_correlation
 
 NAMES = ["0", "2", "4"]
 

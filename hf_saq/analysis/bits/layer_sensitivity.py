@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..conversion.observing import PassThrough
-from ..quantizers import Quantizer
-from ..quantizers.settings import check_bits
-from ..tables import text_table
-from .batch_losses import LabelledBatches, Loss, left_as_it_was, logits_of
-from .bit_candidates import Candidates, Operand, observe_activations, observed, quantized_operands, replaced
-from .bit_estimates import Key, activation_estimates, weight_estimates
-from .progress import progress_bar
-from .results import Result, new_figure
-from .weight_point import WeightPoint
+from ...conversion.observing import PassThrough
+from ...quantizers import Quantizer
+from ...quantizers.settings import check_bits
+from ...tables import text_table
+from ..agreement import agreement, signal_to_noise
+from ..batch_losses import LabelledBatches, Loss, left_as_it_was, logits_of
+from ..progress import progress_bar
+from ..results import Result, new_figure
+from ..weight_point import WeightPoint
+from .candidates import Candidates, Operand, observe_activations, observed, quantized_operands, replaced
+from .estimates import Key, activation_estimates, weight_estimates
 
 CANDIDATES = (2, 3, 4, 6, 8)
 SHARE_OF_ESTIMATES = 0.25
@@ -150,7 +151,7 @@ def sensitivity(
     """Measure what quantizing one operand of one layer alone costs, for every layer, weights and activations apart.
 
     Beside each measured rise of the loss stands an estimate by gradient and curvature, which costs a few passes for
-    all layers together (see `bit_estimates.py`). An operand gets the quantizer that it has, if that has these bits,
+    all layers together (see `estimates.py`). An operand gets the quantizer that it has, if that has these bits,
     and otherwise a new one of the same kind, fitted to the weight or to activations in float. The model runs in
     evaluation mode and is left as it was.
 
@@ -230,7 +231,7 @@ def sensitivity(
                                 present_bits=operand.bits,
                                 loss_rise=measured.mean(rises),
                                 error=statistics.stdev(rises) / len(rises) ** 0.5 if len(rises) > 1 else 0.0,
-                                agreement=_agreement(logits, reference),
+                                agreement=agreement(logits, reference),
                                 snr=signal_to_noise(logits, reference),
                                 estimate=estimates.get((operand.name, operand.operand, b), float("nan")),
                             )
@@ -258,18 +259,6 @@ def _run(model: nn.Module, data: LabelledBatches) -> tuple[list[float], list[Ten
         return data.each_loss(model), logits
     finally:
         handle.remove()
-
-
-def _agreement(logits: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    same = [(a.argmax(1) == b.argmax(1)).double().flatten() for a, b in zip(logits, reference, strict=True)]
-    return torch.cat(same).mean().item()
-
-
-def signal_to_noise(logits: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Compute `10 log10(|y|^2 / |y - y'|^2)` in decibels; infinite where the two are equal."""
-    signal = sum(b.double().square().sum().item() for b in reference)
-    noise = sum((a.double() - b.double()).square().sum().item() for a, b in zip(logits, reference, strict=True))
-    return 10 * float(np.log10(signal / noise)) if noise and signal else float("inf" if not noise else "-inf")
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:

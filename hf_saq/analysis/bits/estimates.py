@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import Quantizer
-from .batch_losses import LabelledBatches
-from .bit_candidates import Candidates, QuantizedOperand
-from .curvature import hessian_trace
-from .weight_point import WeightPoint
+from ...quantizers import Quantizer
+from ..batch_losses import LabelledBatches
+from ..curvature import hessian_trace
+from ..weight_point import WeightPoint
+from .candidates import Candidates, QuantizedOperand
 
 Key = tuple[str, str, int]
 """Name of a layer, operand, bits."""
