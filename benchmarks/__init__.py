@@ -15,3 +15,9 @@ again, so an interrupted script goes on where it stopped.
 
 Must not know: tests. Nothing in `hf_saq` knows benchmarks.
 """
+
+import sys
+from pathlib import Path
+
+# Let modules of the example scripts import each other, as where a script runs: some benchmarks take parts of them.
+sys.path.append(str(Path(__file__).parents[1] / "examples"))

@@ -6,17 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import ClassLabel, DatasetDict, Features, Image, concatenate_datasets, load_dataset
 from datasets import Dataset as HFDataset
-from torchvision.transforms import v2
+from datasets.exceptions import DatasetGenerationError
+from image_checks import check_can_be_split, check_image_folder, checked_rows, find_column
 
+SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "validation", "valid", "val", "dev")
+"""Names of folders that `datasets` takes for splits."""
 AUGMENTATIONS = ("crop_flip", "rand_augment", "pad_crop_flip", "shift", "none")
 
 
 @dataclass
 class DataTrainingArguments:
     """Where the images come from and how many of them to use. With none of the sources set: handwritten digits."""
+
+    _argument_group_name = "data: images and labels"
 
     dataset_name: str | None = field(
         default=None,
@@ -38,6 +42,10 @@ class DataTrainingArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many held-out images."})
     image_column_name: str | None = field(default=None, metadata={"help": "Default: the first column of images."})
     label_column_name: str | None = field(default=None, metadata={"help": "Default: the first column of labels."})
+    skip_corrupt: bool = field(
+        default=False,
+        metadata={"help": "Read every image first, and leave out and name rows without one that can be read."},
+    )
     image_size: int | None = field(default=None, metadata={"help": "Side of the square input, in pixels."})
     augmentation: str = field(
         default="crop_flip",
@@ -84,8 +92,12 @@ def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = 
         if "train" in chosen:
             chosen["eval"] = _with_classes_of(chosen["train"], chosen["eval"])
     else:
+        check_can_be_split(chosen["train"], args)
         parts = chosen["train"].train_test_split(args.train_val_split, seed=seed, stratify_by_column="label")
         chosen = DatasetDict(train=parts["train"], eval=parts["test"])
+    names = chosen.get("train", chosen["eval"]).features["label"].names
+    if len(names) < 2:
+        raise ValueError(f"The images have a single class, {names[0]!r}; a classifier needs two or more.")
     for split, limit in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
         if limit is not None and split in chosen and limit < len(chosen[split]):
             chosen[split] = chosen[split].shuffle(seed=seed).select(range(limit))
@@ -107,40 +119,38 @@ def digits(seed: int = 0) -> DatasetDict:
 def _load_named(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDict:
     assert args.dataset_name is not None
     directory = Path(args.dataset_name)
-    if not directory.is_dir():
-        return load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
-    if not any(directory.rglob("*.parquet")):
-        _check_image_folder(directory, "--dataset_name")
-    return load_dataset(str(directory), args.dataset_config_name, cache_dir=cache_dir)
+    if directory.is_dir() and not any(directory.rglob("*.parquet")):
+        splits = [child for child in directory.iterdir() if child.name.lower() in SPLIT_FOLDERS]
+        for folder in splits or [directory]:
+            check_image_folder(folder, "--dataset_name")
+    return _loaded(args, args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
 
 
 def _load_folders(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDict:
     splits = DatasetDict()
-    for split, flag, directory in (
-        ("train", "--train_dir", args.train_dir),
-        ("validation", "--validation_dir", args.validation_dir),
+    for split, flag, directory, classes in (
+        ("train", "--train_dir", args.train_dir, 2),
+        ("validation", "--validation_dir", args.validation_dir, 1),
     ):
         if directory is not None:
-            _check_image_folder(Path(directory), flag)
-            loaded = load_dataset("imagefolder", data_dir=directory, split="train", cache_dir=cache_dir)
-            splits[split] = loaded
+            has_labels = check_image_folder(Path(directory), flag, classes)
+            loaded = _loaded(args, "imagefolder", data_dir=directory, drop_labels=not has_labels, cache_dir=cache_dir)
+            splits[split] = loaded["train"]
     return splits
 
 
-def _check_image_folder(directory: Path, flag: str) -> None:
-    if not directory.is_dir():
-        raise ValueError(f"{flag} {str(directory)!r} is not a directory.")
-    classes = [child for child in directory.rglob("*") if child.is_dir()]
-    if not classes:
-        raise ValueError(
-            f"{flag} {str(directory)!r} has no classes. Expected one folder for each class with its images inside, "
-            "such as train/cat/1.jpg and train/dog/2.jpg."
-        )
+def _loaded(args: DataTrainingArguments, source: str, *more, **settings) -> DatasetDict:
+    """What `datasets` loads from `source`, with the rows of each split checked."""
+    try:
+        splits = load_dataset(source, *more, **settings)
+    except DatasetGenerationError as error:  # says what is wrong in its cause only
+        raise ValueError(f"{settings.get('data_dir', source)}: {error.__cause__ or error}") from error
+    return DatasetDict({name: checked_rows(split, name, args) for name, split in splits.items()})
 
 
 def _standard_columns(dataset: HFDataset, args: DataTrainingArguments) -> HFDataset:
-    image = _column(dataset, args.image_column_name, "--image_column_name", Image)
-    label = _column(dataset, args.label_column_name, "--label_column_name", ClassLabel)
+    image = find_column(dataset, args.image_column_name, "--image_column_name", Image)
+    label = find_column(dataset, args.label_column_name, "--label_column_name", ClassLabel)
     dataset = dataset.select_columns([image, label])
     renames = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     dataset = dataset.rename_columns(renames) if renames else dataset
@@ -167,62 +177,3 @@ def _with_classes_of(training: HFDataset, evaluation: HFDataset) -> HFDataset:
         input_columns=["label"],
         features=training.features,
     )
-
-
-def _column(dataset: HFDataset, name: str | None, flag: str, kind: type) -> str:
-    if name is None:
-        typed = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
-        guesses = ("image", "img") if kind is Image else ("label", "labels")
-        name = typed[0] if typed else next((g for g in guesses if g in dataset.column_names), None)
-    if name not in dataset.column_names:
-        raise ValueError(
-            f"{flag} {name!r}: the dataset has the columns {dataset.column_names}; name the one that holds the "
-            f"{'images' if kind is Image else 'labels'}."
-        )
-    return name
-
-
-def normalization(processor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel that `processor` normalizes with, for values from 0 to 1."""
-    if hasattr(processor, "data_config"):  # of a timm model
-        return list(processor.data_config["mean"]), list(processor.data_config["std"])
-    return list(processor.image_mean), list(processor.image_std)
-
-
-def transforms(processor, image_size: int, augmentation: str) -> tuple[v2.Transform, v2.Transform]:
-    """Training and evaluation transforms from a PIL image to `(3, image_size, image_size)`, normalized alike."""
-    mean, std = normalization(processor)
-    normalize = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(mean=mean, std=std),
-    ]
-    resize = [v2.Resize((image_size, image_size))]
-    crops = augmentation in ("crop_flip", "rand_augment")
-    if crops:
-        train = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
-        train += [v2.RandAugment()] if augmentation == "rand_augment" else []
-    elif augmentation == "pad_crop_flip":
-        # An eighth on each side, as the customary 4 of 32 pixels.
-        train = [*resize, v2.RandomCrop(image_size, padding=image_size // 8), v2.RandomHorizontalFlip()]
-    elif augmentation == "shift":
-        train = [*resize, v2.RandomCrop(image_size, padding=1)]
-    else:
-        train = resize
-    evaluation = [v2.Resize(round(image_size / 0.875)), v2.CenterCrop(image_size)] if crops else resize
-    return v2.Compose([*train, *normalize]), v2.Compose([*evaluation, *normalize])
-
-
-class TransformedImages(torch.utils.data.Dataset):
-    """A dataset of images with a transform: `{"pixel_values": (3, H, W), "labels": int}`."""
-
-    def __init__(self, dataset: HFDataset, transform: v2.Transform):
-        self.dataset = dataset
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.dataset[int(index)]
-        return {"pixel_values": self.transform(row["image"].convert("RGB")), "labels": row["label"]}

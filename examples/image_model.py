@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import timm
 import torch
@@ -23,6 +25,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 @dataclass
 class ModelArguments:
     """Which float (or already quantized) model to start from."""
+
+    _argument_group_name = "model: what to start from"
 
     model_name_or_path: str | None = field(
         default=None,
@@ -73,11 +77,21 @@ def load_model(args: ModelArguments, labels: list[str], image_size: int | None) 
         "token": args.token,
         "trust_remote_code": args.trust_remote_code,
     }
-    overrides = json.loads(args.config_overrides) if args.config_overrides else {}
+    overrides = _overrides(args)
     if args.from_scratch and args.model_name_or_path in timm.list_models():
         config = TimmWrapperConfig(architecture=args.model_name_or_path, **_label_maps(labels), **overrides)
     else:
-        config = AutoConfig.from_pretrained(name, **_label_maps(labels), **overrides, **hub)
+        try:
+            config = AutoConfig.from_pretrained(name, **_label_maps(labels), **overrides, **hub)
+        except OSError as error:
+            if Path(name).is_dir():
+                raise
+            near = difflib.get_close_matches(args.model_name_or_path, timm.list_models(), n=1)
+            hint = f" Did you mean timm's {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"--model_name_or_path {args.model_name_or_path!r} is no directory here, and could not be had from "
+                f"the Hub: {error}{hint}"
+            ) from error
     if image_size is not None and isinstance(config, TimmWrapperConfig):
         config.pretrained_cfg = {**getattr(config, "pretrained_cfg", {}), "input_size": [3, image_size, image_size]}
     elif image_size is not None and hasattr(config, "image_size"):
@@ -91,6 +105,18 @@ def load_model(args: ModelArguments, labels: list[str], image_size: int | None) 
         ignore_mismatched_sizes=args.ignore_mismatched_sizes and not hasattr(config, "quantization_config"),
         **hub,
     )
+
+
+def _overrides(args: ModelArguments) -> dict:
+    try:
+        found = json.loads(args.config_overrides or "{}")
+    except ValueError as error:
+        raise ValueError(f"--config_overrides {args.config_overrides!r} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'--config_overrides {args.config_overrides!r}; expected fields, as in {{"hidden_size": 64}}.'
+        )
+    return found
 
 
 def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int | None):
@@ -112,7 +138,10 @@ def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int
             token=args.token,
             trust_remote_code=args.trust_remote_code,
         )
-    except (OSError, ValueError):  # a checkpoint without a preprocessor_config.json: the defaults of its family
+    except (OSError, ValueError):
+        if args.image_processor_name:
+            raise
+        # Without a preprocessor_config.json: the defaults of its family.
         if type(model.config) not in IMAGE_PROCESSOR_MAPPING:
             raise ValueError(
                 f"{name!r} has no preprocessor_config.json and {type(model.config).__name__} no default processor; "

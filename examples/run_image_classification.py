@@ -16,23 +16,21 @@ into a fresh object and evaluate it again; (4) one table.
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
-import json
 import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
-from distillation import DistillationTrainer, check_distillation
-from image_data import DataTrainingArguments, TransformedImages, load_images, transforms
+from distillation import DistillationTrainer
+from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
+from image_data import DataTrainingArguments, load_images
 from image_metrics import make_compute_metrics
+from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
 from image_model import (
     ModelArguments,
     has_folded_batch_norm,
@@ -42,170 +40,21 @@ from image_model import (
     refit_batch_norm,
     timm_repository,
 )
-from transformers import AutoModelForImageClassification, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from image_results import Row, weight_bytes, what_to_do_next, write_results
+from image_transforms import TransformedImages, transforms, without_unreadable
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer
-from hf_saq.hub import ResultRow
 from hf_saq.training import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("qat", "saq")
-NAMES = {"float": "float", "qat": "QAT", "saq": "SAQ"}  # in model cards
-FLOAT_BITS = 32
-
-
-@dataclass
-class QuantizationArguments:
-    """What is compared. Every pair of bits and method starts from the same float model."""
-
-    weight_bits: list[int] = field(default_factory=lambda: [4], metadata={"help": "One quantized model for each."})
-    activation_bits: list[int] | None = field(
-        default=None, metadata={"help": "As many as weight_bits; 32 for float. Default: the same as weight_bits."}
-    )
-    methods: list[str] = field(
-        default_factory=lambda: ["qat", "saq"],
-        metadata={"help": "qat: plain quantization-aware training; saq: with the sharpness-aware step."},
-    )
-    quantizer: str = field(default="lsq", metadata={"help": "Name of the quantizer."})
-    weight_granularity: str = field(default="tensor", metadata={"help": "tensor or channel."})
-    activation_mode: str = field(default="auto", metadata={"help": "auto, signed or unsigned."})
-    scale_init: str = field(default="mse", metadata={"help": "mse or mean."})
-    first_last_bits: int = field(default=8, metadata={"help": "Of the first layer and the heads; 0: like the rest."})
-    quantize_attention: bool = field(default=False, metadata={"help": "Also the operands of attention products."})
-    modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "Modules to leave in float."})
-    quantization_overrides: str | None = field(
-        default=None, metadata={"help": 'JSON: pattern -> fields, such as {"*.layers.0.*": {"weight_bits": 8}}.'}
-    )
-    float_epochs: float = field(default=0.0, metadata={"help": "Epochs of float fine-tuning before quantization."})
-    float_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
-    distill_alpha: float = field(
-        default=0.0,
-        metadata={
-            "help": "Distillation: weight of the float model's answers in the loss, 0 to 1; the rest is for the "
-            "labels. 0: off. One more forward pass for each batch."
-        },
-    )
-    distill_temperature: float = field(
-        default=1.0, metadata={"help": "Softens the answers of both models in distillation; 1: as they are."}
-    )
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown or not self.methods:
-            raise ValueError(f"--methods {self.methods}; expected some of {list(METHODS)}.")
-        if self.activation_bits is not None and len(self.activation_bits) != len(self.weight_bits):
-            raise ValueError(
-                f"--activation_bits {self.activation_bits}: expected as many as --weight_bits {self.weight_bits}."
-            )
-        check_distillation(self.distill_alpha, self.distill_temperature)
-        self.configs()  # a mistake shows before anything is trained
-
-    def configs(self) -> list[SAQQuantizationConfig]:
-        """One checked configuration for each pair of bits."""
-        return [
-            SAQQuantizationConfig(
-                weight_bits=None if w == FLOAT_BITS else w,
-                activation_bits=None if a == FLOAT_BITS else a,
-                quantizer=self.quantizer,
-                weight_granularity=self.weight_granularity,  # type: ignore[arg-type]
-                activation_mode=self.activation_mode,  # type: ignore[arg-type]
-                scale_init=self.scale_init,  # type: ignore[arg-type]
-                first_last_bits=self.first_last_bits or None,
-                quantize_attention=self.quantize_attention,
-                modules_to_not_convert=self.modules_to_not_convert,
-                overrides=json.loads(self.quantization_overrides) if self.quantization_overrides else {},
-            )
-            for w, a in zip(self.weight_bits, self.activation_bits or self.weight_bits, strict=True)
-        ]
-
-
-DIGITS_DEFAULTS: dict[str, Any] = {
-    "output_dir": "outputs/digits",
-    "do_train": True,
-    "do_eval": True,
-    "weight_bits": [4, 2],
-    "float_epochs": 25.0,
-    "float_learning_rate": 4e-3,
-    "num_train_epochs": 15.0,
-    "learning_rate": 4e-3,
-    "weight_decay": 0.05,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "per_device_train_batch_size": 64,
-    "per_device_eval_batch_size": 256,
-    "augmentation": "none",
-    "logging_steps": 100,
-    "save_strategy": "no",
-    "report_to": "none",
-    "dataloader_pin_memory": False,
-    "rho": 0.2,
-    "interval": 1,  # as schedule="full", but any other schedule may be given on the command line
-}
-"""Used for what the user does not set when no data set is named."""
-
-
-@dataclass
-class Row:
-    """One line of the final table."""
-
-    method: str
-    bits: str
-    top1: float
-    bytes: int
-    seconds: float | None
-    reloaded_top1: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def for_card(self) -> ResultRow:
-        """As a line in the model card of another model of the same run."""
-        return ResultRow(NAMES[self.method], self.bits, self.metrics, self.bytes)
-
-
-Arguments = tuple[ModelArguments, DataTrainingArguments, TrainingArguments, SAQConfig, QuantizationArguments]
-
-
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """From the command line, or from a `.json` or `.yaml` file and what the command line has after it, which wins."""
-    parser = HfArgumentParser(
-        [ModelArguments, DataTrainingArguments, TrainingArguments, SAQConfig, QuantizationArguments],  # type: ignore[arg-type]
-        description=__doc__.split("\n")[0],  # type: ignore[union-attr]
-    )
-    try:
-        given, rest = {}, list(argv)
-        if rest and rest[0].endswith((".json", ".yaml", ".yml")):
-            given = read_arguments(Path(rest.pop(0)), parser.dataclass_types)
-        flags = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in rest}
-        if not any(given.get(key) or key in flags for key in ("dataset_name", "train_dir", "validation_dir")):
-            parser.set_defaults(**DIGITS_DEFAULTS)
-        parser.set_defaults(**given)
-        return parser.parse_args_into_dataclasses(rest)  # type: ignore[return-value]
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def read_arguments(path: Path, dataclass_types) -> dict[str, Any]:
-    """Argument -> value, from a `.json` or `.yaml` file.
-
-    Raises:
-        ValueError: If the file does not hold names and values, or a name is no argument.
-    """
-    given = yaml.safe_load(path.read_text())
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} holds a {type(given).__name__}; expected one argument and value a line.")
-    known = [field.name for kind in dataclass_types for field in fields(kind) if field.init]
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "--help lists what there is."
-            raise ValueError(f"{path}: {name!r} is no argument; {hint}")
-    return given
-
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, description=str(__doc__))
     try:
-        return run(*arguments)
+        with unreadable_images_in_one_line():
+            return run(*arguments)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -225,11 +74,18 @@ def run(
     if not (training_args.do_train or training_args.do_eval):
         raise SystemExit("Nothing to do: give --do_train, --do_eval or both.")
 
-    with training_args.main_process_first(desc="loading the data"):
+    with in_one_line("reading the arguments"):
+        check_names(model_args, data_args)
+        stages = ["float", *(stage_name(m, c) for c in quantization_args.configs() for m in quantization_args.methods)]
+        check_resume(training_args, stages)
+    with training_args.main_process_first(desc="loading the data"), in_one_line("loading the images"):
         images = load_images(data_args, training_args.seed, model_args.cache_dir)
-    labels = images["eval"].features["label"].names
-    model = load_model(model_args, labels, data_args.image_size)
-    processor = load_processor(model_args, model, data_args.image_size)
+        if data_args.skip_corrupt:
+            images = {split: without_unreadable(dataset, split) for split, dataset in images.items()}
+    with in_one_line("loading the model"):
+        labels = images["eval"].features["label"].names
+        model = load_model(model_args, labels, data_args.image_size)
+        processor = load_processor(model_args, model, data_args.image_size)
     train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
     common = {
         "eval_dataset": TransformedImages(images["eval"], eval_transform),
@@ -257,9 +113,8 @@ def run(
         refit_batch_norm(model, (batch["pixel_values"] for batch in first_batches(sample)))
     rows = [train_float(model, training_args, quantization_args, common)]
     for config in quantization_args.configs():
-        bits = bits_name(config)
         for method in quantization_args.methods:
-            stage = f"{method}-{bits.lower()}"
+            stage = stage_name(method, config)
             show(training_args, f"\n{stage}: quantize, calibrate, train")
             method_config = copy.copy(saq_config)
             method_config.case = None if method == "qat" else saq_config.case
@@ -276,13 +131,11 @@ def run(
             )
             about = card_arguments(model_args, data_args, len(images["eval"]))
             trainer.card_arguments = {**about, "comparison": [row.for_card() for row in rows]}
-            rows.append(train_quantized(trainer, method, bits, training_args, common))
+            rows.append(train_quantized(trainer, method, bits_name(config), training_args, common))
     if training_args.process_index == 0:
-        table = format_table(rows)
-        print(f"\n{table}", flush=True)
         output = Path(training_args.output_dir)
-        (output / "results.txt").write_text(table + "\n")
-        (output / "results.json").write_text(json.dumps([row.__dict__ for row in rows], indent=2) + "\n")
+        table = write_results(rows, output)
+        print(f"\n{table}\n\n{what_to_do_next(rows, output, training_args.push_to_hub)}", flush=True)
     return rows
 
 
@@ -310,11 +163,14 @@ def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: 
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    trainer.save_model()  # and push it, with --push_to_hub
+    trainer.save_model()  # and push it with a card, with --push_to_hub
+    if not trainer.args.push_to_hub:
+        trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
     directory = Path(trainer.args.output_dir)
     reloaded = AutoModelForImageClassification.from_pretrained(directory)
-    check_args = stage_arguments(training_args, f"{directory.name}-reloaded", push_to_hub=False)
+    check_args = stage_arguments(training_args, directory.name, push_to_hub=False)
+    check_args.report_to = []  # the same numbers are logged already
     checker = Trainer(reloaded, check_args, **{k: v for k, v in common.items() if k != "train_dataset"})
     reloaded_top1 = checker.evaluate()["eval_top1"]
     return Row(method, bits, metrics["eval_top1"], weight_bytes(directory), seconds, reloaded_top1, metrics)
@@ -333,10 +189,31 @@ def card_arguments(model_args: ModelArguments, data_args: DataTrainingArguments,
 
 def timed_training(trainer: Trainer) -> float:
     """Train, resuming where that was asked for; seconds of wall time."""
-    resume = trainer.args.resume_from_checkpoint and last_complete_checkpoint(trainer.args.output_dir)
+    resume = checkpoint_of_stage(trainer.args)
+    if trainer.args.resume_from_checkpoint:
+        show(trainer.args, f"training goes on from {resume}" if resume else "no checkpoint to go on from: starts anew")
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     return time.perf_counter() - start
+
+
+def checkpoint_of_stage(args: TrainingArguments) -> str | None:
+    """The checkpoint that the stage with these arguments goes on from."""
+    asked: Any = args.resume_from_checkpoint
+    if asked is True:
+        return last_complete_checkpoint(args.output_dir)
+    return asked if asked and Path(asked).resolve().parent == Path(args.output_dir).resolve() else None
+
+
+def check_resume(args: TrainingArguments, stages: Sequence[str]) -> None:
+    """Raise `ValueError` if the checkpoint that was named belongs to no stage."""
+    found = [stage for stage in stages if checkpoint_of_stage(stage_arguments(args, stage))]
+    if isinstance(args.resume_from_checkpoint, str) and not found:
+        expected = [str(Path(args.output_dir) / stage) for stage in stages]
+        raise ValueError(
+            f"{RESUME} {args.resume_from_checkpoint!r} lies in the directory of no stage of this run; expected one in "
+            f"{', '.join(expected)}. Check --output_dir, --weight_bits and --methods."
+        )
 
 
 def stage_arguments(args: TrainingArguments, stage: str, push_to_hub: bool | None = None) -> TrainingArguments:
@@ -360,31 +237,8 @@ def bits_name(config: SAQQuantizationConfig) -> str:
     return f"W{config.weight_bits or FLOAT_BITS}A{config.activation_bits or FLOAT_BITS}"
 
 
-def weight_bytes(directory: Path) -> int:
-    """Size of the weight files in a saved model."""
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def format_table(rows: list[Row]) -> str:
-    cells = [("method", "bits", "top-1 %", "weights on disk", "seconds", "reloaded top-1 %")]
-    for row in rows:
-        cells.append(
-            (
-                row.method,
-                row.bits,
-                f"{100 * row.top1:.2f}",
-                f"{row.bytes / 1024:,.1f} KiB",
-                "-" if row.seconds is None else f"{row.seconds:.1f}",
-                "-" if row.reloaded_top1 is None else f"{100 * row.reloaded_top1:.2f}",
-            )
-        )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+def stage_name(method: str, config: SAQQuantizationConfig) -> str:
+    return f"{method}-{bits_name(config).lower()}"
 
 
 def show(args: TrainingArguments, text: str) -> None:

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from image_data import DataTrainingArguments, TransformedImages, load_images, transforms
+from image_data import DataTrainingArguments, load_images
 from image_metrics import TopKAccuracy
 from image_model import ModelArguments, input_size, load_model, load_processor
+from image_transforms import TransformedImages, transforms, without_unreadable
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, HfArgumentParser, get_scheduler
 
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     with accelerator.main_process_first():
         images = load_images(data_args, args.seed, model_args.cache_dir)
+        if data_args.skip_corrupt:
+            images = {split: without_unreadable(dataset, split) for split, dataset in images.items()}
     model = load_model(model_args, images["train"].features["label"].names, data_args.image_size)
     processor = load_processor(model_args, model, data_args.image_size)
     train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)

@@ -1,10 +1,13 @@
-"""Keep the columns of a data set that its transform needs."""
+"""Keep the columns of a data set that its transform needs, and say which ones do not fit the model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
+
+from ..conversion.observing import check_keys
 
 
 class KeepsColumnsOfTransforms(Trainer):
@@ -14,7 +17,24 @@ class KeepsColumnsOfTransforms(Trainer):
     columns, and would fail with `KeyError: 'image'`.
     """
 
+    _checked_keys: frozenset[str] = frozenset()
+    """Keys of the batch that was compared with the model last."""
+
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         if dataset.format["type"] == "custom":
             return dataset
         return super()._remove_unused_columns(dataset, description)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as `Trainer` does.
+
+        Raises:
+            ValueError: If the keys of `inputs` do not fit the model.
+        """
+        if inputs.keys() != self._checked_keys:
+            # Leave out labels that the loss takes and the model does not see.
+            apart = ("labels",) if self.compute_loss_func is not None or self.label_smoother is not None else ()
+            seen = {name: value for name, value in inputs.items() if name not in apart}
+            check_keys(self.accelerator.unwrap_model(model), seen, type(self).__name__)
+            self._checked_keys = frozenset(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -82,7 +81,7 @@ def test_a_packed_checkpoint_is_evaluated_and_pushed_once(tmp_path, monkeypatch)
     assert script.main([*SMALL, *arguments])[0].top1 == rows[-1].top1
 
 
-def test_image_folders_and_a_pipeline(folders, tmp_path):
+def test_image_folders_and_a_pipeline(folders, tmp_path, capsys):
     from transformers import pipeline
 
     rows = script.main(
@@ -103,6 +102,18 @@ def test_image_folders_and_a_pipeline(folders, tmp_path):
     classify = pipeline("image-classification", model=str(tmp_path / "out" / "saq-w4a4"), device="cpu")
     answer = classify(Image.new("RGB", (12, 12)))
     assert {entry["label"] for entry in answer} == {"dark", "light"}
+    check_what_is_left(tmp_path / "out", rows)
+    said = capsys.readouterr().out
+    assert f"It lies in {tmp_path / 'out' / 'saq-w4a4'}, with its image processor and a card (README.md)" in said
+    assert said.rstrip().endswith("Push it:   run again with --push_to_hub")
+
+
+def check_what_is_left(output: Path, rows) -> None:
+    """A card also without a push, and no empty directory."""
+    assert {path.name for path in output.iterdir()} == {"float", "saq-w4a4", "results.txt", "results.json"}
+    assert not [path for path in output.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    card = (output / "saq-w4a4" / "README.md").read_text()
+    assert f"| float | W32A32 | {rows[0].top1:.4f} |" in card and f"| **SAQ** | W4A4 | {rows[1].top1:.4f} |" in card
 
 
 def test_parquet_directory(folders, tmp_path):
@@ -116,54 +127,6 @@ def test_parquet_directory(folders, tmp_path):
     splits = image_data.load_images(image_data.DataTrainingArguments(dataset_name=str(directory)), seed=0)
     assert splits["train"].features["label"].names == ["dark", "light"]
     assert len(splits["train"]) == 10 and len(splits["eval"]) == 2  # held out by train_val_split
-
-
-@pytest.mark.parametrize("kind", ["yaml", "json"])
-def test_one_file_of_arguments(kind, tmp_path):
-    given = {"rho": 0.25, "weight_bits": [3], "methods": ["saq"], "output_dir": str(tmp_path), "use_cpu": True}
-    path = tmp_path / f"arguments.{kind}"
-    path.write_text(yaml.safe_dump(given) if kind == "yaml" else json.dumps(given))
-    _, data, training, saq, quantization = script.parse_arguments([str(path)])
-    assert data.is_digits and saq.rho == 0.25 and quantization.weight_bits == [3]
-    assert training.learning_rate == script.DIGITS_DEFAULTS["learning_rate"]
-
-
-def test_the_command_line_overrides_the_digits_defaults():
-    _, _, training, saq, quantization = script.parse_arguments(["--learning_rate=0.5", "--rho=0.7"])
-    assert training.learning_rate == 0.5 and saq.rho == 0.7 and quantization.weight_bits == [4, 2]
-
-
-@pytest.mark.parametrize("given", [["--dataset_name=x"], ["--dataset-name", "x"], ["--train_dir", "x"]], ids=str)
-def test_other_data_does_not_get_the_digits_defaults(given):
-    _, _, training, saq, quantization = script.parse_arguments([*given, "--do_train"])
-    assert saq.rho is None and quantization.float_epochs == 0 and training.num_train_epochs == 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--weight_bits", "9"], "weight_bits=9"),
-        (["--weight_bits", "4", "--activation_bits", "4", "4"], "expected as many as --weight_bits"),
-        (["--quantizer", "magic"], "'magic' is unknown"),
-        (["--rho", "-1"], "rho=-1"),
-        (["--methods", "sam"], "--methods"),
-        (["--dataset_name", "x", "--train_dir", "y"], "exclude each other"),
-        (["--augmentation", "all"], "--augmentation"),
-        (["missing.yaml"], "missing.yaml"),
-    ],
-)
-def test_mistakes_on_the_command_line(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        script.parse_arguments(arguments)
-    assert message in capsys.readouterr().err
-
-
-def test_a_folder_without_classes(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"--train_dir .* has no classes\. Expected one folder for each class"):
-        image_data.load_images(image_data.DataTrainingArguments(train_dir=str(tmp_path)), seed=0)
-    with pytest.raises(ValueError, match="is not a directory"):
-        image_data.load_images(image_data.DataTrainingArguments(train_dir=str(tmp_path / "none")), seed=0)
 
 
 def test_top_k_accuracy():

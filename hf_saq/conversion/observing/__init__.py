@@ -1,12 +1,14 @@
 """Run a model while observers see what its quantizers would get, and fit quantizers to it, alike on all processes."""
 
 from .alike import fit_alike, names_of_first_process, reshard
+from .batch_keys import check_keys
 from .observers import ActivationObserver, PassThrough
 from .running import run_in_float, run_observed, run_on_device, run_quantized
 
 __all__ = [
     "ActivationObserver",
     "PassThrough",
+    "check_keys",
     "fit_alike",
     "names_of_first_process",
     "reshard",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quantizers import Observer, Quantizer
+from .batch_keys import check_keys
 from .observers import PassThrough
 
 
@@ -58,12 +59,13 @@ def run_on_device(model: nn.Module, batch: Any) -> None:
         batch: A tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
 
     Raises:
-        ValueError: If it is of another type.
+        ValueError: If it is of another type, or its keys are not those of the model's inputs.
     """
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Tensor):
         model(batch.to(device))
     elif isinstance(batch, Mapping):
+        check_keys(model, batch, "`batches`")
         model(**{name: _to(value, device) for name, value in batch.items()})
     elif isinstance(batch, (tuple, list)):
         model(*[_to(value, device) for value in batch])

@@ -1,0 +1,81 @@
+"""The table that a run of the example script ends with, and what is written beside the models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_saq.hub import ResultRow
+
+NAMES = {"float": "float", "qat": "QAT", "saq": "SAQ"}
+"""Method -> its name in model cards."""
+
+
+@dataclass
+class Row:
+    """One line of the final table."""
+
+    method: str
+    bits: str
+    top1: float
+    bytes: int
+    seconds: float | None
+    reloaded_top1: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def for_card(self) -> ResultRow:
+        """As a line in the model card of another model of the same run."""
+        return ResultRow(NAMES[self.method], self.bits, self.metrics, self.bytes)
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of the weight files in a saved model."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def format_table(rows: list[Row]) -> str:
+    cells = [("method", "bits", "top-1 %", "weights on disk", "seconds", "reloaded top-1 %")]
+    for row in rows:
+        cells.append(
+            (
+                row.method,
+                row.bits,
+                f"{100 * row.top1:.2f}",
+                f"{row.bytes / 1024:,.1f} KiB",
+                "-" if row.seconds is None else f"{row.seconds:.1f}",
+                "-" if row.reloaded_top1 is None else f"{100 * row.reloaded_top1:.2f}",
+            )
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def write_results(rows: list[Row], output: Path) -> str:
+    """Write `results.txt` and `results.json` into `output`; returns the table."""
+    table = format_table(rows)
+    (output / "results.txt").write_text(table + "\n")
+    (output / "results.json").write_text(json.dumps([row.__dict__ for row in rows], indent=2) + "\n")
+    return table
+
+
+def what_to_do_next(rows: list[Row], output: Path, is_pushed: bool) -> str:
+    """Say in words what came out, where it lies and how to use it."""
+    quantized = [row for row in rows if row.method != "float"]
+    best = max(quantized, key=lambda row: row.top1)
+    directory = output / f"{best.method}-{best.bits.lower()}"
+    lines = [
+        f"Best quantized model: {NAMES[best.method]} {best.bits}, {100 * best.top1:.2f} % top-1 "
+        f"({100 * (best.top1 - rows[0].top1):+.2f} to float), {best.bytes / rows[0].bytes:.1%} of the float bytes.",
+        f"It lies in {directory}, with its image processor and a card (README.md); all results in {output}.",
+        "Load it:   import hf_saq; from transformers import pipeline; "
+        f'pipeline("image-classification", model="{directory}")',
+    ]
+    if is_pushed:
+        return "\n".join([*lines, "All quantized models were pushed to the Hub."])
+    return "\n".join([*lines, f"Look at it: hf-saq inspect {directory}", "Push it:   run again with --push_to_hub"])

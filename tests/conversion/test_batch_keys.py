@@ -1,0 +1,101 @@
+"""Batches whose keys do not fit the model: what came, what is expected, in `calibrate` and in `SAQTrainer`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import images, vit
+from torch import nn
+from training import Images, arguments, make_trainer
+
+from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, quantize
+from hf_saq.conversion.observing import check_keys
+
+CONFIG = SAQQuantizationConfig(weight_bits=4, activation_bits=4, scale_init="mean")
+
+
+class Plain(nn.Module):
+    """One layer, without `**kwargs`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x, scale=1.0):
+        return self.layer(x) * scale
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "message"),
+    [
+        (
+            vit,
+            {"image": images(2), "labels": torch.zeros(2, dtype=torch.long)},
+            r"`batches`: a batch with the keys 'image', 'labels' lacks 'pixel_values'\. ViTForImageClassification takes "
+            r"'pixel_values', .*images are usually 'pixel_values'",
+        ),
+        (
+            Plain,
+            {"pixel_values": torch.ones(1, 4)},
+            r"the keys 'pixel_values' lacks 'x'\. Plain takes 'x', 'scale'",
+        ),
+        (
+            Plain,
+            {"x": torch.ones(1, 4), "label": 1},
+            r"'x', 'label' has 'label', which the model does not take\. Plain",
+        ),
+    ],
+    ids=["transformers", "missing", "unknown"],
+)
+def test_calibrate_says_which_keys_came(build, batch, message):
+    model = quantize(build(), CONFIG.replace(first_last_bits=None))
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, [batch])
+
+
+def test_what_fits_is_let_through():
+    check_keys(vit(), {"pixel_values": images(2)}, "test")
+    check_keys(vit(), {"pixel_values": images(2), "labels": 0, "own": 0}, "test")  # it has `**kwargs`
+    check_keys(Plain(), {"x": 1, "scale": 2.0}, "test")
+    check_keys(nn.Sequential(Plain()), {"input": 1}, "test")
+    check_keys(nn.DataParallel(Plain()), {"x": 1}, "test")  # it passes on what it gets
+
+
+class Renamed(Images):
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return {"image": row["pixel_values"], "labels": row["labels"]}
+
+
+def test_the_trainer_says_which_keys_came(tmp_path):
+    """When it calibrates, when it trains a calibrated model, and when it evaluates."""
+    message = (
+        r"SAQTrainer: a batch with the keys 'image', 'labels' lacks 'pixel_values'\. ViTForImageClassification takes"
+    )
+    data = Renamed(8, torch.float32)
+    trainer = SAQTrainer(
+        quantize(vit(), CONFIG), arguments(tmp_path), saq_config=SAQConfig(rho=0.1), train_dataset=data
+    )
+    for use in (trainer.train, lambda: trainer.evaluate(data)):
+        with pytest.raises(ValueError, match=message):
+            use()
+    trained = make_trainer("vit", 3, 1, "local", tmp_path, cls=SAQTrainer)
+    trained.train_dataset = Renamed(8)
+    with pytest.raises(ValueError, match=message):
+        trained.train()
+
+
+def test_a_loss_function_takes_labels_that_the_model_does_not(tmp_path):
+    model = quantize(Plain(), CONFIG.replace(first_last_bits=None))
+    data = [{"x": torch.randn(4), "labels": k % 2} for k in range(8)]
+    trainer = SAQTrainer(
+        model,
+        arguments(tmp_path, max_steps=1),
+        saq_config=SAQConfig(rho=0.1, schedule="full"),
+        train_dataset=data,
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: nn.functional.cross_entropy(
+            outputs, labels
+        ),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1

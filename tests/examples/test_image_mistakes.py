@@ -1,0 +1,124 @@
+"""What the example script says of names and directories that are wrong, or of a checkpoint of another run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import vit
+from transformers import TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import run_image_classification as script  # noqa: E402
+from image_data import DataTrainingArguments  # noqa: E402
+from image_mistakes import check_names  # noqa: E402
+from image_model import ModelArguments, load_model, load_processor  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("model_name_or_path", "outputs/nowhere/vit"),
+        ("model_name_or_path", "./vit"),
+        ("model_name_or_path", "{}/vit"),
+        ("dataset_name", "{}/images"),
+        ("dataset_name", "data/images/"),
+        ("train_dir", "train"),
+        ("validation_dir", "val"),
+        ("image_processor_name", "{}/vit"),
+    ],
+)
+def test_a_directory_that_is_not_there(flag, name, tmp_path, capsys):
+    """It says so, and nobody asks the Hub; one line ends the program."""
+    name = name.format(tmp_path)
+    data = [] if flag in ("dataset_name", "train_dir", "validation_dir") else ["--train_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        script.main([f"--{flag}", name, *data, "--do_train", "--use_cpu", f"--output_dir={tmp_path / 'out'}"])
+    said = str(stopped.value)
+    assert f"--{flag} {name!r}: there is no such directory." in said and "\n" not in said
+    assert "Hub" not in said or flag == "model_name_or_path"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_beside_a_directory_is_a_path(tmp_path, monkeypatch):
+    """`outputs/vit` can be a name on the Hub, unless there is a directory `outputs`."""
+    monkeypatch.chdir(tmp_path)
+    check_names(ModelArguments(model_name_or_path="outputs/vit"), DataTrainingArguments())
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(ValueError, match="--model_name_or_path 'outputs/vit': there is no such directory. Expected a"):
+        check_names(ModelArguments(model_name_or_path="outputs/vit"), DataTrainingArguments())
+
+
+def test_directories_that_are_no_model(tmp_path):
+    def check(path):
+        check_names(ModelArguments(model_name_or_path=str(path)), DataTrainingArguments())
+
+    with pytest.raises(ValueError, match="has no config.json; expected what save_pretrained or save_model wrote"):
+        check(tmp_path)
+    (tmp_path / "saq-w4a4").mkdir()
+    (tmp_path / "saq-w4a4" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no config.json; did you mean '.*saq-w4a4'"):
+        check(tmp_path)
+    check(tmp_path / "saq-w4a4")
+    with pytest.raises(ValueError, match="is a file; expected the directory that holds config.json"):
+        check(tmp_path / "saq-w4a4" / "config.json")
+
+
+def test_a_model_that_cannot_be_had(monkeypatch):
+    with pytest.raises(
+        ValueError, match="'resnet1' is no directory here, and could not be had (.|\\n)* Did you mean timm's 'resnet1"
+    ):
+        load_model(ModelArguments(model_name_or_path="resnet1"), ["a", "b"], None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), [("{x", "--config_overrides '{x' is not JSON"), ("3", "'3'; expected fields, as in")]
+)
+def test_config_overrides_that_are_none(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(ModelArguments(model_name_or_path="vit", config_overrides=overrides), ["a", "b"], None)
+
+
+def test_a_processor_that_was_named_is_not_replaced_by_a_default(tmp_path):
+    model = vit()
+    model.save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), image_processor_name="nobody/nothing")
+    with pytest.raises(OSError, match="nobody/nothing"):
+        load_processor(arguments, model, None)
+
+
+def stage_with_checkpoints(directory: Path, *steps: int) -> Path:
+    """As far as `last_complete_checkpoint` looks."""
+    for step in steps:
+        checkpoint = directory / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+        save_file({"x": torch.zeros(1)}, checkpoint / "model.safetensors")
+    return directory
+
+
+def test_which_checkpoint_each_stage_goes_on_from(tmp_path):
+    """The newest one of each, or the one that is named, for its stage alone; or the run stops with one line."""
+    stages = ["float", "qat-w4a4", "saq-w4a4"]
+    for stage in ("float", "saq-w4a4"):
+        stage_with_checkpoints(tmp_path / stage, 2, 10)
+    named = str(tmp_path / "saq-w4a4" / "checkpoint-2")
+
+    def found(asked):
+        args = TrainingArguments(str(tmp_path), use_cpu=True)
+        args.resume_from_checkpoint = asked
+        script.check_resume(args, stages)
+        return [script.checkpoint_of_stage(script.stage_arguments(args, stage)) for stage in stages]
+
+    newest = [str(tmp_path / stage / "checkpoint-10") for stage in stages]
+    assert found(True) == [newest[0], None, newest[2]]
+    assert found(named) == [None, None, named]
+    assert found(None) == [None, None, None]
+    elsewhere = str(stage_with_checkpoints(tmp_path / "saq-w2a2", 2) / "checkpoint-2")
+    message = f"--resume_from_checkpoint {elsewhere!r} lies in the directory of no stage of this run; expected one in "
+    with pytest.raises(ValueError) as stopped:
+        found(elsewhere)
+    assert str(stopped.value).startswith(message + str(tmp_path / "float"))
