@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from .extras import check_engine, needed
+from .extras import OPENVINO_PROPERTIES, check_engine, needed
 from .onnx_export import CONFIG_FILE, EXPORT_VERSION, RECORD
 
 RunFunction = Callable[[np.ndarray], np.ndarray]
@@ -131,8 +131,7 @@ def _onnxruntime(content: bytes, threads: int | None) -> RunFunction:
 
 def _openvino(content: bytes, threads: int | None) -> RunFunction:
     core: Any = needed("openvino").Core()
-    # Where a CPU has bfloat16, what is not integer would be computed in it.
-    properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    properties: dict[str, Any] = dict(OPENVINO_PROPERTIES)
     if threads is not None:
         properties["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(core.read_model(content), "CPU", properties)

@@ -12,6 +12,10 @@ EXTRA_OF = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx", "onnxruntim
 ENGINES = ("onnxruntime", "openvino")
 """Libraries that run an export."""
 
+OPENVINO_PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""What makes OpenVINO compute the graph as it is: without them it computes in bfloat16 what is not integer, where a
+CPU has that type, and quantizes inputs of int4 weights again, in groups of its own."""
+
 
 def check_engine(engine: str) -> None:
     """Raise `ValueError` if there is no such engine."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..extras import needed
@@ -38,37 +39,37 @@ class Recorded:
 
 
 @torch.no_grad()
-def record(model: nn.Module, names: dict[str, str], example: Tensor) -> dict[str, Recorded]:
+def record(model: nn.Module, norms: dict[str, nn.Module | None], example: Tensor) -> dict[str, Recorded]:
     """Run `model` on `example` and record the first call of each layer.
 
     Args:
-        names: Name of a layer -> name of the module whose output counts as the layer's: a folded normalization, or the
-            layer itself.
+        norms: Name of a layer -> the normalization that the graph has folded into it, and that its output is put
+            through here; `None` for none.
     """
-    inputs: dict[str, np.ndarray] = {}
-    outputs: dict[str, np.ndarray] = {}
+    found: dict[str, Recorded] = {}
 
-    def keep(name: str, into: dict[str, np.ndarray], take_input: bool):
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
-            tensor = args[0] if take_input else output
-            into.setdefault(name, tensor.detach().float().cpu().numpy().copy())  # models add in place
+    def keep(name: str, norm: Any):
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if name not in found:
+                # Copied, since models add in place.
+                y = output if norm is None else normalized(output, norm)
+                x, y = (tensor.detach().float().cpu().numpy().copy() for tensor in (args[0], y))
+                found[name] = Recorded(x, y, _own_pads(layer))
 
         return hook
 
-    handles = []
-    for name, last in names.items():
-        handles.append(model.get_submodule(name).register_forward_hook(keep(name, inputs, True)))
-        handles.append(model.get_submodule(last).register_forward_hook(keep(name, outputs, False)))
+    handles = [model.get_submodule(name).register_forward_hook(keep(name, norm)) for name, norm in norms.items()]
     try:
         model(example)
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: Recorded(inputs[name], outputs[name], _own_pads(model.get_submodule(name)))
-        for name in inputs
-        if name in outputs
-    }
+    return {name: found[name] for name in norms if name in found}
+
+
+def normalized(y: Tensor, norm: Any) -> Tensor:
+    """Compute what a batch normalization does in evaluation, whatever else its module does behind it."""
+    return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps)
 
 
 def _own_pads(layer: Any) -> list[int] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import needed
+from ..extras import OPENVINO_PROPERTIES, needed
 
 Inputs = dict[str, np.ndarray]
 
@@ -47,7 +47,7 @@ def _run_onnxruntime(content: bytes, inputs: Inputs, optimized: bool = True) -> 
 
 def _run_openvino(content: bytes, inputs: Inputs) -> dict[str, np.ndarray]:
     core: Any = needed("openvino").Core()
-    properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    properties = {**OPENVINO_PROPERTIES, "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(content), "CPU", properties)
     return {output.any_name: array for output, array in compiled(inputs).items()}
 

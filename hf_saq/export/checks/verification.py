@@ -65,7 +65,8 @@ def verify(
     found["codes and scales"] = f"equal in {len(layers)} layers"
     used = {name: span for name, span in spans.items() if span is not None}
     single = nn.Module.to(copy.deepcopy(model), device="cpu", dtype=torch.float32).eval()
-    recorded = record(single, {name: folded.get(name, name) for name in used}, example[:LARGEST_BATCH])
+    norms = {name: single.get_submodule(folded[name]) if name in folded else None for name in used}
+    recorded = record(single, norms, example[:LARGEST_BATCH])
     logits, own_noise = own_logits(model, example)
     name_of_input = graph_model.graph.inputs[0].name
     for engine in [run for library in engines for run in ENGINES[library]]:

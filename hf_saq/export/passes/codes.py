@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .nodes import constant, nodes_of, producer, set_constant, used_once
+from .nodes import add_initializer, constant, insert_behind, nodes_of, producer, set_constant, used_once
 
 PAIR_LIMIT = 2**15 - 1
 """What two neighbouring products of uint8 and int8 may add up to on a CPU that sums them in 16 bits (AVX2 without
@@ -52,6 +52,9 @@ def widen_codes(model: Any) -> int:
 def narrow_codes(model: Any) -> int:
     """Store int8 constants that are dequantized as int4, two in a byte, where -8 to 7 holds them; changes no result.
 
+    The bias of a convolution is added behind it: ONNX Runtime would round it to the product of the scales, which is
+    coarse here (see [`widen_codes`]). It then runs such convolutions in float.
+
     Returns:
         How many were narrowed.
     """
@@ -62,6 +65,20 @@ def narrow_codes(model: Any) -> int:
         if codes is None or codes.dtype != np.int8 or len(node.inputs) > 2 or node.inputs[0].is_graph_output():
             continue
         if codes.size and codes.min() >= -8 and codes.max() <= 7:
+            for user, _ in list(node.outputs[0].uses()):
+                _add_bias_behind(user)
             set_constant(node, 0, codes.astype(data_type.INT4.numpy()), ".codes", data_type.INT4)
             count += 1
     return count
+
+
+def _add_bias_behind(convolution: Any) -> None:
+    bias = constant(convolution.inputs[2]) if convolution.op_type == "Conv" and len(convolution.inputs) > 2 else None
+    if bias is None:
+        return
+    y = convolution.outputs[0]
+    codes = constant(producer(convolution.inputs[1], "DequantizeLinear").inputs[0])
+    assert codes is not None
+    convolution.resize_inputs(2)
+    shaped = add_initializer(convolution.graph, f"{y.name}.bias", bias.reshape(-1, *[1] * (codes.ndim - 2)))
+    insert_behind(convolution, "Add", shaped)

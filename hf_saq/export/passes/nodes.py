@@ -84,3 +84,17 @@ def replace_value(old: Any, new: Any) -> None:
     node.graph.remove(node, safe=True)
     old.name = None
     new.name = name
+
+
+def insert_behind(node: Any, op_type: str, other: Any) -> None:
+    """Let an operator of two inputs, the output of `node` and `other`, take the place of that output."""
+    ir = import_module("onnx_ir")
+    value, name = node.outputs[0], node.outputs[0].name
+    new = ir.node(op_type, [None, other])
+    node.graph.insert_after(node, new)
+    result = new.outputs[0]
+    ir.convenience.replace_all_uses_with(value, result, replace_graph_outputs=True)
+    new.replace_input_with(0, value)
+    result.shape, result.type = value.shape, value.type
+    value.name = f"{name}.without_bias"
+    result.name = name
