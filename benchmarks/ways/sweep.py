@@ -16,7 +16,7 @@ run was looked at:
 
 After seven seeds had been seen, two things were changed. Averaged and frozen plain training had been given rates that
 lacked QAT's own best on the CNN; their runs were discarded, and they now try QAT's rate and half of it. And controls
-were added, which share the choices of a way: docs/protocol.md asks that it beats them as well.
+were added, which share the choices of a way: docs/protocol.md asks that a way beats its control as well.
 """
 
 from __future__ import annotations
