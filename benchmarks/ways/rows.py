@@ -11,7 +11,7 @@ from ..shared.paired import Difference, difference
 from ..shared.schedule_variants import FULL, QAT
 from .ways import WAYS
 
-Verdict = Literal["keep", "drop", "for comparison"]
+Verdict = Literal["keep", "fails its control", "drop", "for comparison"]
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,21 @@ def verdict(table: Table, way: str) -> Verdict | None:
     entry = WAYS[way]
     if not entry.is_new:
         return "for comparison"
-    found = [minus(table, task, way, entry.builds_on) for task in table]
-    signs = [difference.sign for difference in found if difference is not None]
-    if len(signs) < len(table) or not signs:
+    if any(minus(table, task, way, entry.builds_on) is None for task in table):
         return None
-    wins = max(signs) > 0 and min(signs) >= 0
+    wins = wins_once(table, way, entry.builds_on)
     if wins and entry.rival is not None:
         against_rival = mean_minus(table, way, entry.rival)
         wins = against_rival is not None and against_rival.mean >= 0
+    if wins and entry.control is not None and not wins_once(table, way, entry.control):
+        return "fails its control"
     return "keep" if wins else "drop"
+
+
+def wins_once(table: Table, way: str, other: str) -> bool:
+    """Tell whether the difference to `other` lies above zero on a task and not below zero on any."""
+    signs = [d.sign for d in (minus(table, task, way, other) for task in table) if d is not None]
+    return bool(signs) and max(signs) > 0 and min(signs) >= 0
 
 
 def gain(table: Table, task: str, way: str) -> Difference | None:

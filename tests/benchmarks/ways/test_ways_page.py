@@ -58,6 +58,16 @@ def test_a_way_must_not_fall_behind_what_has_its_price():
     assert verdict(table_of(records({**gains, "echo 2": (0.5, 1.0)})), "momentum (MSAM)") == "keep"
 
 
+def test_a_way_must_beat_its_control():
+    gains = {"full": (1.0, 1.0), "full + clean scales": (2.0, 2.0), "full, choices of clean scales": (2.0, 2.0)}
+    found = records(gains)
+    assert verdict(table_of(found), "full + clean scales") == "fails its control"
+    for r in found:
+        if "choices" in r["arguments"]["way"]:
+            r["outcome"]["test"] -= (0.5 + SPREAD[r["arguments"]["seed"]]) / 100
+    assert verdict(table_of(found), "full + clean scales") == "keep"
+
+
 def test_nothing_is_decided_before_all_tasks_have_runs():
     found = [r for r in records({"full": (1, 1), "full + average": (3, 3)}) if r["arguments"]["task"] == "vit"]
     part = [r for r in records({"full": (1, 1)}) if r["arguments"]["task"] == "cnn"]
