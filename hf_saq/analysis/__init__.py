@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .comparison import Comparison, LayerDifference, compare
     from .costs import Cost, LayerCost, cost
     from .loss_landscape import Landscape, Surface, landscape
+    from .oscillation import OscillationCounter
     from .sharpness_at_quantized import Rise, Sharpness, sharpness
 
 __getattr__, __dir__ = lazy_exports(
@@ -30,6 +31,7 @@ __getattr__, __dir__ = lazy_exports(
         ),
         "costs": ("Cost", "LayerCost", "cost"),
         "loss_landscape": ("Landscape", "Surface", "landscape"),
+        "oscillation": ("OscillationCounter",),
         "sharpness_at_quantized": ("Rise", "Sharpness", "sharpness"),
     },
 )
@@ -43,6 +45,7 @@ __all__ = [
     "LayerCost",
     "LayerDifference",
     "OperandSensitivity",
+    "OscillationCounter",
     "Rise",
     "Sensitivity",
     "Sharpness",

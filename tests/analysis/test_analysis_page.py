@@ -20,4 +20,4 @@ def test_the_page_runs(capsys):
     printed = capsys.readouterr().out
     for row in ("steepest", "adaptive", "one direction", "random", "largest eigenvalue"):
         assert row in printed and f"| {row}" in PAGE
-    assert "predictions agree" in printed
+    assert "predictions agree" in printed and "oscillating_weights" in printed

@@ -118,9 +118,9 @@ def test_curvature_is_that_of_the_exact_hessian(activation_bits: int | None):
     value, residual = largest_eigenvalue(point, data, 300, 1e-6, generator)
     assert value == pytest.approx(eigenvalues[-1].item(), rel=1e-3)
     assert (eigenvalues - value).abs().min() <= residual + 1e-9
-    trace, error, blocks = hessian_trace(point, data, 400, generator)
+    trace, error, blocks = hessian_trace(point, data, 100, generator)
     assert abs(trace - hessian.trace().item()) < 4 * error
-    assert error < 0.03 * eigenvalues.abs().sum()  # else the line above says nothing
+    assert error < 0.06 * eigenvalues.abs().sum()  # else the line above says nothing
     assert sum(blocks) == pytest.approx(trace) and len(blocks) == 6
 
 

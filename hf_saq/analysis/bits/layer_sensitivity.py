@@ -193,7 +193,7 @@ def sensitivity(
     off = {m: PassThrough() for m in model.modules() if isinstance(m, Quantizer)}
     others = off if base == "float" else {}
     allowed = passes * len(data)
-    with left_as_it_was(model), left_as_it_was(float_model or nn.Module()):
+    with left_as_it_was(model), left_as_it_was(model if float_model is None else float_model):
         seen, spent = observe_activations(model, data)
         fitted = Candidates(seen)
         operands = [o for o in operands if o.operand == "weight" or all(q in seen for q in o.quantizers)]
@@ -215,7 +215,7 @@ def sensitivity(
         entries = []
         with progress_bar(len(operands) * len(bits), "sensitivity", progress) as bar:
             with observed(off) if float_model is None else nullcontext():
-                reference = _run(float_model or model, measured)[1]
+                reference = _run(model if float_model is None else float_model, measured)[1]
             with observed(others):
                 before = _run(model, measured)[0]
                 for operand in operands:

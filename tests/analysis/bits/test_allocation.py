@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -20,12 +21,18 @@ from tiny_models import linear_net, vectors, vit
 from torch import nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, cost, quantize
-from hf_saq.analysis import Allocation, LayerBits, allocate_bits, sensitivity
+from hf_saq.analysis import Allocation, LayerBits, Sensitivity, allocate_bits, sensitivity
 from hf_saq.analysis.bits.integer_program import Option, solve
 from hf_saq.analysis.bits.prices import never_rising
 from hf_saq.layers.packing import packed_size
 
 W3A3 = SAQQuantizationConfig(weight_bits=3, activation_bits=3, first_last_bits=None)
+
+
+@cache
+def measured_once() -> Sensitivity:
+    """What the tests allocate by that do not ask how it was measured."""
+    return sensitivity(quantized_linear_net(3, 3), labelled_vectors(batches=4), passes=500)
 
 
 def best_of_all(layers: list[list[Option]], budget: int, alike=()) -> float | None:
@@ -80,7 +87,7 @@ def built(allocation: Allocation, make=linear_net, x=None, config=W3A3) -> nn.Mo
 def test_a_model_built_of_the_result_costs_what_it_says(budget):
     net = quantized_linear_net(3, 3)
     batches = labelled_vectors(batches=4)
-    found = allocate_bits(net, batches, budget, passes=500)
+    found = allocate_bits(net, batches, budget, found=measured_once())
     before = cost(net, vectors(1)).bops
     assert found.cost_before == before == (48 + 64 + 24) * 9
     expected = {"3 bits": before, "0.8x": int(0.8 * before), "1.5x": int(1.5 * before), 2000: 2000}[budget]
@@ -93,7 +100,7 @@ def test_a_model_built_of_the_result_costs_what_it_says(budget):
 def test_it_is_the_best_of_all_choices():
     """Of 3^6 allocations to three layers, by the entries of the sensitivity; tolerance 1e-8."""
     net, batches = quantized_linear_net(3, 3), labelled_vectors(batches=4)
-    measured = sensitivity(net, batches, candidates=(2, 4, 8), passes=500)
+    measured = measured_once()
     macs = {"0": 48, "2": 64, "4": 24}
     for by in ("measured", "estimated"):
         found = allocate_bits(net, batches, "1.5x", candidates=(2, 4, 8), found=measured, by=by)
@@ -128,8 +135,7 @@ def test_bytes_count_packed_weights_and_leave_activations():
 
 
 def test_constraints_hold():
-    net, batches = quantized_linear_net(3, 3), labelled_vectors()
-    measured = sensitivity(net, batches, passes=500)
+    net, batches, measured = quantized_linear_net(3, 3), labelled_vectors(), measured_once()
     found = allocate_bits(
         net, batches, 1e6, found=measured, fixed=["0"], minimum_bits={"2": 4}, candidates=(2, 3, 4, 6)
     )
@@ -154,10 +160,10 @@ def partners(layer: LayerBits) -> list[str]:
 def test_first_and_last_layers_keep_their_bits_and_layers_that_share_an_input_its_bits():
     model = quantized_vit(quantize_attention=True)
     batches = labelled_images()
-    measured = sensitivity(model, batches, candidates=(2, 4, 8))
+    measured = sensitivity(model, batches, candidates=(2, 4), trace_samples=2)
     before = bits_of(model)
     with nothing_changes(model):
-        found = allocate_bits(model, batches, "4 bits", candidates=(2, 4, 8), found=measured)
+        found = allocate_bits(model, batches, "4 bits", candidates=(2, 4), found=measured)
     fixed = [layer.name for layer in found.layers if layer.why == "fixed"]
     assert fixed == model.quantization_report.first_last_modules and len(fixed) == 2
     queries = [name for name in before if "q_proj" in name or name.endswith("query")]
@@ -177,7 +183,7 @@ def test_first_and_last_layers_keep_their_bits_and_layers_that_share_an_input_it
 
 
 def test_overrides_are_added_to_those_of_a_configuration():
-    found = allocate_bits(quantized_linear_net(3, 3), labelled_vectors(), "1x")
+    found = allocate_bits(quantized_linear_net(3, 3), labelled_vectors(), "1x", found=measured_once())
     config = W3A3.replace(overrides={"0": {"quantizer": "pact", "weight_bits": 8}, "*": {"weight_bits": 7}})
     applied = found.applied_to(config)
     assert applied.overrides["0"] == {"quantizer": "pact", **found.overrides["0"]}
@@ -197,8 +203,7 @@ def test_the_result_prints_draws_and_becomes_json(tmp_path):
 
 
 def test_what_is_wrong_is_said(monkeypatch):
-    net, batches = quantized_linear_net(3, 3), labelled_vectors()
-    measured = sensitivity(net, batches)
+    net, batches, measured = quantized_linear_net(3, 3), labelled_vectors(), measured_once()
     with pytest.raises(ValueError, match=r"no choice keeps to budget=100 \(100 bops\); expected at least 544"):
         allocate_bits(net, batches, 100, found=measured)
     for wrong in ("80%", 0, -1.0):
