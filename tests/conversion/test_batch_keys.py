@@ -31,8 +31,8 @@ class Plain(nn.Module):
         (
             vit,
             {"image": images(2), "labels": torch.zeros(2, dtype=torch.long)},
-            r"`batches`: a batch with the keys 'image', 'labels' lacks 'pixel_values'\. ViTForImageClassification takes "
-            r"'pixel_values', .*images are usually 'pixel_values'",
+            r"`batches`: a batch with the keys 'image', 'labels' lacks 'pixel_values'\. ViTForImageClassification "
+            r"takes 'pixel_values', .*images are usually 'pixel_values'",
         ),
         (
             Plain,
