@@ -19,6 +19,7 @@ from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters
 from .columns import KeepsColumnsOfTransforms
 from .fsdp import check_fsdp, skeleton_of
+from .in_words import TellsInWords
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbed_steps import PerturbedSteps
 from .reestimating_norms import ReestimatesNorms
@@ -26,7 +27,13 @@ from .saving import SavesAndResumes
 
 
 class SAQTrainer(
-    SavesImageProcessor, PerturbedSteps, ReestimatesNorms, SavesAndResumes, KeepsColumnsOfTransforms, PublishingTrainer
+    TellsInWords,
+    SavesImageProcessor,
+    PerturbedSteps,
+    ReestimatesNorms,
+    SavesAndResumes,
+    KeepsColumnsOfTransforms,
+    PublishingTrainer,
 ):
     """Trains a quantized image classifier with Sharpness-Aware Quantization (arXiv:2111.12273).
 
@@ -134,6 +141,7 @@ class SAQTrainer(
             resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
         else:
             self.calibrate_if_needed()
+        self.tell_before_training()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
