@@ -15,6 +15,7 @@ ROOT = PACKAGE.name
 # Each room may import from those before it. A new one takes its place here, deliberately.
 ORDER = (
     "version",
+    "installing",
     "lazy",
     "registration",
     "tables",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..installing import how_to_install
 from ..quantizers import check_activation_mode, check_bits, quantizer_class
 from .checks import check_choice
 
@@ -162,7 +163,7 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         if isinstance(version, int) and version > FORMAT_VERSION:
             message = (
                 f"quantization_config.format_version is {version}, but this hf_saq reads up to {FORMAT_VERSION}; "
-                "upgrade with `pip install -U hf-saq`."
+                f"install a newer one: {how_to_install()}."
             )
             if config_dict.get("storage") == "packed":
                 raise ValueError(message)

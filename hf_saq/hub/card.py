@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
+from ..installing import how_to_install
 from ..storage.inspection import inspect_checkpoint
 from ..tables import kibibytes, markdown_table
 from ..version import __version__
@@ -111,7 +112,7 @@ def _loading(facts: CardFacts) -> str:
     if facts.load_from is None:
         return ""
     where = f'"{facts.load_from}"' + (f', revision="{facts.revision}"' if facts.revision is not None else "")
-    lines = ["import hf_saq  # pip install hf-saq; makes transformers know the format"]
+    lines = [f"# {how_to_install()}", "import hf_saq  # makes transformers know the format"]
     if facts.has_processor:
         lines += [
             "from transformers import pipeline",

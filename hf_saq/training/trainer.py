@@ -13,18 +13,28 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from ..config import SAQConfig, SAQQuantizationConfig
 from ..conversion.forms import is_packed
 from ..conversion.swapping import quantize
+from ..hub.image_processor import SavesImageProcessor
 from ..hub.publishing_trainer import PublishingTrainer
 from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters
 from .columns import KeepsColumnsOfTransforms
 from .fsdp import check_fsdp, skeleton_of
+from .in_words import TellsInWords
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbed_steps import PerturbedSteps
 from .reestimating_norms import ReestimatesNorms
 from .saving import SavesAndResumes
 
 
-class SAQTrainer(PerturbedSteps, ReestimatesNorms, SavesAndResumes, KeepsColumnsOfTransforms, PublishingTrainer):
+class SAQTrainer(
+    TellsInWords,
+    SavesImageProcessor,
+    PerturbedSteps,
+    ReestimatesNorms,
+    SavesAndResumes,
+    KeepsColumnsOfTransforms,
+    PublishingTrainer,
+):
     """Trains a quantized image classifier with Sharpness-Aware Quantization (arXiv:2111.12273).
 
     Everything else is [`transformers.Trainer`]: the same arguments, callbacks, evaluation, checkpoints and Hub push.
@@ -43,7 +53,8 @@ class SAQTrainer(PerturbedSteps, ReestimatesNorms, SavesAndResumes, KeepsColumns
         saq_config: How to perturb. `SAQConfig(case=None)` is plain quantization-aware training. Default `SAQConfig()`.
         quantization_config: If given, `model` is float and is quantized in place.
         *more: Arguments of [`transformers.Trainer`] after `args`, in its order.
-        **kwargs: The same arguments by name.
+        **kwargs: The same arguments by name. Without `processing_class` the image processor of the base model is
+            saved, if that is in a directory or in the cache and makes images of the size that the model takes.
 
     Raises:
         ValueError: If the model is packed (it has no weights to train) or has adapters of peft, if it has no quantized
@@ -78,6 +89,7 @@ class SAQTrainer(PerturbedSteps, ReestimatesNorms, SavesAndResumes, KeepsColumns
         if self.is_fsdp_enabled:
             self._skeleton = skeleton_of(self.model)
         self.prepare_steps()
+        self.find_processor()
 
     def _check_model(self, model: nn.Module) -> None:
         quantized = any(isinstance(m, QuantizedLayer) for m in model.modules())
@@ -129,6 +141,7 @@ class SAQTrainer(PerturbedSteps, ReestimatesNorms, SavesAndResumes, KeepsColumns
             resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
         else:
             self.calibrate_if_needed()
+        self.tell_before_training()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:

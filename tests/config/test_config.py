@@ -218,7 +218,8 @@ def test_a_newer_format_warns_for_float_storage_and_forgets_what_it_cannot_read(
 
 def test_a_newer_format_raises_for_packed_storage():
     newer = {**SAQQuantizationConfig(storage="packed").to_dict(), "format_version": FORMAT_VERSION + 1}
-    with pytest.raises(ValueError, match=r"format_version is 3, but this hf_saq reads up to 2; upgrade with"):
+    message = r"format_version is 3, but this hf_saq reads up to 2; install a newer one: pip install"
+    with pytest.raises(ValueError, match=message):
         SAQQuantizationConfig.from_dict(newer)
 
 

@@ -12,6 +12,7 @@ from tiny_models import vit
 from hf_saq import SAQQuantizationConfig, quantize
 from hf_saq.hub.card import model_card
 from hf_saq.hub.card_facts import CardFacts, ResultRow, measured
+from hf_saq.installing import how_to_install
 
 
 def facts(**changes) -> CardFacts:
@@ -147,7 +148,7 @@ def test_snippet(has_processor: bool):
     snippet = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(snippet) == 1
     compile(snippet[0], "README.md", "exec")
-    assert snippet[0].startswith("import hf_saq")
+    assert snippet[0].startswith(f"# {how_to_install()}\nimport hf_saq")
     assert '"me/a-model", revision="v1")' in snippet[0]
     assert ("pipeline(" in snippet[0]) == has_processor
     assert "```python" not in str(model_card(full_facts(load_from=None)))

@@ -1,0 +1,89 @@
+"""Models leave with their image processor: the one given, that of the base model, or a warning that says how."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from tiny_models import IMAGE_SIZE, vit
+from training import arguments
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, quantize
+from hf_saq.hub.image_processor import processor_of_base_model
+from hf_saq.storage.saved_directory import has_processor
+
+CONFIG = SAQQuantizationConfig(weight_bits=4, activation_bits=None, scale_init="mean")
+
+
+def processor(size: int = IMAGE_SIZE) -> ViTImageProcessor:
+    return ViTImageProcessor(size={"height": size, "width": size}, image_mean=[0.1, 0.2, 0.3])
+
+
+def base_model(directory: Path, size: int | None = IMAGE_SIZE) -> Path:
+    vit().save_pretrained(directory)
+    if size is not None:
+        processor(size).save_pretrained(directory)
+    return directory
+
+
+def save(directory: Path, model, **given) -> Path:
+    """Without training: nothing of it is asked for here."""
+    trainer = SAQTrainer(model, arguments(directory), saq_config=SAQConfig(case=None), **given)
+    trainer.save_model()
+    return directory
+
+
+def loaded(directory: Path):
+    return AutoModelForImageClassification.from_pretrained(directory, quantization_config=CONFIG)
+
+
+def test_it_comes_from_the_base_model(tmp_path, caplog):
+    saved = save(tmp_path / "out", loaded(base_model(tmp_path / "base")))
+    assert list(AutoImageProcessor.from_pretrained(saved).image_mean) == [0.1, 0.2, 0.3]
+    assert "image processor" not in caplog.text
+
+
+def test_the_one_that_is_given_wins(tmp_path):
+    given = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5] * 3)
+    saved = save(tmp_path / "out", loaded(base_model(tmp_path / "base")), processing_class=given)
+    assert AutoImageProcessor.from_pretrained(saved).size["height"] == 8
+
+
+@pytest.mark.parametrize("size", [None, 2 * IMAGE_SIZE], ids=["the base has none", "another size"])
+def test_a_save_without_it_warns_once_and_says_how(size, tmp_path, caplog):
+    model = loaded(base_model(tmp_path / "base", size))
+    trainer = SAQTrainer(model, arguments(tmp_path / "out"), saq_config=SAQConfig(case=None))
+    with caplog.at_level(logging.WARNING):
+        trainer.save_model()
+        trainer.save_model()
+    (said,) = (record.getMessage() for record in caplog.records if "image processor" in record.getMessage())
+    assert said.startswith(f"{tmp_path / 'out'} was saved without an image processor, so that no pipeline can be made")
+    assert (
+        f"processing_class=processor to the trainer, or call processor.save_pretrained({str(tmp_path / 'out')!r})"
+        in said
+    )
+    assert not has_processor(tmp_path / "out")
+
+
+def test_a_model_from_nowhere_asks_nobody(tmp_path, monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **settings):
+        asked.append((name, settings))
+        raise OSError("not here")
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", from_pretrained)
+    model = quantize(vit(), CONFIG)
+    assert processor_of_base_model(model) is None and not asked
+    model.config._name_or_path = "google/vit-base-patch16-224"
+    assert processor_of_base_model(model) is None
+    assert asked == [("google/vit-base-patch16-224", {"revision": None, "local_files_only": True})]
+
+
+def test_checkpoints_and_float_models_do_not_warn(tmp_path, caplog):
+    trainer = SAQTrainer(quantize(vit(), CONFIG), arguments(tmp_path / "out"), saq_config=SAQConfig(case=None))
+    trainer.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
+    save(tmp_path / "float", vit())
+    assert "image processor" not in caplog.text
