@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def check_can_be_split(training: HFDataset, args: Any) -> None:
     names = training.features["label"].names
     counts = np.bincount(training["label"], minlength=len(names))
     least = int(counts.argmin())
-    held_out = args.train_val_split * len(training)
+    held_out = math.ceil(args.train_val_split * len(training))  # as `train_test_split` counts
     if counts[least] < 2 or held_out < len(names):
         raise ValueError(
             f"--train_val_split {args.train_val_split} of {len(training):,} images cannot be held out with each of "

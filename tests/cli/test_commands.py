@@ -221,8 +221,8 @@ def test_export(saved, model, tmp_path, capsys):
     from onnx.reference import ReferenceEvaluator
 
     target = tmp_path / "out"
-    status, out, _ = run(capsys, "export", saved / "packed", target, "--weights", "int4")
-    assert status == 0
+    status, out, err = run(capsys, "export", saved / "packed", target, "--weights", "int4")
+    assert status == 0, err
     assert out.endswith(f"{target}: exported\n") and "vit.layers.0.mlp.fc2" in out
     assert (target / "preprocessor_config.json").exists()
     evaluator = ReferenceEvaluator(str(target / "onnx" / "model_quantized.onnx"))
