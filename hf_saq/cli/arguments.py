@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         "export", help="write a quantized model as an integer graph for other engines (ONNX)"
     )
     command.add_argument("source", metavar="DIR")
-    command.add_argument("target", metavar="OUT")
+    command.add_argument("directory", metavar="OUT")
     command.add_argument("--weights", default="int8", help="int8 (fast) or int4 (small)")
     command.add_argument("--target", default="cpu", help="cpu (any), cpu-vnni or gpu")
     command.add_argument("--image-size", type=int, nargs="+", help="pixels, or height and width, if not stored")

@@ -36,7 +36,7 @@ def _export(args: argparse.Namespace) -> str:
     size = args.image_size
     report = export_onnx(
         model,
-        args.target,
+        args.directory,
         weights=args.weights,
         target=args.target,
         image_size=size[0] if size is not None and len(size) == 1 else size,
@@ -44,7 +44,7 @@ def _export(args: argparse.Namespace) -> str:
         check=args.check,
         overwrite=args.overwrite,
     )
-    return f"{report}\n{args.target}: exported"
+    return f"{report}\n{args.directory}: exported"
 
 
 def _card(args: argparse.Namespace) -> str:
