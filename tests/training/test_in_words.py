@@ -43,8 +43,8 @@ def test_a_run_in_words(tmp_path, capsys, as_by_default):
     )
     assert "; in float: 2 (" in lines[0] and "modules_to_not_convert" in lines[0]
     assert lines[1] == (
-        "Method: SAQ (case 3), radius rho=0.1 (as given), perturbing weight, bias, norm; 2 forward and backward passes "
-        "a step, plain QAT takes 1."
+        "Method: SAQ (case 3), radius rho=0.1 (as given), perturbing weight, bias, norm; 2 forward and backward "
+        "passes a step, plain QAT takes 1."
     )
     assert lines[2].startswith("Cost of one image: ") and lines[2].endswith(" KiB.")
     assert lines[3].startswith("Logged: loss, sharpness (") and lines[3].endswith("; to the console.")
