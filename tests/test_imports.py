@@ -16,6 +16,7 @@ ROOT = PACKAGE.name
 ORDER = (
     "version",
     "installing",
+    "progress",
     "lazy",
     "registration",
     "tables",

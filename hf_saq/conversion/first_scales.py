@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..layers import QuantizedLayer
+from ..progress import with_progress
 from ..quantizers.range_state import has_no_values
 
 TOLERATED_ZERO_CHANNELS = 0.25
@@ -24,7 +25,8 @@ def initialize_weight_quantizers(model: nn.Module) -> None:
     whose channels differ by orders of magnitude.
     """
     damaged = []
-    for name, module in model.named_modules():
+    layers = [pair for pair in model.named_modules() if isinstance(pair[1], QuantizedLayer)]
+    for name, module in with_progress(layers, "first scales"):
         if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
             if not module.weight_quantizer.initialized and not has_no_values(module.weight):
                 module.weight_quantizer.initialize(module.weight)

@@ -19,6 +19,7 @@ from ..layers.wrapping import (
     replaced_forward,
     runs_another_module,
 )
+from ..progress import with_progress
 from ..quantizers import Quantizer
 from . import attention_interface
 from .report import ConversionReport
@@ -50,7 +51,10 @@ def pack(model: nn.Module) -> nn.Module:
             "does so."
         )
     with torch.no_grad():
-        packed = copy_with(model, {layer: PackedLayer.from_quantized(layer) for layer in layers})
+        stand_ins: dict[nn.Module, nn.Module] = {
+            layer: PackedLayer.from_quantized(layer) for layer in with_progress(layers, "packing")
+        }
+        packed = copy_with(model, stand_ins)
     _set_storage(packed, "packed")
     return packed.eval()
 

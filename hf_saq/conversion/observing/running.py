@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...progress import with_progress
 from ...quantizers import Observer, Quantizer
 from .batch_keys import check_keys
 from .observers import PassThrough
@@ -41,7 +42,7 @@ def run_observed(
     try:
         for quantizer, observer in observers.items():
             quantizer.observer = observer
-        for batch in batches:
+        for batch in with_progress(batches, "running batches"):
             run_on_device(model, batch) if run is None else run(batch)
             count += 1
     finally:

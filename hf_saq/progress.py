@@ -1,0 +1,25 @@
+"""Show a bar for work that takes more than seconds, where transformers would show one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+SECONDS_WITHOUT = 2.0
+"""Work that takes no longer shows no bar."""
+
+Item = TypeVar("Item")
+
+
+def with_progress(items: Iterable[Item], doing: str) -> Iterable[Item]:
+    """Go through `items`, with a bar named `doing` once that has taken two seconds.
+
+    There is none where the progress bars of transformers are disabled, by `transformers.utils.logging`.
+    """
+    # Look whether transformers is loaded and do not import it: nobody can have disabled its bars otherwise.
+    theirs = sys.modules.get("transformers.utils.logging")
+    is_off = theirs is not None and not theirs.is_progress_bar_enabled()
+    return tqdm(items, desc=doing, delay=SECONDS_WITHOUT, disable=is_off, leave=False)
