@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function fake-quant step-cost schedules results results-quick quality style clean
+.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function fake-quant step-cost schedules ways results results-quick quality style clean
 
 install: $(STAMP)
 
@@ -79,6 +79,9 @@ step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QA
 
 schedules: step-cost  ## write docs/schedules.md; runs that are not in benchmarks/results/schedules are done first
 	$(TEST_ENV) $(BIN)/python -m benchmarks.schedules.sweep
+
+ways: $(STAMP)  ## write docs/ways.md; runs that are not in benchmarks/results/ways are done first, about half an hour
+	$(TEST_ENV) $(BIN)/python -m benchmarks.ways.sweep
 
 ACCURACY := $(BIN)/python -m benchmarks.accuracy.sweep --processes 2
 # Float models differ between machines in the last bits: on another one than that of the stored runs, name other seeds.

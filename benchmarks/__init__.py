@@ -3,6 +3,7 @@
 - `step_cost`: what does a training step cost, against float and against plain quantization-aware training?
 - `accuracy`: does sharpness-aware quantization beat plain quantization-aware training?
 - `schedules`: what do cheaper schedules keep of the gain, and what do they cost?
+- `ways`: which further ways to pay less, or to gain more, deserve a place in the package?
 - `quantizers`: what do quantizers keep of the float model's accuracy at 4, 3 and 2 bits?
 - `float_function`: what do conversion and training keep of the float model's function?
 - `packed_size`: what does a packed file take on disk, in memory and to load?

@@ -59,15 +59,14 @@ class Runs:
             return self._once(name, arguments, run)
 
     def _once(self, name: str, arguments: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self.directory / f"{name}.json"
         record = self.stored(name)
         if record is not None:
             if record["arguments"] != arguments:
                 told = {k: (record["arguments"].get(k), arguments.get(k)) for k in {*record["arguments"], *arguments}}
                 differing = {k: pair for k, pair in sorted(told.items()) if pair[0] != pair[1]}
                 raise ValueError(
-                    f"{path}: this run is stored with other arguments, {differing} (stored, now); expected the same. "
-                    "Remove the file, or write to another directory of results."
+                    f"{self.directory / name}.json: this run is stored with other arguments, {differing} (stored, "
+                    "now); expected the same. Remove the file, or write to another directory of results."
                 )
             return record
         started = time.perf_counter()
@@ -80,12 +79,21 @@ class Runs:
             "versions": self.versions,
             "command": self.command,
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)  # an interrupted write leaves no half a record
+        self.store(record)
         print(name, {k: v for k, v in outcome.items() if isinstance(v, (int, float, str))}, flush=True)
         return record
+
+    def store(self, record: dict[str, Any]) -> None:
+        """Write one record where [`stored`] finds it."""
+        write_whole(self.directory / f"{record['name']}.json", json.dumps(record, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` so that an interruption leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def records_in(directory: Path, names: str = "*.json") -> list[dict[str, Any]]:

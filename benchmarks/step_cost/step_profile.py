@@ -29,8 +29,8 @@ from ..shared.places import RESULTS
 from ..shared.runs import version_of
 from .plain_steps import BITS, MODELS, quantized, training_step
 
-FORWARD, BACKWARD, SUMS = "quantize", "gradient of quantization", "sums for gradients of scales"
-BY_MARK = {f"part: {name}": name for name in (FORWARD, BACKWARD)} | {"FakeQuantizeBackward": SUMS}
+FORWARD, BACKWARD = "quantize", "gradient of quantization"
+BY_MARK = {f"part: {name}": name for name in (FORWARD, BACKWARD)} | {"FakeQuantizeBackward": BACKWARD}
 """Parts by the name of an event around the operation; the innermost counts."""
 BY_OPERATION = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul", "mkldnn"),
@@ -41,7 +41,7 @@ BY_OPERATION = {
     "optimizer": ("Optimizer.step", "aten::_foreach", "aten::_fused"),
 }
 """Parts by the beginning of the operation's name, or of that of one around it."""
-PARTS = [FORWARD, BACKWARD, SUMS, *BY_OPERATION, "the rest"]
+PARTS = [FORWARD, BACKWARD, *BY_OPERATION, "the rest"]
 
 
 @contextlib.contextmanager

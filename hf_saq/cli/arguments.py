@@ -1,4 +1,4 @@
-"""Parse the command line: `hf-saq inspect | pack | dequantize | card`. Nothing that is imported here takes time."""
+"""Parse the command line: `hf-saq inspect | pack | ...`. Nothing that is imported here takes time."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("dequantize", help="write a quantized model as a plain float model")
     command.add_argument("source", metavar="DIR")
     command.add_argument("target", metavar="OUT")
+
+    command = commands.add_parser(
+        "export", help="write a quantized model as an integer graph for other engines (ONNX)"
+    )
+    command.add_argument("source", metavar="DIR")
+    command.add_argument("target", metavar="OUT")
+    command.add_argument("--weights", default="int8", help="int8 (fast) or int4 (small)")
+    command.add_argument("--target", default="cpu", help="cpu (any), cpu-vnni or gpu")
+    command.add_argument("--image-size", type=int, nargs="+", help="pixels, or height and width, if not stored")
+    command.add_argument("--no-check", dest="check", action="store_false", help="write without verifying")
+    command.add_argument("--overwrite", action="store_true", help="replace an export that is there")
 
     command = commands.add_parser("card", help="write the model card (README.md) of a saved model")
     command.add_argument("directory", metavar="DIR")

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from ..export import export_onnx
 from ..hub.card import write_card
+from ..storage import load_saved
 from ..storage.inspection import inspect_checkpoint
 from ..storage.rewriting import dequantize_saved, pack_saved
 from ..tables import kibibytes
@@ -29,6 +31,22 @@ def _dequantize(args: argparse.Namespace) -> str:
     return f"{args.target}: {kibibytes(dequantize_saved(args.source, args.target))} of float weights"
 
 
+def _export(args: argparse.Namespace) -> str:
+    model, processor = load_saved(args.source)
+    size = args.image_size
+    report = export_onnx(
+        model,
+        args.target,
+        weights=args.weights,
+        target=args.target,
+        image_size=size[0] if size is not None and len(size) == 1 else size,
+        processor=processor,
+        check=args.check,
+        overwrite=args.overwrite,
+    )
+    return f"{report}\n{args.target}: exported"
+
+
 def _card(args: argparse.Namespace) -> str:
     return str(write_card(args.directory, args.repo_id, args.force))
 
@@ -37,6 +55,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "inspect": _inspect,
     "pack": _pack,
     "dequantize": _dequantize,
+    "export": _export,
     "card": _card,
 }
 
@@ -46,7 +65,13 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     try:
         print(COMMANDS[args.command](args))
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # errors of the Hub are OSErrors
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:  # errors of the Hub are OSErrors
         print(f"hf-saq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .bias_correction import correct_biases
     from .calibration import calibrate, is_calibrated, needs_calibration
     from .first_scales import initialize_weight_quantizers
-    from .forms import convert_to_packed, dequantize, dequantize_in_place, is_packed, pack, unpack
+    from .forms import convert_to_packed, copy_with, dequantize, dequantize_in_place, is_packed, pack, unpack
     from .report import ConversionReport, LayerPlan, note_signs
     from .swapping import as_decided, convert, leave_in_float, note_left_in_float, quantize, replace_modules
 
@@ -27,7 +27,15 @@ __getattr__, __dir__ = lazy_exports(
         "bias_correction": ("correct_biases",),
         "calibration": ("calibrate", "is_calibrated", "needs_calibration"),
         "first_scales": ("initialize_weight_quantizers",),
-        "forms": ("convert_to_packed", "dequantize", "dequantize_in_place", "is_packed", "pack", "unpack"),
+        "forms": (
+            "convert_to_packed",
+            "copy_with",
+            "dequantize",
+            "dequantize_in_place",
+            "is_packed",
+            "pack",
+            "unpack",
+        ),
         "report": ("ConversionReport", "LayerPlan", "note_signs"),
         "swapping": ("as_decided", "convert", "leave_in_float", "note_left_in_float", "quantize", "replace_modules"),
     },
@@ -42,6 +50,7 @@ __all__ = [
     "calibrate",
     "convert",
     "convert_to_packed",
+    "copy_with",
     "correct_biases",
     "dequantize",
     "dequantize_in_place",

@@ -146,6 +146,22 @@ def unroute(model: nn.Module) -> None:
                 config._attn_implementation = "sdpa"  # an attention without a model of transformers around it
 
 
+def compute_openly(model: nn.Module) -> None:
+    """Let attention that goes through a fused function be computed by plain operations, in place.
+
+    Graphs of other engines get fewer nodes by it: what a fused function does about rows that are masked entirely is
+    not among them. Quantized products stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and IMPLEMENTATION not in _implementations(module.config):
+            try:
+                module.set_attn_implementation("eager")
+            except ValueError:  # the model has this one implementation only
+                continue
+        elif isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = False  # type: ignore[assignment]  # timm
+
+
 def choose(config: PreTrainedConfig, silently: set[str | None] = _REPLACED_SILENTLY) -> None:
     """Set the implementation in `config` and all that is nested in it. What is replaced is told, except `silently`."""
     if config.output_attentions:

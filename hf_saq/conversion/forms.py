@@ -54,7 +54,7 @@ def pack(model: nn.Module) -> nn.Module:
         stand_ins: dict[nn.Module, nn.Module] = {
             layer: PackedLayer.from_quantized(layer) for layer in with_progress(layers, "packing")
         }
-        packed = _copy_with(model, stand_ins)
+        packed = copy_with(model, stand_ins)
     _set_storage(packed, "packed")
     return packed.eval()
 
@@ -75,7 +75,7 @@ def unpack(model: nn.Module) -> nn.Module:
         )
     check_has_values(model)
     layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
-    unpacked = _copy_with(model, {layer: layer.to_quantized() for layer in layers})
+    unpacked = copy_with(model, {layer: layer.to_quantized() for layer in layers})
     _set_storage(unpacked, "float")
     return unpacked
 
@@ -93,7 +93,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         RuntimeError: If a weight quantizer was never initialized.
     """
     with torch.no_grad():
-        restored = _copy_with(model, _float_layers(model))
+        restored = copy_with(model, _float_layers(model))
     _forget_quantization(restored)
     return restored
 
@@ -123,8 +123,12 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLayer) for module in model.modules())
 
 
-def _copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Copy `model` deeply with other modules in place of some; what those share with the originals is copied too."""
+def copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Copy `model` deeply with other modules in place of some; what those share with the originals is copied too.
+
+    Raises:
+        ValueError: If something that was put around a module would not be there any more, or would run the original.
+    """
     _check_wrappers(model, replacements)
     # Do not copy what is replaced: it would be the largest part of the model.
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}

@@ -55,11 +55,11 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, scale, offset = ctx.saved_tensors
         _, of_scale, of_offset, *_ = ctx.needs_input_grad
-        grad_x, terms = quantize_backward(grad, x, scale.clamp_min(SCALE_FLOOR), offset, ctx.grid, of_scale)
+        grad_x, of_steps = quantize_backward(grad, x, scale.clamp_min(SCALE_FLOOR), offset, ctx.grid, of_scale)
         factor = ctx.factor.value(x, scale, ctx.grid) if isinstance(ctx.factor, LSQFactor) else ctx.factor
         grad_scale = grad_offset = None
-        if terms is not None:
-            grad_scale = (sum_to(terms, scale.shape) * factor).to(scale.dtype)
+        if of_steps is not None:
+            grad_scale = (of_steps * factor).to(scale.dtype)
         if of_offset:  # outside alone
             grad_offset = (sum_to(grad - grad_x, offset.shape) * factor).to(offset.dtype)
         return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_offset, None, None

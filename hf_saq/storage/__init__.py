@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .inspection import inspect_checkpoint
     from .inspection_report import StoredLayer, StoredModel
     from .rewriting import dequantize_saved, pack_saved
+    from .saved_directory import load_saved
     from .staging import staged
     from .weight_files import weight_file_bytes
 
@@ -23,6 +24,7 @@ __getattr__, __dir__ = lazy_exports(
         "inspection_report": ("StoredLayer", "StoredModel"),
         "inspection": ("inspect_checkpoint",),
         "rewriting": ("dequantize_saved", "pack_saved"),
+        "saved_directory": ("load_saved",),
         "staging": ("staged",),
         "weight_files": ("weight_file_bytes",),
     },
@@ -33,6 +35,7 @@ __all__ = [
     "StoredModel",
     "dequantize_saved",
     "inspect_checkpoint",
+    "load_saved",
     "pack_saved",
     "staged",
     "weight_file_bytes",

@@ -11,7 +11,13 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..config import QUANT_METHOD, SAQQuantizationConfig
 from .weight_files import MODEL_FILES
@@ -92,6 +98,24 @@ def damage_named(path: Path, what: str) -> Iterator[None]:
             f"{path} {what} ({type(error).__name__}: {error}). One of its fields is damaged or belongs to another "
             "model; get it again."
         ) from error
+
+
+def load_saved(source: str) -> tuple[Any, Any]:
+    """Load a saved quantized model, of the class that it was saved from, and its image processor.
+
+    Args:
+        source: Directory of the saved model, or a repository on the Hub.
+
+    Returns:
+        The model in evaluation mode, and the processor; `None` where there is none.
+
+    Raises:
+        ValueError: If `source` is not a quantized model.
+        OSError: If the Hub refuses or cannot be reached.
+    """
+    directory = local_directory(source)
+    model = model_class(stored_config(directory)).from_pretrained(directory)
+    return model.eval(), AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
 
 
 def model_class(config: PreTrainedConfig) -> Any:

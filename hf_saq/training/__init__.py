@@ -11,16 +11,22 @@ from .parameter_groups import parameter_groups, quantizer_parameters
 
 if TYPE_CHECKING:
     from .checkpoints import last_complete_checkpoint, what_is_missing
+    from .oscillation_callback import OscillationCallback
     from .trainer import SAQTrainer
 
 # Import lazily: the Trainer takes seconds to import. `parameter_groups` is imported at once: its module has the same
 # name.
 __getattr__, __dir__ = lazy_exports(
     __name__,
-    {"checkpoints": ("last_complete_checkpoint", "what_is_missing"), "trainer": ("SAQTrainer",)},
+    {
+        "checkpoints": ("last_complete_checkpoint", "what_is_missing"),
+        "oscillation_callback": ("OscillationCallback",),
+        "trainer": ("SAQTrainer",),
+    },
 )
 
 __all__ = [
+    "OscillationCallback",
     "SAQTrainer",
     "last_complete_checkpoint",
     "parameter_groups",

@@ -129,6 +129,10 @@ class PerturbedSteps(Trainer):
             if "perturbed_loss" in own:
                 logs = {name: value for name, value in logs.items() if name != "loss"}
             logs = {**own, **logs} if "perturbed_loss" in own else {**logs, **own}
+        if "loss" in logs or "perturbed_loss" in logs:
+            # Take them here: a callback's own `on_log` comes after the history and the other callbacks have theirs.
+            for callback in self.callback_handler.callbacks:
+                logs = {**logs, **getattr(callback, "to_log", dict)()}
         super().log(logs, start_time)
 
     def _hyperparameters(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from tiny_models import linear_net, vectors, vit
 from torch import Tensor, nn
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, cost, pack, quantize
-from hf_saq.analysis.cost import LayerCost
+from hf_saq.analysis import LayerCost
 
 W4A3 = SAQQuantizationConfig(weight_bits=4, activation_bits=3, first_last_bits=None)
 

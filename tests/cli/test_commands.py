@@ -212,3 +212,21 @@ def test_a_name_that_is_nothing_is_named(capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["inspect", "nowhere"]) == 1
     assert capsys.readouterr().err.startswith("hf-saq: error: nowhere is not a directory here and could not be had")
+
+
+# export --------------------------------------------------------------------------------------------------------------
+
+
+def test_export(saved, model, tmp_path, capsys):
+    from onnx.reference import ReferenceEvaluator
+
+    target = tmp_path / "out"
+    status, out, _ = run(capsys, "export", saved / "packed", target, "--weights", "int4")
+    assert status == 0
+    assert out.endswith(f"{target}: exported\n") and "vit.layers.0.mlp.fc2" in out
+    assert (target / "preprocessor_config.json").exists()
+    evaluator = ReferenceEvaluator(str(target / "onnx" / "model_quantized.onnx"))
+    found = evaluator.run(None, {"pixel_values": images(seed=2).numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), logits(saved / "packed"), atol=1e-5, rtol=1e-5)
+    status, _, err = run(capsys, "export", saved / "packed", target)
+    assert status == 1 and "holds files already" in err

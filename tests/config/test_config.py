@@ -98,11 +98,24 @@ BAD_SAQ = [
         for value in (0, 0.0, -0.5, 1.5, NAN, True, "1")
     ),
     *(
-        ("reuse", value, f"SAQConfig.reuse={value!r}; expected one of [None, 'stale', 'previous', 'look'].")
+        ("reuse", value, f"SAQConfig.reuse={value!r}; expected one of [None, 'stale', 'previous', 'look', 'echo'].")
         for value in ("last", "", True, 1)
     ),
     ("reuse", "stale", "SAQConfig.reuse='stale' with interval=1 would renew at every step what it keeps"),
     *(("trigger", value, f"SAQConfig.trigger={value!r}; expected True or False.") for value in (1, "yes", 0.5)),
+    ("reuse", "echo", "SAQConfig.reuse='echo' with interval=1 would never come back to a batch"),
+    *(
+        ("match_radius", value, f"SAQConfig.match_radius={value!r}; expected True or False.")
+        for value in (1, "yes", 0.5)
+    ),
+    *(
+        (
+            "norm_batches",
+            value,
+            f"SAQConfig.norm_batches={value!r}; expected an integer >= 0, or None for the default.",
+        )
+        for value in (-1, 1.5, True, "8")
+    ),
     *(
         ("look_alpha", value, f"SAQConfig.look_alpha={value!r}; expected a finite number >= 0.")
         for value in (-1, NAN, INF, None, "1")

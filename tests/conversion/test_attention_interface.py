@@ -18,7 +18,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from hf_saq import SAQQuantizationConfig, calibrate, cost, pack, quantize
-from hf_saq.analysis.cost import LayerCost
+from hf_saq.analysis import LayerCost
 from hf_saq.conversion.attention_interface import quantized_attention, uses_interface
 from hf_saq.conversion.forms import dequantize
 from hf_saq.conversion.observing.observers import PassThrough

@@ -36,7 +36,11 @@ except SystemExit as stopped:
 
 @pytest.mark.parametrize(
     "code",
-    ["import hf_saq; hf_saq.__version__; dir(hf_saq)", "import hf_saq.storage, hf_saq.hub, hf_saq.conversion", HELP],
+    [
+        "import hf_saq; hf_saq.__version__; dir(hf_saq)",
+        "import hf_saq.storage, hf_saq.hub, hf_saq.conversion, hf_saq.analysis",
+        HELP,
+    ],
     ids=["package", "rooms", "help"],
 )
 def test_it_loads_nothing_heavy(code: str):
@@ -54,6 +58,12 @@ def test_parts_of_training_do_not_load_the_trainer():
 def test_a_row_of_results_does_not_load_the_trainer():
     loaded = loaded_by("from hf_saq.hub import ResultRow")
     assert "hf_saq.hub.card_facts" in loaded and "transformers.trainer" not in loaded
+
+
+def test_an_analysis_loads_what_it_solves_and_draws_with_when_it_does():
+    loaded = loaded_by("from hf_saq.analysis import allocate_bits, landscape, sharpness")
+    assert "hf_saq.analysis.bits.integer_program" in loaded
+    assert not loaded & {"scipy", "matplotlib", "transformers.trainer"}
 
 
 def test_what_registers_first_is_made_of_parts_that_need_no_models():

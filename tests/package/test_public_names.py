@@ -97,7 +97,7 @@ def test_everything_with_a_star():
 
 def test_a_name_stays_what_it_is():
     """Whichever module was imported before."""
-    import hf_saq.analysis.cost
+    import hf_saq.analysis.costs
     import hf_saq.training.trainer  # noqa: F401 (imports its neighbour `parameter_groups`)
 
     assert hf_saq.cost is hf_saq.analysis.cost and callable(hf_saq.cost)

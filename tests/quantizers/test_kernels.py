@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_saq.quantizers import QUANTIZERS, QuantizerSettings, affine_fake_quantize, quantizer_class, set_backend
-from hf_saq.quantizers.kernels import Grid, compiled, quantize_backward, quantize_forward
+from hf_saq.quantizers.kernels import Grid, blocks, compiled, quantize_backward, quantize_forward
 from hf_saq.quantizers.kernels import backend as choice
 from hf_saq.quantizers.kernels import eager as eager_backend
 from hf_saq.quantizers.kernels.formulas import gradient_terms
@@ -73,12 +73,64 @@ def test_eager_is_the_formula_to_the_bit(grid: Grid, shape, dtype: torch.dtype, 
     value, grad_x, terms = formula(x, scale, o, grid, grad)
     assert torch.equal(quantize_forward(x, scale, o, grid), value.to(dtype))
     with torch.no_grad():  # as autograd runs a backward
-        actual_x, actual_terms = quantize_backward(grad, x, scale, o, grid, need_terms=True)
-        assert torch.equal(quantize_backward(grad, x, scale, o, grid, need_terms=False)[0], actual_x)
+        actual_x, actual_terms = eager_backend.backward(grad, x, scale, o, grid, need_terms=True)
+        for of_scale in (True, False):
+            assert torch.equal(quantize_backward(grad, x, scale, o, grid, of_scale)[0], actual_x)
+        total = quantize_backward(grad, x, scale, o, grid, of_scale=True)[1]
     assert actual_x.dtype == dtype and torch.equal(actual_x, grad_x.to(dtype))
     assert_close(actual_terms.double(), terms, rtol=1e-6, atol=0)  # one product in float32
+    # Sums of at most 840 of them: each addition rounds what has been added so far.
+    spread = terms.abs().sum_to_size(shape).max().item()
+    assert_close(total.double(), terms.sum_to_size(shape), rtol=0, atol=1e-6 * spread)
     plain = gradient_terms(grad, x, scale, o, *torch.tensor([grid.qmin, grid.qmax]), grid.through_rounding, True)
     assert torch.equal(plain[0], actual_x) and torch.equal(plain[1], actual_terms)
+
+
+@every_grid
+@every_type
+@pytest.mark.parametrize("offset", [False, True], ids=["", "offset"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
+def test_blocks_change_no_gradient(grid: Grid, dtype: torch.dtype, offset: bool, layout: str, monkeypatch):
+    """In blocks of 100 elements, the last of 40, all terms are those of whole tensors to the bit."""
+    x, scale, o, grad = sample(grid, (1,), dtype, offset)
+    arrange = {
+        "contiguous": lambda t: t,
+        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "permuted": lambda t: t.permute(2, 0, 3, 1),
+    }[layout]
+    x, grad = arrange(x), arrange(grad)
+    with torch.no_grad():
+        whole_x, whole_terms = eager_backend.backward(grad, x, scale, o, grid, need_terms=True)
+        monkeypatch.setattr(blocks, "_block_size", lambda: 100)
+        seen = []
+        compute = blocks._gradient_terms
+
+        def watch(*args):
+            seen.append(compute(*args).clone())
+            return args[-1]
+
+        monkeypatch.setattr(blocks, "_gradient_terms", watch)
+        grad_x, total = quantize_backward(grad, x, scale, o, grid, of_scale=True)
+    assert [len(block) for block in seen] == [100] * 8 + [40]
+    assert torch.equal(grad_x, whole_x) and grad_x.stride() == x.stride() and grad_x.dtype == grad.dtype
+    in_memory = torch.cat(seen)
+    assert torch.equal(in_memory.as_strided(x.shape, x.stride()), whole_terms)
+    assert total.shape == (1,) and torch.equal(total, blocks.sum_of_terms(whole_terms))
+    assert torch.equal(total, torch.stack([block.sum() for block in seen]).sum().reshape(1))
+
+
+def test_large_tensors_of_one_scale_go_through_blocks(monkeypatch):
+    """What lies between is as large as a block, whatever the size of the operands."""
+    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    x, grad = torch.randn(2, 100_000)
+    sizes: list[int] = []
+    compute = blocks._gradient_terms
+    monkeypatch.setattr(
+        blocks, "_gradient_terms", lambda *args: sizes.append(args[-1].untyped_storage().nbytes()) or compute(*args)
+    )
+    with torch.no_grad():
+        quantize_backward(grad, x, torch.tensor([0.3]), None, Grid(-8, 7), of_scale=True)
+    assert set(sizes) == {4 * 1000 * torch.get_num_threads()}
 
 
 def layouts() -> dict[str, Tensor]:
@@ -317,6 +369,18 @@ def test_an_unknown_backend_is_refused(backend, monkeypatch):
         choice._initial()
     monkeypatch.setenv(choice.VARIABLE, "eager")
     assert choice._initial() == "eager"
+
+
+def test_compiled_adds_as_eager_does(calls, monkeypatch):
+    """So that it does not matter after how many steps compiled code takes over: a run resumes to the bit."""
+    monkeypatch.setattr(blocks, "_block_size", lambda: 100)
+    x, scale, o, grad = sample(Grid(-8, 7))
+    sums = []
+    for name in ("eager", "compiled"):
+        set_backend(name)
+        with torch.no_grad():
+            sums.append(quantize_backward(grad, x, scale, o, Grid(-8, 7), of_scale=True)[1])
+    assert calls == ["gradient_terms"] and torch.equal(*sums)
 
 
 def both_backends(grid: Grid, shape: tuple[int, ...], dtype: torch.dtype, offset: bool):

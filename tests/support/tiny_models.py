@@ -18,6 +18,10 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -84,6 +88,27 @@ def mobilenet_v2(seed: int = 0) -> PreTrainedModel:
         classifier_dropout_prob=0.0,
     )
     return _build(MobileNetV2ForImageClassification, config, seed)
+
+
+def swin(seed: int = 0) -> PreTrainedModel:
+    """Two stages, whose windows are shifted in the second block of the first."""
+    config = SwinConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=2,
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[2, 2],
+        window_size=4,
+        num_labels=NUM_LABELS,
+        initializer_range=0.2,
+    )
+    return _build(SwinForImageClassification, config, seed)
+
+
+def timm_efficientnet(seed: int = 0) -> PreTrainedModel:
+    """The EfficientNet that timm tests itself with, as a model of transformers."""
+    config = TimmWrapperConfig(architecture="test_efficientnet", num_labels=NUM_LABELS)
+    return _build(TimmWrapperForImageClassification, config, seed)
 
 
 TRANSFORMERS_MODELS = {"vit": vit, "convnext": convnext, "resnet": resnet, "mobilenet_v2": mobilenet_v2}

@@ -94,14 +94,18 @@ def arguments(output_dir, **changes) -> TrainingArguments:
 def make_trainer(
     family, case, accumulation, sync, output_dir, processes=1, cls=InOrder, knobs=None, dtype=torch.float64, **changes
 ) -> SAQTrainer:
-    """`knobs`: further fields of `SAQConfig`."""
+    """`knobs`: further fields of `SAQConfig`. Running statistics stay those of training, as references keep them."""
     changes.setdefault("gradient_accumulation_steps", accumulation)
     steps = changes.get("max_steps", STEPS)
     return cls(
         quantized_model(family, dtype),
         arguments(output_dir, **changes),
         saq_config=SAQConfig(
-            rho=RHO, case=case, sync=sync, scale_lr_ratio=SCALE_LR_RATIO, **(knobs or {"schedule": "full"})
+            rho=RHO,
+            case=case,
+            sync=sync,
+            scale_lr_ratio=SCALE_LR_RATIO,
+            **{"norm_batches": 0, **(knobs or {"schedule": "full"})},
         ),
         train_dataset=Images(BATCH * steps * accumulation * processes, dtype),
     )

@@ -126,9 +126,3 @@ def test_a_stream_loses_no_sample(tmp_path, caplog):
         trainer = trained(tmp_path, SAQConfig(rho=0.2, reuse="previous"), data=stream)
     assert trainer.state.global_step == STEPS
     assert "Batch-norm statistics are not re-estimated: train_dataset is a stream" in caplog.text
-
-
-@pytest.mark.parametrize("wrong", [-1, 1.5, True, "8"], ids=str)
-def test_a_wrong_number_of_batches(wrong):
-    with pytest.raises(ValueError, match="SAQConfig.norm_batches=.*expected an integer >= 0, or None"):
-        SAQConfig(norm_batches=wrong)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .backend import give_up, leave_uncompiled
 from .formulas import Grid, bounds, fake_quantized, gradient_terms
+from .layouts import in_layout_of, in_memory_order
 
 _NOTHING = contextlib.nullcontext()
 
@@ -30,7 +31,7 @@ def forward(x: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tens
     (flat_x,), scale, offset = flat
     formula = _of_one_kind(fake_quantized, *_kind(flat_x, scale, offset))
     result = _attempt(formula, flat_x, scale, offset, *bounds(grid, x))
-    return None if result is None else _as(result, x)
+    return None if result is None else in_layout_of(x, result)
 
 
 def backward(
@@ -47,7 +48,7 @@ def backward(
     if result is None:
         return None
     grad_x, terms = result
-    return _as(grad_x, x), None if terms is None else _as(terms, x)
+    return in_layout_of(x, grad_x), None if terms is None else in_layout_of(x, terms)
 
 
 def _flattened(
@@ -60,7 +61,7 @@ def _flattened(
     """
     x = operands[-1]
     if scale.numel() == 1:
-        flat = [_in_memory_order(t) for t in operands]
+        flat = [in_memory_order(t) for t in operands]
         shape: tuple[int, ...] = (1,)
     else:
         shape = (-1, 1) if scale.ndim == x.ndim and scale.shape[0] == scale.numel() else (1, -1)
@@ -75,20 +76,6 @@ def _flattened(
         return None
     views = [cast(Tensor, t).detach() for t in flat]
     return views, scale.detach().reshape(shape), None if offset is None else offset.detach().reshape(shape)
-
-
-def _in_memory_order(t: Tensor) -> Tensor | None:
-    """View `t` with one dimension that runs through its memory; `None` if it has gaps or overlaps."""
-    if t.is_contiguous():
-        return t.view(-1)
-    order = sorted(range(t.ndim), key=lambda d: (t.stride(d), t.shape[d]), reverse=True)
-    t = t.permute(order)
-    return t.view(-1) if t.is_contiguous() else None
-
-
-def _as(flat: Tensor, x: Tensor) -> Tensor:
-    """View a result of flattened operands in the shape and layout of `x`."""
-    return flat.view(x.shape) if x.is_contiguous() else flat.as_strided(x.shape, x.stride())
 
 
 def _kind(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Hashable, ...]:

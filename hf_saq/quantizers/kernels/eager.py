@@ -23,7 +23,7 @@ def backward(
     # `hardtanh_backward(a, v, low, high)` is `a` where `low < v < high` and 0 elsewhere, in one pass and without a
     # mask: a product with a boolean mask takes several times as long, since the mask is first converted.
     v = _place(x, scale, offset)
-    low, high = _just_outside(grid, v.dtype)
+    low, high = just_outside(grid, v.dtype)
     wide = grad.to(v.dtype)
     mask = torch.ops.aten.hardtanh_backward
     grad_x = mask(wide, v, low, high).to(grad.dtype)
@@ -44,7 +44,7 @@ def _place(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 
 
 @functools.lru_cache(maxsize=128)
-def _just_outside(grid: Grid, dtype: torch.dtype) -> tuple[float, float]:
+def just_outside(grid: Grid, dtype: torch.dtype) -> tuple[float, float]:
     """Find the numbers next to `qmin` and `qmax` on the far side: `hardtanh_backward` counts its bounds as outside."""
     infinity = torch.tensor(torch.inf, dtype=dtype)
     low, high = torch.tensor([grid.qmin, grid.qmax], dtype=dtype)

@@ -15,7 +15,7 @@ from ..parameter_gradients import set_aside
 from ..random_state import RNGState
 from .knobs import Knobs
 from .rule import Backward, MicroBatch
-from .rules.two_passes import TwoPasses
+from .rules import TwoPasses
 
 EVERY = 128
 """Steps between two measurements; at the beginning steps 1, 2, 4, 8, ... are measured, counted from 0."""

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from .rule import StepRule
-from .rules.echo import Echo
-from .rules.look import Look
-from .rules.previous import Previous
-from .rules.stale import Stale
-from .rules.trigger import Triggered
-from .rules.two_passes import TwoPasses
+from .rules import Echo, Look, Previous, Stale, Triggered, TwoPasses
 
 SCHEDULES: dict[str | None, type[StepRule]] = {
     None: TwoPasses,

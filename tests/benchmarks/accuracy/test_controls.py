@@ -70,11 +70,11 @@ def test_echoed_batches_come_twice(train):
 
 
 def test_clean_statistics_are_those_of_the_trained_weights(train):
-    """Same weights as plain training; the mean over its next batches, each counted alike, instead of a running one."""
+    """Same weights as plain training; means over its next batches, each counted alike, instead of running ones."""
     _, _, plain, _ = train(QAT)
     arguments, outcome, clean, _ = train("qat, clean statistics")
     assert torch.equal(plain[3].weight, clean[3].weight) and outcome["steps"] == 5
-    assert arguments["clean_batches"] == clean[1].num_batches_tracked == CLEAN_BATCHES == COUNT // BATCH
+    assert arguments["clean_batches"] == CLEAN_BATCHES == COUNT // BATCH
     assert not clean[1].training and clean[1].momentum == 0.1
     data = training.images_of("digits", AccuracyArguments(cache="x").paths())
     batches = data.training_batches(data.training, BATCH, 0)
@@ -86,9 +86,9 @@ def test_clean_statistics_are_those_of_the_trained_weights(train):
 
 
 def test_runs_of_old_keep_their_arguments():
-    """Methods that are no controls tell nothing of them, so that stored runs are found again."""
+    """Methods that have nothing special tell nothing of it, so that stored runs are found again."""
     controls = {name for name, method in METHODS.items() if method.control}
-    assert controls == {"qat, echoed batches", "qat, clean statistics"}
+    assert controls == {"qat, echoed batches", "qat, clean statistics", "balanced, radius matched"}
     one = study.Study("digits", 4, AccuracyArguments(), AccuracyArguments().paths(), None, None)
     known = study.Runs(Path("benchmarks/results/accuracy"), "").stored("digits-w4-qat-seed0")
     assert one.arguments("run", 4, QAT, 0, known["arguments"]["lr"], None, 15) == known["arguments"]

@@ -46,4 +46,6 @@ def test_first_weight_grids_by_hand():
 def test_learned_values_have_the_names_of_the_parameters():
     model = torch.nn.Sequential(LSQQuantizer(QuantizerSettings(4, "weight")))
     model[0].path = "layer.weight_quantizer"
+    with torch.no_grad():
+        model[0].scale.fill_(1.0)
     assert fine_tunes.learned_values(model) == {"layer.weight_quantizer.scale": 1.0}

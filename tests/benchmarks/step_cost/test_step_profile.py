@@ -23,7 +23,7 @@ def eager():
 
 
 def test_parts_of_a_float_and_of_a_quantized_step():
-    """Two linear layers: products in both; quantization, its gradient and its sums in the quantized one alone."""
+    """Two linear layers: products in both; quantization and its gradient in the quantized one alone."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     x, labels = torch.randn(256, 64), torch.randint(0, 10, (256,))
@@ -33,7 +33,7 @@ def test_parts_of_a_float_and_of_a_quantized_step():
     for found in (before, after):
         assert found["products"] > 0 and found["optimizer"] > 0 and found["activation functions"] > 0
         assert set(found) <= set(script.PARTS)
-    of_quantizers = {script.FORWARD, script.BACKWARD, script.SUMS}
+    of_quantizers = {script.FORWARD, script.BACKWARD}
     assert not of_quantizers & set(before)
     assert all(after[part] > 0 for part in of_quantizers)
     assert not any(hasattr(f, "__closure__") and f.__closure__ for f in (affine.quantize_forward,))  # unmarked again
@@ -57,7 +57,8 @@ def test_every_operation_counts_once(monkeypatch):
     rounds = [part for name, part in names if name == "aten::round_"]
     # Forward: input and weight. Backward: both for the gradients of scales, and the input once more, not kept.
     assert sorted(rounds) == sorted([script.FORWARD] * 3 + [script.BACKWARD] * 2)
-    assert {part for name, part in names if name == "aten::sum" and part == script.SUMS}
+    # One sum for the loss, one for the bias; two for the gradients of scales, which are small enough for one block.
+    assert [part for name, part in names if name == "aten::sum"].count(script.BACKWARD) == 2
     assert sum(found.values()) > 0
 
 

@@ -1,0 +1,146 @@
+"""Compute the loss of a model on batches that have labels, and leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sharpness import RNGState
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""Computes the mean loss of a model over one batch, a tensor `()` with a graph."""
+
+
+class LabelledBatches:
+    """Holds batches with labels and the way to compute a loss from them.
+
+    Args:
+        where: Name of the function that was called with them, for messages.
+        batches: Each a dict of keyword inputs with labels, for models of transformers, or a pair
+            `(inputs, labels)` whose loss is the cross-entropy; with `loss`, of any type. They are read once and kept,
+            since every measurement must see the same data.
+        loss: Computes the mean loss of a model over one batch.
+
+    Raises:
+        ValueError: If there is no batch, or `batches` is a single one.
+    """
+
+    def __init__(self, where: str, batches: Iterable[Any], loss: Loss | None = None):
+        if isinstance(batches, (Tensor, Mapping)):
+            raise ValueError(f"{where}: `batches` is a {type(batches).__name__}; expected a list of batches.")
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError(f"{where}: `batches` is empty; expected at least one batch of inputs with labels.")
+        self.sizes = [_size(batch) for batch in self.batches]
+        self.weights = [size / sum(self.sizes) for size in self.sizes]
+        """Share of each batch in the mean over all examples."""
+        self._loss = labelled_loss if loss is None else loss
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def loss(self, model: nn.Module, number: int) -> Tensor:
+        """Compute the loss of `model` on the batch with this number: a scalar.
+
+        Raises:
+            ValueError: If `loss` returns something else.
+        """
+        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        value = self._loss(model, _moved(self.batches[number], device))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"The loss of batch {number} has {found}; expected a tensor with one number, the mean.")
+        return value.reshape(())
+
+    def spread(self, count: int) -> LabelledBatches:
+        """Take `count` of the batches, evenly spread: at least one, at most all."""
+        count = min(max(count, 1), len(self))
+        return LabelledBatches("", [self.batches[k * len(self) // count] for k in range(count)], self._loss)
+
+    def mean(self, values: Sequence[float]) -> float:
+        """Compute the mean over all examples of values of batches."""
+        return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Compute the mean loss over all examples, without gradients."""
+        return self.mean(self.each_loss(model))
+
+    @torch.no_grad()
+    def each_loss(self, model: nn.Module) -> list[float]:
+        """Compute the loss of every batch, without gradients."""
+        return [self.loss(model, number).item() for number in range(len(self))]
+
+
+def labelled_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Compute the loss of a model of transformers on a dict, or the cross-entropy on a pair `(inputs, labels)`.
+
+    Raises:
+        ValueError: If the batch is of another type, or the model computes no loss from it.
+    """
+    if isinstance(batch, Mapping):
+        loss = getattr(model(**batch), "loss", None)
+        if loss is None:
+            raise ValueError(
+                f"{type(model).__name__} computed no loss from a batch with {sorted(batch)}; expected a dict with "
+                "labels. Add them, or pass `loss=` with a function of model and batch."
+            )
+        return loss
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return F.cross_entropy(logits_of(model(batch[0])), batch[1])
+    raise ValueError(
+        f"`batches` holds a {type(batch).__name__}; expected a dict of keyword inputs with labels, or a pair of "
+        "inputs and labels. Pass `loss=` with a function of model and batch for batches of another type."
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """Find the logits in what a model returned: a tensor, an output of transformers, or a tuple that begins with them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        found = output[0]
+    if found is None:
+        raise ValueError(f"The model returned a {type(output).__name__}; expected logits: a tensor, or `.logits`.")
+    return found
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Run the block with `model` in evaluation mode; then restore the mode of every module and all random states."""
+    was_training = {module: module.training for module in model.modules()}
+    random_state = RNGState()
+    model.eval()
+    try:
+        yield
+    finally:
+        random_state.restore()
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _size(batch: Any) -> int:
+    """Count the examples of a batch by the first tensor in it; one if there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((_size(entry) for entry in entries if isinstance(entry, (Tensor, Mapping, tuple, list))), 1)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch

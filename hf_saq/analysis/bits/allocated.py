@@ -1,0 +1,95 @@
+"""Hold the bits that were given to each layer for a budget, what they cost and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+from ...config import SAQQuantizationConfig
+from ...tables import text_table
+from ..results import Result, new_figure
+
+Unit = Literal["bops", "bytes"]
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Holds the bits of one layer; `None` for an operand that has no quantizer.
+
+    `chosen` names the bits that were up for choice, as fields of a configuration. `cost` is in the unit of the
+    allocation, `loss_rise` the predicted rise of the loss over a float layer (0 if there was no choice), and `why`
+    says what held the layer there.
+    """
+
+    name: str
+    weight_bits: int | None
+    activation_bits: int | None
+    chosen: tuple[str, ...]
+    cost: int
+    loss_rise: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Allocation(Result):
+    """Holds what [`allocate_bits`] decides; `print` shows a table, `plot(file)` draws the curve.
+
+    Attributes:
+        unit: `"bops"` (bit operations for one example) or `"bytes"` (packed weights), of the quantized layers.
+        budget: Most that they may cost, and in `cost` what they do, in `cost_before` what they cost in the model.
+        loss_rise: Predicted rise of the loss over the float model: the sum over the layers that had a choice.
+        layers: All quantized layers, in the order of `named_modules`.
+        curve: Pairs of a budget and the smallest predicted rise within it.
+    """
+
+    unit: Unit
+    budget: int
+    cost: int
+    cost_before: int
+    loss_rise: float
+    layers: tuple[LayerBits, ...]
+    curve: tuple[tuple[int, float], ...]
+
+    @property
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """Return the bits as `SAQQuantizationConfig` takes them: name of a layer -> fields."""
+        return {layer.name: {f: getattr(layer, f) for f in layer.chosen} for layer in self.layers if layer.chosen}
+
+    def applied_to(self, config: SAQQuantizationConfig) -> SAQQuantizationConfig:
+        """Return a copy of `config` with these bits in its `overrides`, after those that it has: the last one wins."""
+        kept = dict(config.overrides)
+        for name, fields in self.overrides.items():
+            kept[name] = {**kept.pop(name, {}), **fields}
+        return config.replace(overrides=kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the overrides as plain data."""
+        return {**super().to_dict(), "overrides": self.overrides}
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("layer", "W", "A", "share of budget", "predicted rise", "why")]
+        for layer in self.layers:
+            bits = ["-" if b is None else str(b) for b in (layer.weight_bits, layer.activation_bits)]
+            share = f"{layer.cost / self.budget:.1%}" if self.budget else "-"
+            rows.append((layer.name, *bits, share, f"{layer.loss_rise:.3g}", layer.why))
+        return (
+            f"{text_table(rows, right=(1, 2, 3, 4))}\n"
+            f"{self.cost:,} of {self.budget:,} {self.unit} ({self.cost_before:,} before), "
+            f"predicted rise of the loss {self.loss_rise:.4g}"
+        )
+
+    def plot(self, file: str | PathLike[str]) -> None:
+        """Draw the smallest predicted rise of the loss over the budget, and the allocation as a mark, into `file`.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        figure = new_figure(5.5, 3.4)
+        axes: Any = figure.subplots()
+        axes.plot(*zip(*self.curve, strict=True), marker=".", label="best for each budget")
+        axes.plot([self.cost], [self.loss_rise], "D", label="this allocation")
+        name = "bit operations of the quantized layers" if self.unit == "bops" else "bytes of the quantized weights"
+        axes.set(title="Bits for a budget", xlabel=name, ylabel="predicted rise of the loss", xscale="log")
+        axes.legend()
+        figure.savefig(file)

@@ -1,0 +1,179 @@
+"""Give each layer the bits that lose least within a budget of bit operations or bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ...conversion.module_names import ModuleNames
+from ..batch_losses import LabelledBatches, Loss, left_as_it_was
+from ..costs import cost
+from .allocated import Allocation, LayerBits, Unit
+from .candidates import QuantizedOperand, quantized_operands
+from .integer_program import Option, solve
+from .layer_sensitivity import CANDIDATES, Sensitivity, sensitivity
+from .prices import cost_of_layer, loss_curve, never_rising, read_budget, why
+from .shared_inputs import layers_that_share_inputs, merged
+
+
+def allocate_bits(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budget: float | str,
+    *,
+    unit: Unit = "bops",
+    candidates: Sequence[int] = CANDIDATES,
+    by: Literal["measured", "estimated"] = "measured",
+    found: Sensitivity | None = None,
+    fixed: Collection[str] | None = None,
+    minimum_bits: int | Mapping[str, int] = 2,
+    alike: Iterable[Sequence[str]] | None = None,
+    inputs: Any = None,
+    loss: Loss | None = None,
+    passes: float = 20.0,
+    progress: bool = True,
+) -> Allocation:
+    """Choose bits for every quantized layer so that the predicted loss is smallest within a budget.
+
+    The prediction adds up what each operand costs alone, as [`sensitivity`] finds it; more bits never count as worse
+    than fewer, whatever the noise of a measurement. The choice is solved exactly, as an integer program. Quantize a
+    float model anew with `allocation.applied_to(config)`, and fine-tune it.
+
+    Args:
+        model: A quantized, calibrated model; it is left as it was.
+        batches: As [`sensitivity`] takes them.
+        budget: Most that the quantized layers may cost, in `unit`; `"0.8x"` for that part of what they cost in
+            `model`, `"3 bits"` for what they cost with 3 bits wherever there is a choice. Everything else, such as
+            layers in float, is not counted, because bits do not change it.
+        unit: `"bops"` for bit operations (multiply-accumulates x weight bits x activation bits, one example),
+            `"bytes"` for packed weights; activations then keep their bits.
+        candidates: Bits to choose from, each 2 to 8.
+        by: Whether measured or estimated rises of the loss count.
+        found: What `sensitivity` found for this model and these candidates, to spare measuring it again.
+        fixed: Layers that keep their bits, as `modules_to_not_convert` names them; by default the first layer and the
+            heads, where `model` treats them apart.
+        minimum_bits: Fewest bits of any operand, or a dict of a name or pattern -> fewest bits.
+        alike: Groups of layers that must have the same bits for their activations; by default those that are seen to
+            read the same tensor, which is quantized once. Layers that are fixed do not bind others.
+        inputs: One example as `hf_saq.cost` takes it; by default the first of the first batch.
+        loss: Computes the mean loss from model and batch.
+        passes: Most passes over the data for the sensitivities.
+        progress: Whether to show a bar after a few seconds.
+
+    Raises:
+        ValueError: If the budget is too small for any choice, or an argument or the model is not what is expected.
+        ImportError: If scipy is not installed.
+    """
+    if unit not in ("bops", "bytes"):
+        raise ValueError(f"allocate_bits: unit={unit!r}; expected 'bops' or 'bytes'.")
+    if by not in ("measured", "estimated"):
+        raise ValueError(f"allocate_bits: by={by!r}; expected 'measured' or 'estimated'.")
+    data = LabelledBatches("allocate_bits", batches, loss)
+    names = ModuleNames(model)
+    names.add(operand.name for operand in quantized_operands(model))
+    report = getattr(model, "quantization_report", None)
+    patterns = (getattr(report, "first_last_modules", None) or []) if fixed is None else list(fixed)
+    minima = {"*": minimum_bits} if isinstance(minimum_bits, int) else dict(minimum_bits)
+    names.check("allocate_bits: fixed", patterns)
+    names.check("allocate_bits: minimum_bits", minima)
+    if found is None:
+        found = sensitivity(model, data.batches, candidates=candidates, loss=loss, passes=passes, progress=progress)
+    with left_as_it_was(model):
+        if alike is None:
+            alike = layers_that_share_inputs(model, data)
+        macs = {
+            c.name: c.macs for c in cost(model, _one_example(data.batches[0]) if inputs is None else inputs).layers
+        }
+    operands: dict[str, dict[str, QuantizedOperand]] = {}
+    for operand in quantized_operands(model):
+        operands.setdefault(operand.name, {})[operand.operand] = operand
+    layers = list(operands)
+    free = [name for name in layers if not names.any_matches(patterns, name)]
+    options, before = [], []
+    for name, of_layer in operands.items():
+        fewest = max((b for pattern, b in minima.items() if names.matches(pattern, name)), default=2)
+        choices = {kind: [of_layer[kind].bits] if kind in of_layer else [None] for kind in ("weight", "activation")}
+        before.append(cost_of_layer(unit, of_layer, macs[name], choices["weight"][0], choices["activation"][0]))
+        losses: dict[str, dict[int | None, float]] = {kind: dict.fromkeys(choices[kind], 0.0) for kind in choices}
+        for kind in of_layer if name in free else ():
+            if kind == "activation" and unit == "bytes":
+                continue
+            allowed = [b for b in sorted(set(candidates)) if b >= fewest]
+            if not allowed:
+                raise ValueError(
+                    f"allocate_bits: {name} needs {fewest} bits at least, but candidates={list(candidates)}; add some."
+                )
+            losses[kind] = never_rising({b: _rise(found, name, kind, b, by) for b in allowed})
+        options.append(
+            [
+                Option(
+                    w,
+                    a,
+                    cost_of_layer(unit, of_layer, macs[name], w, a),
+                    losses["weight"][w] + losses["activation"][a],
+                )
+                for w, a in product(losses["weight"], losses["activation"])
+            ]
+        )
+    groups = [[layers.index(name) for name in group if name in free] for group in merged([list(g) for g in alike])]
+    groups = [] if unit == "bytes" else [group for group in groups if len(group) > 1]
+    most = read_budget(budget, sum(before), options)
+    chosen = solve(options, most, groups)
+    if chosen is None:
+        least = sum(min(option.cost for option in layer) for layer in options)
+        raise ValueError(
+            f"allocate_bits: no choice keeps to budget={budget!r} ({most:,} {unit}); expected at least {least:,}. "
+            "Allow fewer bits in `candidates` or `minimum_bits`, or name fewer layers in `fixed`."
+        )
+    partners = {k: [layers[j] for j in group if j != k] for group in groups for k in group}
+    result = []
+    for k, (name, option) in enumerate(zip(layers, chosen, strict=True)):
+        reason = why(option, options[k], most, partners.get(k, [])) if name in free else "fixed"
+        result.append(
+            LayerBits(
+                name=name,
+                weight_bits=option.weight_bits,
+                activation_bits=option.activation_bits,
+                chosen=_up_for_choice(operands[name], unit) if name in free else (),
+                cost=option.cost,
+                loss_rise=option.loss,
+                why=reason,
+            )
+        )
+    return Allocation(
+        unit=unit,
+        budget=most,
+        cost=sum(option.cost for option in chosen),
+        cost_before=sum(before),
+        loss_rise=sum(option.loss for option in chosen),
+        layers=tuple(result),
+        curve=loss_curve(options, groups),
+    )
+
+
+def _up_for_choice(of_layer: Collection[str], unit: Unit) -> tuple[str, ...]:
+    return tuple(f"{kind}_bits" for kind in of_layer if kind == "weight" or unit == "bops")
+
+
+def _rise(found: Sensitivity, name: str, kind: Any, bits: int, by: str) -> float:
+    entry = found.entry(name, kind, bits)
+    rise = entry.loss_rise if by == "measured" else entry.estimate
+    if rise != rise:
+        raise ValueError(f"allocate_bits: {name} has no estimate for its {kind}, which is frozen; use by='measured'.")
+    return rise
+
+
+def _one_example(batch: Any) -> Any:
+    """Cut the inputs of one example out of a batch."""
+    if isinstance(batch, Mapping):
+        return {key: value[:1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(first, Tensor):
+        return first[:1]
+    raise ValueError(
+        f"allocate_bits: cannot cut one example out of a {type(batch).__name__}; expected a dict or a pair of "
+        "tensors. Pass one as `inputs=`, to count bit operations."
+    )

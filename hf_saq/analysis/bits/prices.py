@@ -1,0 +1,87 @@
+"""Put a price on bits: what a layer costs, what a budget means, what the next option would change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...layers.packing import packed_size
+from .allocated import Unit
+from .integer_program import Option, solve
+
+FLOAT_BITS = 32
+CURVE_POINTS = 9
+
+
+def never_rising(rises: dict[int, float]) -> dict[int | None, float]:
+    """Raise what is below a value of more bits to that value: more bits never count as worse."""
+    falling: dict[int | None, float] = {}
+    highest = -float("inf")
+    for bits in sorted(rises, reverse=True):
+        highest = falling[bits] = max(highest, rises[bits])
+    return falling
+
+
+def cost_of_layer(
+    unit: Unit, of_layer: Mapping[str, Any], macs: int, weight: int | None, activation: int | None
+) -> int:
+    """Compute what one layer costs; an operand without a quantizer is in float."""
+    if unit == "bytes":
+        return packed_size(of_layer["weight"].weight.numel(), weight) if "weight" in of_layer and weight else 0
+    if "weight" not in of_layer and len(of_layer["activation"].quantizers) > 1:
+        return macs * (activation or FLOAT_BITS) ** 2  # both operands of attention products are activations
+    return macs * (weight or FLOAT_BITS) * (activation or FLOAT_BITS)
+
+
+def read_budget(budget: float | str, before: int, options: Sequence[Sequence[Option]]) -> int:
+    """Turn `budget` into a number: as it is, a part of `before`, or the cost of options with equal bits."""
+    if isinstance(budget, str):
+        if match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *x", budget.strip()):
+            return int(float(match[1]) * before)
+        if match := re.fullmatch(r"(\d+) *bits?", budget.strip()):
+            total = 0
+            for layer in options:
+                uniform = [
+                    o for o in layer if all(b in (None, int(match[1])) for b in (o.weight_bits, o.activation_bits))
+                ]
+                if not uniform and len(layer) > 1:
+                    raise ValueError(
+                        f"allocate_bits: budget={budget!r}, but not every layer can have {match[1]} bits; expected "
+                        "one of `candidates`, not below `minimum_bits`."
+                    )
+                total += (uniform or layer)[0].cost
+            return total
+    elif budget > 0:
+        return int(budget)
+    raise ValueError(f"allocate_bits: budget={budget!r}; expected a number > 0, such as 1e9, or '0.8x', or '3 bits'.")
+
+
+def why(option: Option, options: Sequence[Option], budget: int, partners: Sequence[str]) -> str:
+    """Say what the nearest cheaper and the nearest dearer option would change."""
+    words = []
+    cheaper = [o for o in options if o.cost < option.cost]
+    dearer = [o for o in options if o.cost > option.cost and o.loss < option.loss]
+    if cheaper:
+        other = min(cheaper, key=lambda o: (o.loss, o.cost))
+        saved = (option.cost - other.cost) / budget
+        words.append(f"less would lose {other.loss - option.loss:.2g} and free {saved:.1%} of the budget")
+    if dearer:
+        other = min(dearer, key=lambda o: (o.cost, o.loss))
+        needed = (other.cost - option.cost) / budget
+        words.append(f"more would win {option.loss - other.loss:.2g} for {needed:.1%}")
+    if partners:
+        words.append(f"activations like {', '.join(partners)}")
+    return "; ".join(words) or "no other choice"
+
+
+def loss_curve(options: Sequence[Sequence[Option]], groups: Sequence[Sequence[int]]) -> tuple[tuple[int, float], ...]:
+    """Solve for budgets from the least that any choice costs to the most, evenly spaced by ratio."""
+    least = sum(min(o.cost for o in layer) for layer in options)
+    most = sum(max(o.cost for o in layer) for layer in options)
+    budgets = [int(least * (most / max(least, 1)) ** (k / (CURVE_POINTS - 1))) for k in range(1, CURVE_POINTS)]
+    points = []
+    for budget in dict.fromkeys([least, *budgets[:-1], most]):
+        if (chosen := solve(options, budget, groups)) is not None:
+            points.append((budget, sum(option.loss for option in chosen)))
+    return tuple(points)

@@ -1,0 +1,113 @@
+"""Compare the logits of a shipped graph with those of the model, by the measure of the model itself.
+
+At low bits no two computations of a quantized model agree: one rounding that flips is carried on and grows. How far
+the model in float32 is from itself, computed in float64 or with a little noise on what it quantizes, says how much.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...quantizers import Quantizer
+from ..integer_copy import logits_of
+from .sessions import RUNS
+
+STEP_NOISE = 0.01
+"""Noise on what is quantized, in steps. Integer engines round the bias of a layer, which moves its outputs as much;
+that no more of them flip is verified layer by layer (`layers_alone`)."""
+NOISES = 3
+ALLOWED = 4.0
+"""How many times the model's own noise the difference may be, both as root mean squares."""
+UNRELATED = 0.5
+"""More than this, as a share of the root mean square of the logits, is too much: unrelated logits differ by 1 or more.
+Only a model whose own noise is larger still may differ by as much as that."""
+SMALL = 2e-3
+"""What it may be in any case, as a share of the root mean square of the logits."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Says how logits of an engine compare with those of the model.
+
+    Attributes:
+        difference: Root mean square of the differences, as a share of that of the logits.
+        own_noise: The same of the model with itself: the largest of float64 and some runs with noise.
+        same_top1: How many of the inputs have the same class.
+        count: How many inputs there were.
+    """
+
+    difference: float
+    own_noise: float
+    same_top1: int
+    count: int
+
+    @property
+    def holds(self) -> bool:
+        allowed = max(min(ALLOWED * self.own_noise, UNRELATED), self.own_noise, SMALL)
+        return self.difference <= allowed  # NaN is not
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by {self.difference:.1e} (the model from itself: {self.own_noise:.1e}), "
+            f"{self.same_top1} of {self.count} top-1 equal"
+        )
+
+
+@torch.no_grad()
+def own_logits(model: nn.Module, example: Tensor) -> tuple[np.ndarray, float]:
+    """Compute the logits of `model`, in float32 on the CPU, and its noise as in [`Agreement`]."""
+    single = _in(model, torch.float32)
+    logits = logits_of(single(example)).numpy()
+    others = [logits_of(_in(model, torch.float64)(example.double())).numpy()]
+    for seed in range(NOISES):
+        with _noise_before_quantizers(single, seed):
+            others.append(logits_of(single(example)).numpy())
+    return logits, max(_relative(other - logits, logits) for other in others)
+
+
+@contextmanager
+def _noise_before_quantizers(model: nn.Module, seed: int) -> Iterator[None]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def add_noise(quantizer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        noise = torch.rand(args[0].shape, generator=generator) * 2 - 1
+        return args[0] + STEP_NOISE * quantizer.grid()[0] * noise, *args[1:]
+
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
+    handles = [quantizer.register_forward_pre_hook(add_noise) for quantizer in quantizers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def agreement(
+    content: bytes, logits: np.ndarray, own_noise: float, example: Tensor, input_name: str, engine: str
+) -> Agreement:
+    """Run a graph of one input and one output on `example` and compare.
+
+    Args:
+        engine: A key of `RUNS`.
+    """
+    (found,) = RUNS[engine](content, {input_name: example.numpy()}).values()
+    same = int((found.argmax(-1) == logits.argmax(-1)).sum())
+    return Agreement(_relative(found - logits, logits), own_noise, same, len(logits))
+
+
+def _relative(difference: np.ndarray, logits: np.ndarray) -> float:
+    return float(
+        np.sqrt(np.mean(np.square(difference, dtype=np.float64)) / np.mean(np.square(logits, dtype=np.float64)))
+    )
+
+
+def _in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return nn.Module.to(copy.deepcopy(model), device="cpu", dtype=dtype).eval()

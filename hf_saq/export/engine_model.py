@@ -1,0 +1,142 @@
+"""Run an exported directory like any model of transformers, on the engine of choice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+from ..installing import how_to_install
+from .extras import OPENVINO_PROPERTIES, check_engine, needed
+from .onnx_export import CONFIG_FILE, EXPORT_VERSION, RECORD
+
+RunFunction = Callable[[np.ndarray], np.ndarray]
+"""Computes logits from inputs, both float32."""
+
+
+class ExportedClassifier(nn.Module):
+    """Classifies images with an exported graph; takes and returns what a model of transformers does.
+
+    ```python
+    model = ExportedClassifier.from_pretrained("exported", engine="openvino")
+    pipeline("image-classification", model=model, image_processor=AutoImageProcessor.from_pretrained("exported"))
+    ```
+
+    It runs on the CPU, whatever the device of its inputs, and cannot be trained.
+
+    Attributes:
+        config: The model's configuration; `None` where the model had none.
+        engine (`str`): A key of `ENGINES`.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, content: bytes, config: Any, engine: str, threads: int | None = None):
+        super().__init__()
+        check_engine(engine)
+        self.config, self.engine = config, engine
+        self._run = ENGINES[engine](content, threads)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, engine: str = "onnxruntime", threads: int | None = None
+    ) -> ExportedClassifier:
+        """Load what `export_onnx` wrote.
+
+        Args:
+            engine: `"onnxruntime"` or `"openvino"`.
+            threads: Threads of the engine; `None` leaves it to the engine.
+
+        Raises:
+            ValueError: If there is no such engine, if `directory` is no export, or if its graph is not the one that
+                was written.
+            ImportError: If the engine is not installed; says which extra installs it.
+        """
+        check_engine(engine)
+        directory = Path(directory)
+        content = _graph_of(directory)
+        has_model_type = "model_type" in json.loads((directory / CONFIG_FILE).read_text())
+        config = AutoConfig.from_pretrained(directory) if has_model_type else None
+        return cls(content, config, engine, threads)
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
+        """Compute logits `(batch, labels)` of `pixel_values` `(batch, channels, height, width)`."""
+        logits = self._run(pixel_values.detach().float().cpu().numpy())
+        return ImageClassifierOutput(logits=torch.from_numpy(np.array(logits)))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def can_generate(self) -> bool:
+        return False
+
+
+# What `pipeline` looks names of classes up in, before it warns.
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault(RECORD, ExportedClassifier.__name__)
+
+
+def _graph_of(directory: Path) -> bytes:
+    """Read the graph of an export and check that it is the one that was written."""
+    if not (directory / CONFIG_FILE).is_file():
+        raise ValueError(f"{directory} has no {CONFIG_FILE}; expected a directory that `export_onnx` wrote.")
+    try:
+        record = json.loads((directory / CONFIG_FILE).read_text()).get(RECORD)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{directory / CONFIG_FILE} is damaged ({error}); export the model again.") from error
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{directory / CONFIG_FILE} has no {RECORD!r}; expected a directory that `export_onnx` wrote. A saved "
+            "model of hf_saq is loaded with `AutoModelForImageClassification.from_pretrained`."
+        )
+    if record.get("format_version") != EXPORT_VERSION:
+        raise ValueError(
+            f"{directory / CONFIG_FILE}: {RECORD}.format_version is {record.get('format_version')!r}, but this hf_saq "
+            f"reads {EXPORT_VERSION}; install a newer hf_saq ({how_to_install()}), or export the model again."
+        )
+    file = directory / str(record.get("file"))
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; export the model again.")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+        raise ValueError(
+            f"{file} is not the file that was exported with this {CONFIG_FILE} (its SHA-256 differs): it is damaged "
+            "or was replaced. Export the model again."
+        )
+    return content
+
+
+def _onnxruntime(content: bytes, threads: int | None) -> RunFunction:
+    runtime: Any = needed("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0]
+
+
+def _openvino(content: bytes, threads: int | None) -> RunFunction:
+    core: Any = needed("openvino").Core()
+    properties: dict[str, Any] = dict(OPENVINO_PROPERTIES)
+    if threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = threads
+    compiled = core.compile_model(core.read_model(content), "CPU", properties)
+    return lambda x: compiled(x)[0]
+
+
+ENGINES: dict[str, Callable[[bytes, int | None], RunFunction]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

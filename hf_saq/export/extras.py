@@ -1,0 +1,45 @@
+"""Import the libraries that exporting needs, which not everybody has installed, and say how to get them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from ..installing import how_to_install
+
+EXTRA_OF = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+"""Library -> the extra of hf-saq that installs it."""
+
+ENGINES = ("onnxruntime", "openvino")
+"""Libraries that run an export."""
+
+OPENVINO_PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""What makes OpenVINO compute the graph as it is: without them it computes in bfloat16 what is not integer, where a
+CPU has that type, and quantizes inputs of int4 weights again, in groups of its own."""
+
+
+def check_engine(engine: str) -> None:
+    """Raise `ValueError` if there is no such engine."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r}; expected one of {list(ENGINES)}.")
+
+
+def installed_engines() -> list[str]:
+    """List the engines that can be imported, and ONNX Runtime in any case: verifying needs one."""
+    return [engine for engine in ENGINES if engine == "onnxruntime" or find_spec(engine) is not None]
+
+
+def needed(library: str) -> ModuleType:
+    """Import `library`.
+
+    Raises:
+        ImportError: If it is not installed; says which extra to install.
+    """
+    try:
+        return import_module(library)
+    except ImportError as error:
+        raise ImportError(
+            f"{library} is needed for this and could not be imported ({error}); install it with "
+            f"{how_to_install(EXTRA_OF[library])}."
+        ) from error

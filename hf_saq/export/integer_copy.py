@@ -1,0 +1,80 @@
+"""Copy a quantized model with integer layers in the place of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import conversion
+from ..layers import HoldsQuantizers, PackedLayer, QuantizedLayer
+from ..quantizers import Quantizer
+from .integer_layers import IntegerActivation, IntegerLayer
+
+
+@torch.no_grad()
+def integer_copy(model: nn.Module, weights: str) -> nn.Module:
+    """Copy `model` in evaluation mode, in float32, on the CPU; the layers of the copy keep their names.
+
+    Raises:
+        ValueError: If the model is not quantized or not calibrated, or if a grid does not fit into an integer graph.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (QuantizedLayer, PackedLayer))}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no quantized layer; expected a model made by `quantize`, `pack` or "
+            "`from_pretrained` of a quantized checkpoint."
+        )
+    _check_ready(model)
+    replacements: dict[nn.Module, nn.Module] = {
+        layer: IntegerLayer(layer, name, weights) for name, layer in layers.items() if _is_quantized(layer)
+    }
+    for module in model.modules():
+        if isinstance(module, HoldsQuantizers) and not isinstance(module, QuantizedLayer):
+            replacements.update({quantizer: IntegerActivation(quantizer) for quantizer in module.own_quantizers()})
+    copied = conversion.copy_with(model, replacements).eval()
+    # Not `copied.to`, which transformers forbids to models that were loaded quantized.
+    nn.Module.to(copied, device="cpu", dtype=torch.float32)
+    conversion.attention_interface.compute_openly(copied)
+    return copied
+
+
+def _is_quantized(layer: QuantizedLayer | PackedLayer) -> bool:
+    return isinstance(layer, PackedLayer) or bool(layer.own_quantizers())
+
+
+def _check_ready(model: nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ValueError(f"{type(model).__name__}: {name} has no values (device='meta'); load the weights first.")
+    waiting = [m.path for m in model.modules() if isinstance(m, Quantizer) and not m.initialized]
+    if waiting:
+        raise ValueError(
+            f"{type(model).__name__} is not calibrated: {len(waiting)} quantizers have no range yet, for example "
+            f"{waiting[0]}. Run `hf_saq.calibrate(model, batches)` or train before exporting."
+        )
+
+
+class LogitsOnly(nn.Module):
+    """Calls a model with one tensor and returns one: its logits, or what it returns if that is a tensor."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Take the logits out of what a classifier returned."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ValueError(
+        f"the model returns a {type(output).__name__} without `logits`; only classifiers can be exported: models that "
+        "return a tensor, or an output with `logits`."
+    )

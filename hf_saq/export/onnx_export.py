@@ -1,0 +1,136 @@
+"""Export a quantized model to an integer graph of ONNX, in the layout that other tools of the ecosystem read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..storage import staged
+from .checks import verify
+from .example_inputs import example_inputs
+from .extras import check_engine, installed_engines, needed
+from .integer_copy import integer_copy
+from .integer_layers import IntegerLayer
+from .passes import run_in_integers, store, widen_codes
+from .report import ExportedLayer, ExportReport
+from .stored_grids import CODE_RANGE
+from .targets import check_target, fit_to_target
+from .tracing import trace
+
+MODEL_FILE = "onnx/model_quantized.onnx"
+"""Where transformers.js and optimum look for a quantized graph."""
+CONFIG_FILE = "config.json"
+RECORD = "hf_saq_export"
+"""Key in `config.json` of what the export says about itself."""
+EXPORT_VERSION = 1
+
+
+def export_onnx(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    weights: str = "int8",
+    target: str = "cpu",
+    example: Tensor | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    processor: Any = None,
+    check: bool = True,
+    engines: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a quantized model as an integer graph that ONNX Runtime, OpenVINO and others run.
+
+    The graph has the learned scales and the integer codes of the model, in `QuantizeLinear` and `DequantizeLinear`
+    nodes. Its batch dimension is dynamic; height and width are those of the images it was exported for. `directory`
+    gets `config.json`, `onnx/model_quantized.onnx` and, if there is a processor, `preprocessor_config.json`. All files
+    are written at the end, when everything else has succeeded. The model itself is left as it is.
+
+    Args:
+        model: A quantized and calibrated model, in float or packed storage.
+        directory: What to write; empty or not there, unless `overwrite`.
+        weights: `"int8"`, which engines run fastest, or `"int4"`: weights of up to 4 bits take 4 bits in the file.
+        target: What runs it: `"cpu"`, any CPU; `"cpu-vnni"`, CPUs that sum products in 32 bits; or `"gpu"`. For
+            `"cpu"` the products of 8-bit weights with 8-bit inputs that some get wrong are computed in two halves,
+            exactly; for the others a warning names these layers.
+        example: Inputs `(batch, ...)`, of any batch. Images of noise are made if there are none; real ones are better.
+        image_size: Height and width in pixels, where neither the processor nor the model's configuration says.
+        processor: The image processor to store with it.
+        check: Whether to verify before writing: codes and scales are equal; each layer alone, on its input in the
+            model, is within one step; the logits of ONNX Runtime are as near to the model's as those to themselves.
+        engines: What to verify it with, of `"onnxruntime"` and `"openvino"`; `None` for those that are installed.
+        overwrite: Whether files of an earlier export may be replaced.
+
+    Raises:
+        ExportCheckError: If a check fails: a `ValueError` that says which, and of which layers.
+        ValueError: If an argument is wrong, the model is not quantized or not calibrated, a grid does not fit into an
+            integer graph, or `directory` holds files already.
+        ImportError: If a library is missing; says which extra installs it.
+    """
+    if weights not in CODE_RANGE:
+        raise ValueError(f"weights={weights!r}; expected one of {list(CODE_RANGE)}.")
+    check_target(target)
+    directory = Path(directory)
+    _check_free(directory, overwrite)
+    engines = installed_engines() if engines is None else engines
+    for engine in engines:
+        check_engine(engine)
+    for library in ("onnx", "onnxscript", *(engines if check else ())):
+        needed(library)
+    example = example_inputs(model, example, image_size, processor)
+    copied = integer_copy(model, weights)
+    graph_model = trace(copied, example)
+    folded = run_in_integers(graph_model)
+    if weights == "int8":
+        widen_codes(graph_model)
+    split = fit_to_target(graph_model, target)
+    store(graph_model, weights)
+    content = needed("onnx_ir").to_proto(graph_model).SerializeToString()
+    checks = verify(model, copied, content, folded, example, engines) if check else {}
+    report = ExportReport(MODEL_FILE, len(content), weights, target, _layers(copied, weights, split), checks)
+    _write(directory, content, report, getattr(model, "config", None), processor)
+    return report
+
+
+def _check_free(directory: Path, overwrite: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; expected a directory to write.")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        raise ValueError(f"{directory} holds files already; name another directory or pass overwrite=True.")
+
+
+def _layers(copied: nn.Module, weights: str, split: list[str]) -> tuple[ExportedLayer, ...]:
+    found = []
+    for name, layer in copied.named_modules():
+        if isinstance(layer, IntegerLayer):
+            activation_bits = None if layer.activation is None else (layer.activation.high + 1).bit_length() - 1
+            if layer.grid is None:
+                found.append(ExportedLayer(name, None, activation_bits, "float"))
+            else:
+                notes = ("two halves, for CPUs without VNNI",) if name in split else ()
+                stored = "int4" if weights == "int4" and layer.grid.fits("int4") else "int8"
+                found.append(ExportedLayer(name, layer.grid.bits, activation_bits, stored, notes))
+    return tuple(found)
+
+
+def _write(directory: Path, content: bytes, report: ExportReport, config: Any, processor: Any) -> None:
+    with staged(directory) as stage:
+        (stage / MODEL_FILE).parent.mkdir(parents=True)
+        (stage / MODEL_FILE).write_bytes(content)
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(stage)
+        fields = json.loads((stage / CONFIG_FILE).read_text()) if (stage / CONFIG_FILE).exists() else {}
+        fields[RECORD] = {
+            "format_version": EXPORT_VERSION,
+            "file": report.file,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "weights": report.weights,
+            "target": report.target,
+        }
+        (stage / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        if processor is not None:
+            processor.save_pretrained(stage)

@@ -1,0 +1,58 @@
+"""Change graphs so that engines find the patterns they run in integers; each pass says when it changes no result."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .batch_norms import fold_batch_norms
+from .codes import narrow_codes, widen_codes
+from .matmuls import gemms_to_matmuls, transpose_stored_weights
+from .pads import move_pads_behind_codes
+from .relus import fold_relus_into_codes
+from .saturation import may_saturate, saturating_layers, split_saturating_layers
+from .sizes import forget_shapes
+
+__all__ = [
+    "fold_batch_norms",
+    "fold_relus_into_codes",
+    "forget_shapes",
+    "gemms_to_matmuls",
+    "may_saturate",
+    "move_pads_behind_codes",
+    "narrow_codes",
+    "run_in_integers",
+    "saturating_layers",
+    "split_saturating_layers",
+    "store",
+    "transpose_stored_weights",
+    "widen_codes",
+]
+
+
+def run_in_integers(model: Any) -> dict[str, str]:
+    """Bring the layers of an `onnx_ir.Model`, in place, into the forms that engines run in integers.
+
+    Returns:
+        What [`fold_batch_norms`] returns.
+    """
+    transpose_stored_weights(model)
+    gemms_to_matmuls(model)
+    folded = fold_batch_norms(model)
+    move_pads_behind_codes(model)
+    fold_relus_into_codes(model)
+    return folded
+
+
+def store(model: Any, weights: str) -> None:
+    """Choose the types of codes, in place, and drop what a graph can be run without.
+
+    Args:
+        weights: `"int4"` stores codes of at most 4 bits as such.
+    """
+    if weights == "int4":
+        narrow_codes(model)
+    common = import_module("onnx_ir.passes.common")
+    common.RemoveUnusedNodesPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    forget_shapes(model)

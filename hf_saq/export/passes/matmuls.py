@@ -1,0 +1,91 @@
+"""Bring linear layers into the one form that engines run in integers: a product with stored codes, then a bias.
+
+Layers whose input stays in float are left alone. ONNX Runtime would take that form for `MatMulNBits`, and quantize the
+input of that to 8 bits, which nobody asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .nodes import (
+    add_initializer,
+    constant,
+    insert_node,
+    nodes_of,
+    producer,
+    replace_value,
+    set_constant,
+    set_integer,
+    used_once,
+)
+
+
+def transpose_stored_weights(model: Any) -> int:
+    """Store codes transposed where the graph transposes what they dequantize to; changes no result.
+
+    Returns:
+        How many weights were changed.
+    """
+    count = 0
+    for node in nodes_of(model, "Transpose"):
+        weight = _stored_matrix(node.inputs[0])
+        if weight is None or not all(_is_dequantized(user.inputs[0]) for user, _ in node.outputs[0].uses()):
+            continue
+        if used_once(node.inputs[0]) and list(node.attributes["perm"].as_ints()) == [1, 0]:
+            _transpose(weight)
+            replace_value(node.outputs[0], node.inputs[0])
+            count += 1
+    return count
+
+
+def gemms_to_matmuls(model: Any) -> int:
+    """Write `Gemm` with stored codes as a `MatMul` less the negative bias; changes no result but the order of a sum.
+
+    ONNX Runtime runs that in integers without a following quantization. `Gemm` it does not, and a `MatMul` of matrices
+    with an `Add` it makes a `Gemm` again.
+
+    Returns:
+        How many nodes were changed.
+    """
+    count = 0
+    for node in nodes_of(model, "Gemm"):
+        weight = _stored_matrix(node.inputs[1])
+        factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+        if weight is None or not used_once(node.inputs[1]) or factors != [1, 1]:
+            continue
+        if not _is_dequantized(node.inputs[0]) or node.attributes.get_int("transA", 0):
+            continue
+        if node.attributes.get_int("transB", 0):
+            _transpose(weight)
+        y = insert_node(node, "MatMul", list(node.inputs[:2]))
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            bias = constant(node.inputs[2])
+            if bias is None:
+                y = insert_node(node, "Add", [y, node.inputs[2]])
+            else:
+                negative = add_initializer(node.graph, f"{node.inputs[2].name}.negative", -bias)
+                y = insert_node(node, "Sub", [y, negative])
+        replace_value(node.outputs[0], y)
+        count += 1
+    return count
+
+
+def _is_dequantized(value: Any) -> bool:
+    return producer(value, "DequantizeLinear") is not None
+
+
+def _stored_matrix(value: Any) -> Any:
+    """Return the node that dequantizes a constant matrix to `value`, or `None`."""
+    node = producer(value, "DequantizeLinear")
+    codes = None if node is None else constant(node.inputs[0])
+    return node if codes is not None and codes.ndim == 2 else None
+
+
+def _transpose(weight: Any) -> None:
+    codes, scale = constant(weight.inputs[0]), constant(weight.inputs[1])
+    assert codes is not None and scale is not None
+    set_constant(weight, 0, codes.T, ".codes")
+    if scale.ndim:
+        set_integer(weight, "axis", 1 - weight.attributes.get_int("axis", 1) % 2)
+    weight.outputs[0].shape = weight.inputs[0].shape

@@ -1,0 +1,72 @@
+"""Two models side by side, against numbers from their layers run by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from labelled_models import labelled_images, labelled_vectors, nothing_changes, quantized_linear_net, quantized_vit
+from tiny_models import linear_net, vit
+from torch import nn
+
+from hf_saq import dequantize, pack
+from hf_saq.analysis import compare
+
+
+def test_layers_and_predictions_are_those_of_the_models_run_by_hand():
+    """Tolerance 1e-3 dB."""
+    a, b = linear_net(), quantized_linear_net(2, 2)
+    batches = labelled_vectors(32)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with nothing_changes(b), nothing_changes(a):
+        found = compare(a, b, batches)
+    assert [layer.name for layer in found.layers] == ["0", "2", "4"]
+    with torch.no_grad():
+        values = [x, x]
+        for k in range(5):
+            values = [net[k](value) for net, value in zip((a, b), values, strict=True)]
+            if k % 2 == 0:
+                ratio = values[0].square().sum() / (values[1] - values[0]).square().sum()
+                assert found.layers[k // 2].snr == pytest.approx(10 * math.log10(ratio), abs=1e-3)
+    y_a, y_b = values
+    assert found.snr == pytest.approx(found.layers[-1].snr) and found.examples == 48
+    assert found.loss_a == pytest.approx(nn.functional.cross_entropy(y_a, y).item(), rel=1e-5)
+    assert found.loss_b == pytest.approx(nn.functional.cross_entropy(y_b, y).item(), rel=1e-5)
+    different = (y_a.argmax(1) != y_b.argmax(1)).nonzero().flatten().tolist()
+    assert len(different) > 1 and found.agreement == pytest.approx(1 - len(different) / 48)
+    farthest = max(different, key=lambda k: (y_a[k] - y_b[k]).norm().item())
+    assert found.parted[0].example == farthest
+    assert found.parted[0].prediction_a == y_a[farthest].argmax() != found.parted[0].prediction_b
+
+
+def test_forms_of_one_model_can_be_compared():
+    model = quantized_vit(activation_bits=None)
+    batches = labelled_images()
+    for other in (pack(model), dequantize(model)):
+        found = compare(model, other, batches)
+        assert found.agreement == 1 and not found.parted
+        assert len(found.layers) == 14 and min(layer.snr for layer in found.layers) > 100
+    worse = compare(vit(), model, batches)
+    assert len(worse.layers) == 14 and max(layer.snr for layer in worse.layers) < 60
+
+
+def test_the_result_prints_draws_and_becomes_json(tmp_path):
+    net = quantized_linear_net(2, 2)
+    found = compare(linear_net(), net, labelled_vectors(32))
+    assert f"{found.agreement:.1%} of 48 predictions agree" in str(found)
+    plain = found.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain and len(plain["parted"]) <= 10
+    found.plot(tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert compare(net, net, labelled_vectors()).to_dict()["snr"] is None  # no noise: infinite
+
+
+def test_what_is_wrong_is_said():
+    with pytest.raises(ValueError, match="have no layer of the same name; expected two models of one architecture"):
+        compare(vit(), linear_net(), labelled_images())
+    wider = linear_net()
+    wider[4] = nn.Linear(8, 5)
+    with pytest.raises(ValueError, match=r"4: \(8, 3\) in the first model and \(8, 5\) in the second"):
+        compare(linear_net(), wider, labelled_vectors())

@@ -1,0 +1,101 @@
+"""`ExportedClassifier`: the same predictions on every engine, in a pipeline, and what it refuses to load."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from quantized_models import quantized
+from test_checks import FILE
+from tiny_models import conv_net, images, vit
+from transformers import AutoImageProcessor, ViTImageProcessor, pipeline
+
+from hf_saq.export import ExportedClassifier, export_onnx
+from hf_saq.export.checks.whole_model import own_logits
+from hf_saq.export.integer_copy import logits_of
+
+ENGINES = ["onnxruntime", "openvino"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("engines") / "vit"
+    model = quantized(vit, activation_bits=8)
+    export_onnx(model, directory, processor=ViTImageProcessor(size={"height": 16, "width": 16}))
+    return model, directory
+
+
+def far(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_predicts_what_the_model_does(exported, engine: str):
+    model, directory = exported
+    x = images(7, seed=5)
+    expected, own_noise = own_logits(model, x)
+    found = ExportedClassifier.from_pretrained(directory, engine=engine, threads=1)(pixel_values=x).logits
+    assert far(found.numpy(), expected) <= max(4 * own_noise, 2e-3)
+    assert torch.equal(found.argmax(-1), torch.from_numpy(expected).argmax(-1))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_plain_module_has_no_configuration(engine: str, tmp_path):
+    model, x = quantized(conv_net, images(4, 8)), images(4, 8)
+    export_onnx(model, tmp_path, example=x)
+    loaded = ExportedClassifier.from_pretrained(tmp_path, engine=engine, threads=1)
+    expected, own_noise = own_logits(model, x)
+    assert loaded.config is None
+    assert far(loaded(x).logits.numpy(), expected) <= max(4 * own_noise, 2e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_works_in_a_pipeline(exported, engine: str, caplog):
+    model, directory = exported
+    processor = AutoImageProcessor.from_pretrained(directory)
+    loaded = ExportedClassifier.from_pretrained(directory, engine=engine, threads=1)
+    pictures = [
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)) for seed in (0, 1)
+    ]
+    with caplog.at_level(logging.WARNING):
+        classify = pipeline("image-classification", model=loaded, image_processor=processor)
+        found = classify(pictures)
+    assert not caplog.records
+    with torch.no_grad():
+        expected = logits_of(model(**processor(pictures, return_tensors="pt"))).softmax(-1)
+    for answers, probabilities in zip(found, expected, strict=True):
+        scores = torch.tensor([next(a["score"] for a in answers if a["label"] == f"LABEL_{i}") for i in range(3)])
+        torch.testing.assert_close(scores, probabilities, atol=0.02, rtol=0)  # a flip of 8 bits or two
+
+
+def test_what_is_no_export_is_refused(exported, tmp_path):
+    model, directory = exported
+    load = ExportedClassifier.from_pretrained
+    with pytest.raises(ValueError, match=r"engine='tensorrt'; expected one of \['onnxruntime', 'openvino'\]"):
+        load(directory, engine="tensorrt")
+    with pytest.raises(ValueError, match="has no config.json; expected a directory that `export_onnx` wrote"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged .*export the model again"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no 'hf_saq_export'; .*AutoModelForImageClassification.from_pretrained"):
+        load(tmp_path)
+    fields = json.loads((directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"{FILE} is missing; export the model again"):
+        load(tmp_path)
+    (tmp_path / "onnx").mkdir()
+    content = bytearray((directory / FILE).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(ValueError, match="is not the file that was exported .*SHA-256 differs"):
+        load(tmp_path)
+    fields["hf_saq_export"]["format_version"] = 9
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="format_version is 9, but this hf_saq reads 1; upgrade"):
+        load(tmp_path)
