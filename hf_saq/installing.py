@@ -7,8 +7,11 @@ from importlib import metadata
 DISTRIBUTION = "hf-saq"
 
 
-def how_to_install() -> str:
+def how_to_install(extra: str | None = None) -> str:
     """Return the command that installs hf_saq: from its repository, or from a copy of its source if none is known.
+
+    Args:
+        extra: Name of the optional dependencies to install with it.
 
     It names no package of an index: the distribution is on none, and its name there could be anybody's.
     """
@@ -18,5 +21,7 @@ def how_to_install() -> str:
         entries = []
     urls = dict(entry.split(", ", 1) for entry in entries)
     if "Repository" in urls:
-        return f"pip install git+{urls['Repository']}"
-    return "pip install . (in a copy of the source of hf_saq)"
+        source = f"git+{urls['Repository']}"
+        return f"pip install '{DISTRIBUTION}[{extra}] @ {source}'" if extra else f"pip install {source}"
+    target = f"'.[{extra}]'" if extra else "."
+    return f"pip install {target} (in a copy of the source of hf_saq)"

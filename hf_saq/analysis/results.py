@@ -7,6 +7,8 @@ import math
 from importlib.util import find_spec
 from typing import Any
 
+from ..installing import how_to_install
+
 DOTS_PER_INCH = 120
 
 
@@ -34,7 +36,7 @@ def new_figure(width: float, height: float) -> Any:
         ImportError: If matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise ImportError("plot: matplotlib is not installed; expected it for pictures: `pip install 'hf-saq[plot]'`.")
+        raise ImportError(f"plot: matplotlib is not installed; expected it for pictures: {how_to_install('plot')}.")
     from matplotlib.figure import Figure  # pyplot would touch the user's own figures
 
     return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")

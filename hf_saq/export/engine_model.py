@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from ..installing import how_to_install
 from .extras import OPENVINO_PROPERTIES, check_engine, needed
 from .onnx_export import CONFIG_FILE, EXPORT_VERSION, RECORD
 
@@ -106,7 +107,7 @@ def _graph_of(directory: Path) -> bytes:
     if record.get("format_version") != EXPORT_VERSION:
         raise ValueError(
             f"{directory / CONFIG_FILE}: {RECORD}.format_version is {record.get('format_version')!r}, but this hf_saq "
-            f"reads {EXPORT_VERSION}; upgrade with `pip install -U hf-saq`, or export the model again."
+            f"reads {EXPORT_VERSION}; install a newer hf_saq ({how_to_install()}), or export the model again."
         )
     file = directory / str(record.get("file"))
     if not file.is_file():

@@ -6,6 +6,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+from ..installing import how_to_install
+
 EXTRA_OF = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 """Library -> the extra of hf-saq that installs it."""
 
@@ -39,5 +41,5 @@ def needed(library: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"{library} is needed for this and could not be imported ({error}); install it with "
-            f"`pip install 'hf-saq[{EXTRA_OF[library]}]'`."
+            f"{how_to_install(EXTRA_OF[library])}."
         ) from error

@@ -15,11 +15,11 @@ from ..conversion.forms import is_packed
 from ..conversion.swapping import quantize
 from ..hub.image_processor import SavesImageProcessor
 from ..hub.publishing_trainer import PublishingTrainer
+from ..hub.run_in_words import TellsInWords
 from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters
 from .columns import KeepsColumnsOfTransforms
 from .fsdp import check_fsdp, skeleton_of
-from .in_words import TellsInWords
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbed_steps import PerturbedSteps
 from .reestimating_norms import ReestimatesNorms

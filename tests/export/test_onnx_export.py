@@ -179,5 +179,5 @@ def test_files_that_are_there_stay(tmp_path):
 
 def test_a_library_that_is_missing(monkeypatch):
     monkeypatch.setattr("hf_saq.export.extras.EXTRA_OF", {"no_such_library": "onnx"})
-    with pytest.raises(ImportError, match=r"no_such_library is needed .* `pip install 'hf-saq\[onnx\]'`"):
+    with pytest.raises(ImportError, match=r"no_such_library is needed .* pip install '\.\[onnx\]'"):
         needed("no_such_library")

@@ -28,6 +28,7 @@ def test_it_comes_from_the_metadata(monkeypatch):
     assert how_to_install() == "pip install . (in a copy of the source of hf_saq)"
     with_metadata(monkeypatch, "Paper, https://arxiv.org/abs/2111.12273", "Repository, https://example.org/hf_saq")
     assert how_to_install() == "pip install git+https://example.org/hf_saq"
+    assert how_to_install("onnx") == "pip install 'hf-saq[onnx] @ git+https://example.org/hf_saq'"
 
 
 def test_also_where_nothing_is_installed(monkeypatch):

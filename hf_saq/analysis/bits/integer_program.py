@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...installing import how_to_install
+
 OBJECTIVE_RANGE = 1000.0
 """What the largest loss is scaled to: the solver stops when it is sure of the optimum up to 1e-6."""
 LARGEST_BUDGET = 1e6
@@ -45,7 +47,7 @@ def solve(
     """
     if find_spec("scipy") is None:
         raise ImportError(
-            "allocate_bits: scipy is not installed; expected it for its solver: `pip install 'hf-saq[analysis]'`."
+            f"allocate_bits: scipy is not installed; expected it for its solver: {how_to_install('analysis')}."
         )
     from scipy.optimize import LinearConstraint, milp
 

@@ -220,5 +220,5 @@ def test_what_is_wrong_is_said(monkeypatch):
     with pytest.raises(ValueError, match=r"cannot cut one example out of a tuple"):
         allocate_bits(net, [("x", torch.zeros(1))], 1e6, found=measured, alike=[])
     monkeypatch.setattr("hf_saq.analysis.bits.integer_program.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"scipy is not installed; .*pip install 'hf-saq\[analysis\]'"):
+    with pytest.raises(ImportError, match=r"scipy is not installed; .*pip install '\.\[analysis\]'"):
         allocate_bits(net, batches, 1e6, found=measured)

@@ -12,8 +12,6 @@ from transformers.utils import logging
 
 from ..config import SAQConfig
 from ..conversion.report import ConversionReport, LayerPlan
-from ..sharpness import SharpnessAwareMinimizer
-from ..sharpness.schedules import ScheduledStep
 from ..storage.weight_files import weight_file_bytes
 from ..tables import kibibytes
 
@@ -25,8 +23,8 @@ class TellsInWords(Trainer):
 
     saq_config: SAQConfig
     model: nn.Module
-    minimizer: SharpnessAwareMinimizer | None
-    scheduled_step: ScheduledStep | None
+    minimizer: Any
+    scheduled_step: Any
     _cost_logs: dict[str, float]
 
     def tell_before_training(self) -> None:
