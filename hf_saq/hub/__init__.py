@@ -1,7 +1,7 @@
 """Publish models: one commit for each push, a model card of what was measured, a picture of the training.
 
 Comes in: a `Trainer` at work, or a saved model. Goes out: commits on the Hub; `README.md` and `training_curve.png`
-next to a model. Must not know: perturbations and their schedule, other than the `SAQConfig` that a card names.
+next to a model. Must not know: how perturbations are made; it names those of the `SAQConfig`, in cards and in words.
 """
 
 from typing import TYPE_CHECKING

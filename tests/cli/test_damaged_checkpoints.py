@@ -94,7 +94,7 @@ CONFIGS = {
     "quantization_name": (field("quantization_config", "x"), "quantization_config is 'x'; expected 'saq'"),
     "no_quantization": (field("quantization_config", None), "quant_method is None; expected 'saq'"),
     "method": (setting("quant_method", [1]), r"quant_method is \[1\]; expected 'saq'"),
-    "newer": (setting("format_version", 99), "config.json: .*format_version is 99, .*upgrade"),
+    "newer": (setting("format_version", 99), "config.json: .*format_version is 99, .*install a newer one"),
     "version": (setting("format_version", "2"), "config.json: .*format_version='2'; expected an integer"),
     "bits": (setting("weight_bits", [4]), r"config.json: .*weight_bits=\[4\]; expected an integer"),
     "other_bits": (setting("weight_bits", 3), "packed_weight has shape .*expected shape"),

@@ -130,7 +130,7 @@ def test_bad_stored_configurations_raise(own_packed_dir: Path):
     with pytest.raises(ValueError, match=r"quantization_config has unknown keys \['group_size'\]"):
         load(own_packed_dir)
     edit_config(own_packed_dir, format_version=9)
-    with pytest.raises(ValueError, match="format_version is 9, but this hf_saq reads up to 2; upgrade"):
+    with pytest.raises(ValueError, match="format_version is 9, but this hf_saq reads up to 2; install a newer one"):
         load(own_packed_dir)
 
 
