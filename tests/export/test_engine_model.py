@@ -97,5 +97,5 @@ def test_what_is_no_export_is_refused(exported, tmp_path):
         load(tmp_path)
     fields["hf_saq_export"]["format_version"] = 9
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="format_version is 9, but this hf_saq reads 1; upgrade"):
+    with pytest.raises(ValueError, match="format_version is 9, but this hf_saq reads 1; install a newer hf_saq"):
         load(tmp_path)
