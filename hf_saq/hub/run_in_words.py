@@ -82,6 +82,7 @@ class TellsInWords(Trainer):
         logged = ["loss"]
         if self.minimizer is not None:
             logged += ["sharpness (perturbed minus clean loss, where a step has both)", "ascent_norm"]
+            logged += ["perturbed_loss (for loss, where a step has the whole batch at perturbed weights only)"]
         where: Any = self.args.report_to
         return f"Logged: {_listed(logged)}; to {_listed(where) if where else 'the console'}."
 

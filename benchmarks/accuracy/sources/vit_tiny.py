@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,19 @@ from transformers import ViTConfig, ViTForImageClassification
 
 MEAN = STD = (0.5, 0.5, 0.5)
 """What the checkpoint was trained with: pixels from -1 to 1."""
+TRAINING: dict[str, Any] = {
+    "float_per_seed": False,
+    "bits": (4, 3, 2),
+    "images_per_class": None,
+    "optimizer": "adamw",
+    "weight_decay": 0.05,
+    "learning_rates": (1e-4, 3e-4, 1e-3),
+    "plain_learning_rates": (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3),
+    "radii": (0.01, 0.03, 0.1, 0.3),
+    "adaptive_radii": (0.1, 0.3, 1.0, 3.0),
+    "tuned_at": 3,
+}
+"""Fields of `Task` that all tasks with this model have."""
 POSITIONS = "vit.embeddings.position_embeddings"
 
 

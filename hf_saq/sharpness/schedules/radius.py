@@ -62,8 +62,8 @@ class RadiusMatch:
         """Run the full step's passes if it is time to measure; gradients, random state and statistics stay as they
         are."""
         self._full, self._perturbed = None, []
-        is_due = self.steps % EVERY == 0 or self.steps < EVERY and self.steps.bit_count() == 1
-        is_due &= self.steps > 0
+        is_power_of_two = self.steps.bit_count() == 1
+        is_due = is_power_of_two if self.steps < EVERY else self.steps % EVERY == 0
         self.steps += 1
         if not is_due:
             return

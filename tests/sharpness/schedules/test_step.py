@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import cache
 
 import pytest
@@ -88,7 +89,9 @@ def plain(family):
 
 
 def run_in_float32(family, saq_config, output_dir):
-    args = arguments(output_dir or "unused", max_steps=STEPS, optim="adamw_torch", gradient_accumulation_steps=2)
+    args = arguments(
+        output_dir or tempfile.gettempdir(), max_steps=STEPS, optim="adamw_torch", gradient_accumulation_steps=2
+    )
     model, data = quantized_model(family, torch.float32), Images(2 * STEPS * BATCH, torch.float32)
     trainer = InOrder(model, args, saq_config=saq_config, train_dataset=data)
     trainer.train()
