@@ -108,6 +108,8 @@ class Study:
             "test_images": task.test_images,
             "quantization": task.quantization,
             "device": self.args.device,
+            # Runs that were stored before there was a choice keep the arguments that they were stored with.
+            **({} if task.precision == "float32" else {"precision": task.precision}),
             **way.control,
         }
 

@@ -84,6 +84,7 @@ class Task:
         trial_seeds: Seeds to choose with.
         test_images: The first so many of them are tested on; `None`: all.
         channels_last: Whether convolutions run in that memory format, which is faster for some models.
+        precision: Of the products in quantized training, `float32` or `bfloat16`; evaluation is in float32.
         needs: Fields of [`Paths`] that must be there.
         tuned_at: Bits at which learning rate and radii are chosen for all bits; `None`: for each by itself.
     """
@@ -109,6 +110,7 @@ class Task:
     trial_seeds: tuple[int, ...] = (100,)
     test_images: int | None = None
     channels_last: bool = False
+    precision: str = "float32"
     needs: tuple[str, ...] = ()
     tuned_at: int | None = None
 

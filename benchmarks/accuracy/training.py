@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import islice
@@ -26,6 +26,7 @@ from .tasks import TASKS
 
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 2, 128
 DISTILL_TEMPERATURE = 2.0
+LossOf = Callable[[nn.Module, Batch], Tensor]
 
 
 def workers(processes: int) -> Executor:
@@ -79,15 +80,18 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     saq = None if arguments["saq"] is None else saq_of(arguments["saq"])
     batches = (moved(batch, device, layout) for batch in data.training_batches(images, task.batch_size, seed))
     torch.manual_seed(seed)  # of dropout
+    loss_of: LossOf = plain_loss
+    if arguments["distill_alpha"]:
+        loss_of = partial(distilled, teacher(float_model, device), arguments["distill_alpha"])
+    if arguments.get("precision"):
+        loss_of = partial(autocast, getattr(torch, arguments["precision"]), loss_of)
     outcome = fit(
         model,
         twice(batches) if arguments.get("echoed") else batches,
         arguments["steps"],
         task.optimizer_of(model, arguments["lr"]),
         saq,
-        plain_loss
-        if not arguments["distill_alpha"]
-        else partial(distilled, teacher(float_model, device), arguments["distill_alpha"]),
+        loss_of,
     )
 
     if arguments.get("clean_batches"):
@@ -125,6 +129,11 @@ def twice(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 def teacher(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).eval().requires_grad_(False)
+
+
+def autocast(precision: torch.dtype, loss_of: LossOf, model: nn.Module, batch: Batch) -> Tensor:
+    with torch.autocast(batch["labels"].device.type, precision):
+        return loss_of(model, batch)
 
 
 def distilled(float_model: nn.Module, alpha: float, model: nn.Module, batch: Batch) -> Tensor:
