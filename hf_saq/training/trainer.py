@@ -46,7 +46,8 @@ class SAQTrainer(
     Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
     images), `ascent_norm` (mean norm of the gradients that perturbations were made from), `skipped_perturbations`
     (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). The first line of a run
-    that calibrates also has `bit_operations` (for one image) and `weight_bytes`, see [`cost`].
+    that calibrates also has `bit_operations` (for one image), `float_bit_operations` and `weight_bytes`, see
+    [`cost`].
 
     Args:
         model: A quantized model, or a float one together with `quantization_config`. Activation ranges that are still
