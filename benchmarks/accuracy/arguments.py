@@ -26,7 +26,8 @@ class AccuracyArguments:
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     results: str = field(default=f"{RESULTS}/accuracy", metadata={"help": "Where the JSON results go."})
     trials: str | None = field(
-        default=None, metadata={"help": "Where the results of runs go that settings are chosen by; default: --results."}
+        default=None,
+        metadata={"help": "Where the results of runs go that settings are chosen by; default: --results."},
     )
     cache: str = field(default="outputs/accuracy", metadata={"help": "Decoded images and float models."})
     flowers: str = field(default=FLOWERS, metadata={"help": "Flowers-102 as parquet files."})

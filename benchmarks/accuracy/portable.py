@@ -90,7 +90,9 @@ def pack(args: PortableArguments, paths: Paths) -> None:
 def unpack(args: PortableArguments, paths: Paths) -> None:
     """Write decoded images and the float model into the cache."""
     task, tensors = TASKS[args.task], load_file(args.file)
-    weights = {name.removeprefix(WEIGHTS): value.float() for name, value in tensors.items() if name.startswith(WEIGHTS)}
+    weights = {
+        name.removeprefix(WEIGHTS): value.float() for name, value in tensors.items() if name.startswith(WEIGHTS)
+    }
     check_weights(task, weights, args.file)
     splits = {split: decoded(tensors, split) for split in ("train", "validation", "test")}
     paths.cache.mkdir(parents=True, exist_ok=True)

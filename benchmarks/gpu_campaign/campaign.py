@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned = stages(results, Path(args.cache), file, args.rehearsal, with_data=file.is_file() and not args.rehearsal)
     if args.only:
         planned = [stage for stage in planned if stage.name.startswith(tuple(args.only))]
-    report = {"command": command, "machine": machine(device), "versions": versions(), "missing": lost, "stages": {}}
+    report: dict[str, Any] = {"command": command, "machine": machine(device), "versions": versions(), "missing": lost}
+    report["stages"] = {}
     results.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + args.seconds
     for stage in planned:

@@ -29,7 +29,8 @@ def machine(device: str) -> dict[str, Any]:
 
 def missing(device: str, file: Path, needs_data: bool) -> tuple[list[str], list[str]]:
     """List what the campaign cannot do without, and what it can, one sentence each."""
-    fatal, lost = [], []
+    fatal: list[str] = []
+    lost: list[str] = []
     if device == "cuda" and not torch.cuda.is_available():
         fatal.append("torch sees no CUDA device; run on a machine with one, or rehearse with --rehearsal.")
     for name in PACKAGES:

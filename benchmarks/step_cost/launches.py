@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name = f"launches-{model}-batch{batch_size}-{args.device}"
                 record = runs.once(name, arguments, lambda a=arguments: measure(a))  # type: ignore[misc]
                 for way, found in record["outcome"].items():
-                    print(f"{name}  {way:<24} {found['launches']:.0f} launches, {found['waits']:.1f} waits", flush=True)
+                    print(
+                        f"{name}  {way:<24} {found['launches']:.0f} launches, {found['waits']:.1f} waits", flush=True
+                    )
     finally:
         set_backend(before)
 
