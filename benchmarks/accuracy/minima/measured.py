@@ -1,9 +1,10 @@
-"""One run whose minimum is looked at: trained as the accuracy benchmark trains it, scored, and its sharpness measured."""
+"""One run whose minimum is looked at: trained as the accuracy benchmark does it, scored, and its sharpness measured."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
