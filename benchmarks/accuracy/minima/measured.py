@@ -1,10 +1,9 @@
-"""One run whose minimum is looked at: trained as the accuracy benchmark does it, scored, and its sharpness measured."""
+"""Train a model as the accuracy benchmark does, score it, and measure the sharpness of its minimum."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

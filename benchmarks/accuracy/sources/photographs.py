@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from examples.image_data import DataTrainingArguments, load_images
+from hf_saq.data import DataTrainingArguments, load_images
 
 from ...shared.images import Images
 from ...shared.stored_tensors import splits_made_once
