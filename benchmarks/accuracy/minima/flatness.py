@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(study: Study, args: FlatnessArguments, methods: list[str]) -> None:
     """All methods of a task, seed by seed: what is interrupted has complete pairs."""
-    found = chosen(study, Path(args.trials), methods)
+    found = chosen(study, Path(args.trials), list(dict.fromkeys([*methods, SAQ])))  # its radius measures all
     rho, adaptive_rho = radii(found)
     for number, seed in enumerate(args.seeds):
         jobs = {
@@ -82,7 +82,7 @@ def run(study: Study, args: FlatnessArguments, methods: list[str]) -> None:
         }
         for job in jobs.values():
             look(study, job, rho, adaptive_rho)
-        if not number and args.landscapes:
+        if not number and args.landscapes and {QAT, SAQ} <= set(jobs):
             walk(study, {"QAT": jobs[QAT], "SAQ": jobs[SAQ]})
 
 
