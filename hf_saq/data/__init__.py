@@ -11,7 +11,7 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .image_checks import is_a_path
-    from .image_data import AUGMENTATIONS, DataTrainingArguments, load_images
+    from .image_data import AUGMENTATIONS, DataTrainingArguments, load_images, load_split
     from .image_metrics import TopKAccuracy, make_compute_metrics
     from .image_transforms import (
         TransformedImages,
@@ -27,7 +27,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "image_checks": ("is_a_path",),
-        "image_data": ("AUGMENTATIONS", "DataTrainingArguments", "load_images"),
+        "image_data": ("AUGMENTATIONS", "DataTrainingArguments", "load_images", "load_split"),
         "image_metrics": ("TopKAccuracy", "make_compute_metrics"),
         "image_transforms": (
             "TransformedImages",
@@ -50,6 +50,7 @@ __all__ = [
     "input_size",
     "is_a_path",
     "load_images",
+    "load_split",
     "make_compute_metrics",
     "normalization",
     "top_k",

@@ -111,6 +111,32 @@ def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = 
     return chosen
 
 
+def load_split(args: DataTrainingArguments, seed: int, cache_dir: str | None = None) -> tuple[str, HFDataset]:
+    """Load one split whole, with the columns `image` and `label`: `eval_split`, else validation, test or the only one.
+
+    Returns:
+        The name of the split, and the split, of which `max_eval_samples` are drawn as [`load_images`] draws them.
+
+    Raises:
+        ValueError: If there is no such data, or it does not hold images with labels.
+    """
+    check_places(args)
+    if args.is_digits:
+        splits = digits(seed)
+    else:
+        splits = _load_named(args, cache_dir) if args.dataset_name else _load_folders(args, cache_dir)
+    name = args.eval_split or next((n for n in ("validation", "test") if n in splits), None)
+    if name is None and len(splits) == 1:
+        name = next(iter(splits))
+    if name is None or name not in splits:
+        asked = "no split was named" if name is None else f"--eval_split {name!r}"
+        raise ValueError(f"{asked}; the dataset has the splits {sorted(splits)}, name one of them.")
+    found = _standard_columns(splits[name], args)
+    if args.max_eval_samples is not None and args.max_eval_samples < len(found):
+        found = found.shuffle(seed=seed).select(range(args.max_eval_samples))
+    return name, found
+
+
 def digits(seed: int = 0) -> DatasetDict:
     """Load 1,797 scans of handwritten digits, 8 x 8 pixels, from scikit-learn: 1,347 to train, 450 held out."""
     from sklearn.datasets import load_digits
