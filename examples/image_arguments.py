@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 
 import yaml
 from distillation import check_distillation
-from image_data import DataTrainingArguments
 from image_model import ModelArguments
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_saq import SAQConfig, SAQQuantizationConfig
+from hf_saq.data import DataTrainingArguments
 from hf_saq.training import what_is_missing
 
 METHODS = ("qat", "saq")

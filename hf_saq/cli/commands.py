@@ -16,6 +16,7 @@ from ..storage import load_saved
 from ..storage.inspection import inspect_checkpoint
 from ..storage.rewriting import dequantize_saved, pack_saved
 from ..tables import kibibytes
+from .looking import analyze, compare_two, evaluate
 
 
 def _inspect(args: argparse.Namespace) -> str:
@@ -57,6 +58,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "dequantize": _dequantize,
     "export": _export,
     "card": _card,
+    "eval": evaluate,
+    "compare": compare_two,
+    "analyze": analyze,
 }
 
 

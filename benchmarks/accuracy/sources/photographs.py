@@ -26,7 +26,7 @@ def _decode(directory: Path, split: str, size: int, cache: Path) -> Images:
     # Decoded images are enough for a machine without the library that reads the files.
     from torchvision.transforms import v2
 
-    from examples.image_data import DataTrainingArguments, load_images
+    from hf_saq.data import DataTrainingArguments, load_images
 
     named = DataTrainingArguments(dataset_name=str(directory), eval_split="test" if split == "train" else split)
     rows = load_images(named, seed=0, cache_dir=str(cache))["train" if split == "train" else "eval"]

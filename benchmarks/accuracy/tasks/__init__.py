@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from ..task import Task
-from . import caltech_vit, cifar_resnet, cifar_vit, digits, flowers, flowers_efficientnet, flowers_vit, flowers_vit_224
+from . import (
+    caltech_vit,
+    cifar_resnet,
+    cifar_vit,
+    digits,
+    digits_cnn,
+    flowers,
+    flowers_efficientnet,
+    flowers_vit,
+    flowers_vit_224,
+)
 
 TASKS: dict[str, Task] = {
     "digits": digits.TASK,
+    "digits-cnn": digits_cnn.TASK,
     "flowers": flowers.TASK,
     "cifar-resnet": cifar_resnet.TASK,
     "cifar-vit": cifar_vit.TASK,
