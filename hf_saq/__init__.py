@@ -55,6 +55,7 @@ __getattr__, __dir__ = lazy_exports(
         "quantizers",
         "sharpness",
         "storage",
+        "timing",
         "training",
     ),
 )

@@ -27,6 +27,7 @@ ORDER = (
     "conversion",
     "storage",
     "export",
+    "timing",
     "analysis",
     "hub",
     "training",

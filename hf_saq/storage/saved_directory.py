@@ -118,6 +118,11 @@ def load_saved(source: str) -> tuple[Any, Any]:
     return model.eval(), AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
 
 
+def load_float(directory: Path) -> Any:
+    """Load a saved model that is not quantized, of the class that it was saved from, in evaluation mode."""
+    return model_class(AutoConfig.from_pretrained(directory)).from_pretrained(directory).eval()
+
+
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the class that a stored model was saved from, or the automatic one."""
     # Accept nothing but a model: `architectures` comes from a file, which may name anything.
