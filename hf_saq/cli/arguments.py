@@ -73,6 +73,20 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print machine-readable numbers")
     add_data_arguments(command, most=256)
 
+    command = commands.add_parser(
+        "benchmark", help="time, memory, size and agreement of every form of a quantized model, side by side"
+    )
+    command.add_argument("source", metavar="DIR")
+    command.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="images of a call; default: 1")
+    command.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of a form; default: 1")
+    command.add_argument("--rounds", type=int, default=10, help="how often all forms take turns; default: 10")
+    command.add_argument("--forms", nargs="+", help="some forms alone: float, packed, onnx-int8 and so on")
+    command.add_argument("--images", help="folder of pictures to compare predictions on; default: noise")
+    command.add_argument("--image-size", type=int, nargs="+", help="pixels, or height and width, if not stored")
+    command.add_argument("--target", default="cpu", help="what is exported for: cpu (any), cpu-vnni or gpu")
+    command.add_argument("--clock", default="wall", help="wall, or process for processor time; default: wall")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+
     command = commands.add_parser("card", help="write the model card (README.md) of a saved model")
     command.add_argument("directory", metavar="DIR")
     command.add_argument("--repo-id", help="the repository it will be in, for the loading snippet")
