@@ -2,7 +2,7 @@
 
 import * as ort from "./runtime/ort.wasm.bundle.min.mjs";
 
-ort.env.wasm.wasmPaths = new URL("./runtime/", import.meta.url).href;
+ort.env.wasm.wasmPaths = { wasm: new URL("./runtime/ort-wasm-simd-threaded.wasm", import.meta.url).href };
 ort.env.wasm.numThreads = 1;
 
 const CHANNELS = 3;
