@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
+from ..export.report import ExportReport
 from ..storage.inspection_report import StoredModel
 
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time")
@@ -57,6 +58,7 @@ class CardFacts:
         sharpness: Pairs of step and logged value.
         hyperparameters: Name -> value.
         has_picture: Whether [`draw_training_curve`] drew a picture that is published too.
+        export: What is known of the integer graph that lies beside the model, if there is one.
         base_model, datasets, dataset_name, license, language, tags: As in the Hub's metadata.
     """
 
@@ -75,6 +77,7 @@ class CardFacts:
     sharpness: Sequence[tuple[int, float]] = ()
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     has_picture: bool = False
+    export: ExportReport | None = None
     base_model: str | None = None
     datasets: Sequence[str] = ()
     dataset_name: str | None = None

@@ -64,6 +64,7 @@ def facts_of_run(
         bit_operations=next((int(entry["bit_operations"]) for entry in logs if "bit_operations" in entry), None),
         sharpness=[(int(entry["step"]), entry["sharpness"]) for entry in logs if "sharpness" in entry],
         has_picture=has_picture,
+        export=getattr(trainer, "exported", None),
     )
 
 
