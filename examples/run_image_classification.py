@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import transformers
-from distillation import DistillationTrainer
 from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
 from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
 from image_model import (
@@ -124,14 +123,14 @@ def run(
             method_config = copy.copy(saq_config)
             method_config.case = None if method == "qat" else saq_config.case
             set_seed(training_args.seed)  # every method sees the same batches and the same augmentation
-            trainer = DistillationTrainer(  # with an alpha of 0 the same as SAQTrainer
+            trainer = SAQTrainer(
                 copy.deepcopy(model),
                 stage_arguments(training_args, stage),
                 saq_config=method_config,
                 quantization_config=config,
                 teacher=model,
-                alpha=quantization_args.distill_alpha,
-                temperature=quantization_args.distill_temperature,
+                distill_alpha=quantization_args.distill_alpha,
+                distill_temperature=quantization_args.distill_temperature,
                 **common,
             )
             about = card_arguments(model_args, data_args, len(images["eval"]))

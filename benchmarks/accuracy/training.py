@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.distillation import distillation_loss
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize, reestimate_batch_norm
+from hf_saq.training import distillation_loss
 
 from ..shared.images import Batch, Images, draw_per_class
 from ..shared.runs import fingerprint_of
