@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from image_data import DataTrainingArguments
 from image_model import ModelArguments
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_saq import SAQConfig, SAQQuantizationConfig
+from hf_saq.data import DataTrainingArguments
 from hf_saq.training import check_distillation, what_is_missing
 
 METHODS = ("qat", "saq")

@@ -27,23 +27,28 @@ from typing import Any
 import torch
 import transformers
 from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
-from image_data import DataTrainingArguments, load_images
-from image_metrics import make_compute_metrics
 from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
 from image_model import (
     ModelArguments,
     has_folded_batch_norm,
-    input_size,
     load_model,
     load_processor,
     refit_batch_norm,
     timm_repository,
 )
 from image_results import Row, weight_bytes, what_to_do_next, write_results
-from image_transforms import TransformedImages, transforms, without_unreadable
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer
+from hf_saq.data import (
+    DataTrainingArguments,
+    TransformedImages,
+    input_size,
+    load_images,
+    make_compute_metrics,
+    transforms,
+    without_unreadable,
+)
 from hf_saq.training import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -74,7 +79,7 @@ def run(
         raise SystemExit("Nothing to do: give --do_train, --do_eval or both.")
 
     with in_one_line("reading the arguments"):
-        check_names(model_args, data_args)
+        check_names(model_args)
         stages = ["float", *(stage_name(m, c) for c in quantization_args.configs() for m in quantization_args.methods)]
         check_resume(training_args, stages)
     with training_args.main_process_first(desc="loading the data"), in_one_line("loading the images"):

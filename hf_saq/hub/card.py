@@ -14,6 +14,7 @@ from ..installing import how_to_install
 from ..storage.inspection import inspect_checkpoint
 from ..tables import kibibytes, markdown_table
 from ..version import __version__
+from .card_export import integer_inference
 from .card_facts import LANDSCAPE, CardFacts, ResultRow, facts_of_files, measured
 from .card_sections import closing_sections, folded
 
@@ -48,6 +49,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         _loading(facts),
         _results(facts, metrics),
         _quantization(facts),
+        integer_inference(facts.export, facts.load_from, facts.revision, facts.has_processor),
         _training(facts),
         *(closing_sections(facts) if facts.config is not None else ()),
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
+from ..export.report import ExportReport
 from ..storage.inspection_report import StoredModel
 
 NO_METRICS = (
@@ -78,6 +79,7 @@ class CardFacts:
         labels: Names of the classes, in their order.
         has_picture: Whether [`draw_training_curve`] drew a picture that is published too.
         has_landscape: Whether there is a picture of the loss around the weights.
+        export: What is known of the integer graph that lies beside the model, if there is one.
         base_model, datasets, dataset_name, license, language, tags: As in the Hub's metadata.
     """
 
@@ -102,6 +104,7 @@ class CardFacts:
     labels: Sequence[str] = ()
     has_picture: bool = False
     has_landscape: bool = False
+    export: ExportReport | None = None
     base_model: str | None = None
     datasets: Sequence[str] = ()
     dataset_name: str | None = None

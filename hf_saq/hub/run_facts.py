@@ -74,6 +74,7 @@ def facts_of_run(
         sharpness=[(int(entry["step"]), entry["sharpness"]) for entry in logs if "sharpness" in entry],
         has_picture=has_picture,
         has_landscape=(directory / LANDSCAPE).is_file(),
+        export=getattr(trainer, "exported", None),
     )
 
 

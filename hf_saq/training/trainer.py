@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from ..config import SAQConfig, SAQQuantizationConfig
 from ..conversion.forms import is_packed
 from ..conversion.swapping import quantize
+from ..hub.exporting_trainer import ExportingTrainer
 from ..hub.image_processor import SavesImageProcessor
 from ..hub.publishing_trainer import PublishingTrainer
 from ..hub.run_in_words import TellsInWords
@@ -30,6 +31,7 @@ from .saving import SavesAndResumes
 class SAQTrainer(
     TellsInWords,
     SavesImageProcessor,
+    ExportingTrainer,
     LearnsFromTeacher,
     PerturbedSteps,
     ReestimatesNorms,
