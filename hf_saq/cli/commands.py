@@ -16,8 +16,8 @@ from ..storage import load_saved
 from ..storage.inspection import inspect_checkpoint
 from ..storage.rewriting import dequantize_saved, pack_saved
 from ..tables import kibibytes
-from .looking import analyze, compare_two, evaluate
 from ..timing import benchmark
+from .looking import analyze, compare_two, evaluate
 
 
 def _inspect(args: argparse.Namespace) -> str:
