@@ -137,7 +137,8 @@ def export(source: Path, target: Path, is_float: bool) -> str:
 def held_out_samples() -> list[dict]:
     """One scan of each digit that no model was trained on, as pixels from 0 to 255."""
     import numpy as np
-    from image_data import digits
+
+    from hf_saq.data.image_data import digits
 
     held_out = digits(seed=42)["validation"]  # the seed of the example, whose split is the same
     labels = held_out["label"][:]

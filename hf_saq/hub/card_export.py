@@ -27,8 +27,8 @@ def integer_inference(
         return ""
     parts = [
         "## Integer inference",
-        f"`{export.file}` ({kibibytes(export.size)}, {export.weights} weights) holds the learned scales and the integer "
-        f"codes of this model as a graph of ONNX, for {_plain(TARGETS[export.target])}.",
+        f"`{export.file}` ({kibibytes(export.size)}, {export.weights} weights) holds the learned scales and the "
+        f"integer codes of this model as a graph of ONNX, for {_plain(TARGETS[export.target])}.",
     ]
     if export.checks:
         checks = [f"- {name}: {found}" for name, found in export.checks.items()]
@@ -43,11 +43,8 @@ def _python(load_from: str, revision: str | None) -> str:
     lines = [f"# {how_to_install('onnx')}"]
     if is_repository(load_from):
         lines.append("from huggingface_hub import snapshot_download")
-    lines += [
-        "from transformers import AutoImageProcessor, pipeline",
-        "from hf_saq.export import ExportedClassifier",
-        "",
-    ]
+    lines += ["from transformers import AutoImageProcessor, pipeline"]
+    lines += ["from hf_saq.export import ExportedClassifier", ""]
     if is_repository(load_from):
         of_branch = f', revision="{revision}"' if revision is not None else ""
         lines.append(f'directory = snapshot_download("{load_from}"{of_branch}, allow_patterns={PATTERNS})')
