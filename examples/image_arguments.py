@@ -59,7 +59,23 @@ class QuantizationArguments:
         default=1.0, metadata={"help": "Softens the answers of both models in distillation; 1: as they are."}
     )
 
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mixup (arXiv:1710.09412) of training images, for example 0.2; 0: off."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "CutMix (arXiv:1905.04899), for example 1; with mixup each batch takes one."}
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "End each training with an exponential moving average of its weights, say 0.999; 0: off."},
+    )
+
     def __post_init__(self) -> None:
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} {getattr(self, name)}; expected a number from 0 (off) up.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay {self.ema_decay}; expected a number from 0 (off) to below 1.")
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown or not self.methods:
             raise ValueError(f"--methods {self.methods}; expected some of {list(METHODS)}.")

@@ -27,7 +27,9 @@ from typing import Any
 import torch
 import transformers
 from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
+from image_averaging import ImageTrainer
 from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
+from image_mixing import mixing
 from image_model import (
     ModelArguments,
     has_folded_batch_norm,
@@ -116,7 +118,11 @@ def run(
         show(training_args, "The batch norms of this checkpoint were folded; refitting their statistics.")
         sample = TransformedImages(images["train"].shuffle(seed=training_args.seed), train_transform)
         refit_batch_norm(model, (batch["pixel_values"] for batch in first_batches(sample)))
-    row, float_trainer = train_float(model, training_args, quantization_args, common)
+    how = {
+        "mix": mixing(quantization_args.mixup_alpha, quantization_args.cutmix_alpha, len(labels)),
+        "ema_decay": quantization_args.ema_decay,
+    }
+    row, float_trainer = train_float(model, training_args, quantization_args, {**how, **common})
     rows = [row]
     for config in quantization_args.configs():
         for method in quantization_args.methods:
@@ -126,7 +132,7 @@ def run(
             method_config.case = None if method == "qat" else saq_config.case
             set_seed(training_args.seed)  # every method sees the same batches and the same augmentation
             student, *teacher = copies_of_float_model(float_trainer, 2 if quantization_args.distill_alpha else 1)
-            trainer = SAQTrainer(
+            trainer = ImageTrainer(
                 student,
                 stage_arguments(training_args, stage),
                 saq_config=method_config,
@@ -134,6 +140,7 @@ def run(
                 teacher=teacher[0] if teacher else None,
                 distill_alpha=quantization_args.distill_alpha,
                 distill_temperature=quantization_args.distill_temperature,
+                **how,
                 **common,
             )
             about = card_arguments(model_args, data_args, len(images["eval"]))
@@ -154,7 +161,7 @@ def train_float(
     args.num_train_epochs = quantization_args.float_epochs
     if quantization_args.float_learning_rate is not None:
         args.learning_rate = quantization_args.float_learning_rate
-    trainer = SAQTrainer(model, args, saq_config=SAQConfig(case=None), **common)
+    trainer = ImageTrainer(model, args, saq_config=SAQConfig(case=None), **common)
     seconds = None
     if quantization_args.float_epochs > 0:
         show(training_args, "float: train")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..version import __version__
+from .completion import SHELLS, PrintCompletion
 from .data_arguments import add_data_arguments
 
 PARTS = ("sharpness", "landscape", "sensitivity")
@@ -14,6 +15,12 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser. The arguments that it parses have the name of the command as `command`."""
     parser = argparse.ArgumentParser("hf-saq", description="Look at quantized models that hf_saq saved, change them.")
     parser.add_argument("--version", action="version", version=f"hf_saq {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print a script that completes commands in this shell; it needs shtab",
+    )
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
     command = commands.add_parser("inspect", help="bits, sizes, scales and format of a saved model, layer by layer")

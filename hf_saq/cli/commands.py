@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..export import export_onnx
 from ..hub.card import write_card
+from ..progress import bars_of_ours_alone
 from ..storage import load_saved
 from ..storage.inspection import inspect_checkpoint
 from ..storage.rewriting import dequantize_saved, pack_saved
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed and print its text. Return the exit status: 0, or 1 with one line on stderr."""
     logging.disable_progress_bar()
     try:
-        print(COMMANDS[args.command](args))
+        with bars_of_ours_alone():
+            print(COMMANDS[args.command](args))
     except (
         ValueError,
         OSError,
