@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from image_model import ModelArguments
 
@@ -39,6 +40,15 @@ def check_names(model_args: ModelArguments) -> None:
     name = model_args.image_processor_name
     if name is not None and not Path(name).is_dir() and is_a_path(name):
         raise ValueError(f"--image_processor_name {name!r}: there is no such directory.")
+
+
+def check_is_float(model: Any, name: str) -> None:
+    """Raise `ValueError` if a model that training is to start from is quantized already."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"--model_name_or_path {name!r} is quantized already; training starts from a float model, such as the "
+            "folder 'float' of the run that made this one. To evaluate it give --do_eval without --do_train."
+        )
 
 
 def _check_model(flag: str, name: str) -> None:

@@ -28,7 +28,7 @@ import torch
 import transformers
 from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
 from image_averaging import ImageTrainer
-from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
+from image_mistakes import check_is_float, check_names, in_one_line, unreadable_images_in_one_line
 from image_mixing import mixing
 from image_model import (
     ModelArguments,
@@ -92,6 +92,8 @@ def run(
     with in_one_line("loading the model"):
         labels = images["eval"].features["label"].names
         model = load_model(model_args, labels, data_args.image_size)
+        if training_args.do_train:
+            check_is_float(model, str(model_args.model_name_or_path))
         processor = load_processor(model_args, model, data_args.image_size)
     train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
     common = {
@@ -100,6 +102,8 @@ def run(
         "processing_class": processor,
     }
     training_args.remove_unused_columns = False
+    if training_args.device.type == "cpu":
+        training_args.dataloader_pin_memory = False  # torch warns of it at each loader otherwise
     if not training_args.do_train:
         # A packed model is evaluated here too, which only the stock Trainer takes.
         trainer = Trainer(model, stage_arguments(training_args, "eval", push_to_hub=False), **common)

@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from tiny_models import vit
 from transformers import TrainingArguments
 
+from hf_saq import SAQQuantizationConfig, quantize
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import run_image_classification as script  # noqa: E402
-from image_mistakes import check_names  # noqa: E402
+from image_mistakes import check_is_float, check_names  # noqa: E402
 from image_model import ModelArguments, load_model, load_processor  # noqa: E402
 
 
@@ -121,3 +123,11 @@ def test_which_checkpoint_each_stage_goes_on_from(tmp_path):
     with pytest.raises(ValueError) as stopped:
         found(elsewhere)
     assert str(stopped.value).startswith(message + str(tmp_path / "float"))
+
+
+def test_training_from_a_quantized_model():
+    float_model = vit()
+    check_is_float(float_model, "x")
+    model = quantize(float_model, SAQQuantizationConfig())
+    with pytest.raises(ValueError, match="--model_name_or_path 'out/saq-w4a4' is quantized already; training starts"):
+        check_is_float(model, "out/saq-w4a4")
