@@ -15,6 +15,7 @@ from ..storage.inspection import inspect_checkpoint
 from ..tables import kibibytes, markdown_table
 from ..version import __version__
 from .card_facts import CardFacts, ResultRow, facts_of_files, measured
+from .layer_bits import layer_bits
 
 CARD = "README.md"
 PICTURE = "training_curve.png"
@@ -163,6 +164,7 @@ def _quantization(facts: CardFacts) -> str:
         )
         cells = [[weight, activation, str(n), reason] for (weight, activation, reason), n in counts.items()]
         known.append(markdown_table(["weight bits", "activation bits", "layers", "left in float because"], cells))
+        known += filter(None, [layer_bits(facts.config, facts.layers)])
     lines = []
     if facts.weight_bytes is not None:
         lines.append(f"- weights on disk: {kibibytes(facts.weight_bytes)}")

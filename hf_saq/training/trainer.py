@@ -18,6 +18,7 @@ from ..hub.publishing_trainer import PublishingTrainer
 from ..hub.run_in_words import TellsInWords
 from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters
+from .analyses import GivesBits
 from .columns import KeepsColumnsOfTransforms
 from .fsdp import check_fsdp, skeleton_of
 from .parameter_groups import quantizer_parameters, split_off_scales
@@ -30,6 +31,7 @@ class SAQTrainer(
     TellsInWords,
     SavesImageProcessor,
     PerturbedSteps,
+    GivesBits,
     ReestimatesNorms,
     SavesAndResumes,
     KeepsColumnsOfTransforms,
@@ -124,6 +126,7 @@ class SAQTrainer(
                 f"SAQTrainer: optim={optim!r} steps inside backward, so a second pass cannot be put before the step. "
                 "Use another optimizer, or SAQConfig(case=None)."
             )
+        self.check_bit_budget()
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator, self.args, self.saq_config)
 
@@ -139,8 +142,10 @@ class SAQTrainer(
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
+            self.take_bits_of(resume_from_checkpoint)
         else:
             self.calibrate_if_needed()
+            self.give_bits()
         self.tell_before_training()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)

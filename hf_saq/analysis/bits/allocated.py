@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ...config import SAQQuantizationConfig
 from ...tables import text_table
 from ..results import Result, new_figure
+from .changing import with_overrides
 
 Unit = Literal["bops", "bytes"]
 
@@ -58,10 +59,7 @@ class Allocation(Result):
 
     def applied_to(self, config: SAQQuantizationConfig) -> SAQQuantizationConfig:
         """Return a copy of `config` with these bits in its `overrides`, after those that it has: the last one wins."""
-        kept = dict(config.overrides)
-        for name, fields in self.overrides.items():
-            kept[name] = {**kept.pop(name, {}), **fields}
-        return config.replace(overrides=kept)
+        return with_overrides(config, self.overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the overrides as plain data."""

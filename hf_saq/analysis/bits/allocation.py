@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from .integer_program import Option, solve
 from .layer_sensitivity import CANDIDATES, Sensitivity, sensitivity
 from .prices import cost_of_layer, loss_curve, never_rising, read_budget, why
 from .shared_inputs import layers_that_share_inputs, merged
+
+KINDS = ("weight", "activation")
 
 
 def allocate_bits(
@@ -79,8 +81,6 @@ def allocate_bits(
     minima = {"*": minimum_bits} if isinstance(minimum_bits, int) else dict(minimum_bits)
     names.check("allocate_bits: fixed", patterns)
     names.check("allocate_bits: minimum_bits", minima)
-    if found is None:
-        found = sensitivity(model, data.batches, candidates=candidates, loss=loss, passes=passes, progress=progress)
     with left_as_it_was(model):
         if alike is None:
             alike = layers_that_share_inputs(model, data)
@@ -92,42 +92,51 @@ def allocate_bits(
         operands.setdefault(operand.name, {})[operand.operand] = operand
     layers = list(operands)
     free = [name for name in layers if not names.any_matches(patterns, name)]
-    options, before = [], []
-    for name, of_layer in operands.items():
-        fewest = max((b for pattern, b in minima.items() if names.matches(pattern, name)), default=2)
-        choices = {kind: [of_layer[kind].bits] if kind in of_layer else [None] for kind in ("weight", "activation")}
-        before.append(cost_of_layer(unit, of_layer, macs[name], choices["weight"][0], choices["activation"][0]))
-        losses: dict[str, dict[int | None, float]] = {kind: dict.fromkeys(choices[kind], 0.0) for kind in choices}
-        for kind in of_layer if name in free else ():
-            if kind == "activation" and unit == "bytes":
-                continue
-            allowed = [b for b in sorted(set(candidates)) if b >= fewest]
-            if not allowed:
-                raise ValueError(
-                    f"allocate_bits: {name} needs {fewest} bits at least, but candidates={list(candidates)}; add some."
-                )
-            losses[kind] = never_rising({b: _rise(found, name, kind, b, by) for b in allowed})
-        options.append(
-            [
-                Option(
-                    w,
-                    a,
-                    cost_of_layer(unit, of_layer, macs[name], w, a),
-                    losses["weight"][w] + losses["activation"][a],
-                )
-                for w, a in product(losses["weight"], losses["activation"])
-            ]
-        )
+    before = [
+        cost_of_layer(unit, of_layer, macs[name], *(of_layer[k].bits if k in of_layer else None for k in KINDS))
+        for name, of_layer in operands.items()
+    ]
+
+    def options_with(rise: Callable[[str, str, int], float]) -> list[list[Option]]:
+        """List what each layer may have, where `rise` says what bits of one operand lose."""
+        options = []
+        for name, of_layer in operands.items():
+            fewest = max((b for pattern, b in minima.items() if names.matches(pattern, name)), default=2)
+            losses: dict[str, dict[int | None, float]] = {
+                kind: {of_layer[kind].bits if kind in of_layer else None: 0.0} for kind in KINDS
+            }
+            for kind in of_layer if name in free else ():
+                if kind == "activation" and unit == "bytes":
+                    continue
+                allowed = [b for b in sorted(set(candidates)) if b >= fewest]
+                if not allowed:
+                    raise ValueError(
+                        f"allocate_bits: {name} needs {fewest} bits at least, but candidates={list(candidates)}; add "
+                        "some."
+                    )
+                losses[kind] = never_rising({b: rise(name, kind, b) for b in allowed})
+            costs = {(w, a): cost_of_layer(unit, of_layer, macs[name], w, a) for w, a in product(*losses.values())}
+            options.append(
+                [Option(w, a, spent, losses["weight"][w] + losses["activation"][a]) for (w, a), spent in costs.items()]
+            )
+        return options
+
     groups = [[layers.index(name) for name in group if name in free] for group in merged([list(g) for g in alike])]
     groups = [] if unit == "bytes" else [group for group in groups if len(group) > 1]
+    options = options_with(lambda name, kind, bits: 0.0)  # noqa: ARG005 (costs alone)
     most = read_budget(budget, sum(before), options)
-    chosen = solve(options, most, groups)
-    if chosen is None:
+    if solve(options, most, groups) is None:  # before anything is measured, which takes long
         least = sum(min(option.cost for option in layer) for layer in options)
         raise ValueError(
             f"allocate_bits: no choice keeps to budget={budget!r} ({most:,} {unit}); expected at least {least:,}. "
             "Allow fewer bits in `candidates` or `minimum_bits`, or name fewer layers in `fixed`."
         )
+    if found is None:
+        found = sensitivity(model, data.batches, candidates=candidates, loss=loss, passes=passes, progress=progress)
+    measured = found
+    options = options_with(lambda name, kind, bits: _rise(measured, name, kind, bits, by))
+    chosen = solve(options, most, groups)
+    assert chosen is not None
     partners = {k: [layers[j] for j in group if j != k] for group in groups for k in group}
     result = []
     for k, (name, option) in enumerate(zip(layers, chosen, strict=True)):
