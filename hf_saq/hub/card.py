@@ -185,7 +185,7 @@ def _training(facts: CardFacts) -> str:
     if facts.sharpness:
         logged = [f"{value:.4g} at step {step}" for step, value in (facts.sharpness[0], facts.sharpness[-1])]
         known.append(
-            "Sharpness (loss at the perturbed minus loss at the quantized weights, mean since the log before): "
+            "Sharpness (loss at the perturbed minus loss at the quantized weights): "
             + (f"{logged[0]}." if len(facts.sharpness) == 1 else f"first {logged[0]}, last {logged[1]}.")
         )
     if facts.hyperparameters:

@@ -62,7 +62,7 @@ def facts_of_run(
         comparison=comparison,
         method=_method(saq_config),
         bit_operations=next((int(entry["bit_operations"]) for entry in logs if "bit_operations" in entry), None),
-        sharpness=[(int(entry["step"]), entry["sharpness"]) for entry in logs if "sharpness" in entry],
+        sharpness=_logged(logs, "measured_sharpness") or _logged(logs, "sharpness"),
         has_picture=has_picture,
     )
 
@@ -104,6 +104,10 @@ def _of_transformers(
 
 def _will_be_packed(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLayer) and module.weight_quantizer for module in model.modules())
+
+
+def _logged(logs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(int(entry["step"]), entry[name]) for entry in logs if name in entry]
 
 
 def _method(saq_config: SAQConfig) -> str:

@@ -18,7 +18,7 @@ from ..hub.publishing_trainer import PublishingTrainer
 from ..hub.run_in_words import TellsInWords
 from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters
-from .analyses import GivesBits
+from .analyses import GivesBits, MeasuresSharpness
 from .columns import KeepsColumnsOfTransforms
 from .fsdp import check_fsdp, skeleton_of
 from .parameter_groups import quantizer_parameters, split_off_scales
@@ -30,6 +30,7 @@ from .saving import SavesAndResumes
 class SAQTrainer(
     TellsInWords,
     SavesImageProcessor,
+    MeasuresSharpness,
     PerturbedSteps,
     GivesBits,
     ReestimatesNorms,
@@ -45,7 +46,8 @@ class SAQTrainer(
     "stale", "previous" and "echo") logs that as `perturbed_loss`: it is no `loss` to compare with other trainings.
     Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
     images), `ascent_norm` (mean norm of the gradients that perturbations were made from), `skipped_perturbations`
-    (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). The first line of a run
+    (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). `measured_sharpness` means
+    the same under every schedule and in plain training, see `SAQConfig.log_sharpness`. The first line of a run
     that calibrates also has `bit_operations` (for one image) and `weight_bytes`, see [`cost`].
 
     Args:
