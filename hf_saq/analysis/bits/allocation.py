@@ -28,7 +28,7 @@ def allocate_bits(
     *,
     unit: Unit = "bops",
     candidates: Sequence[int] = CANDIDATES,
-    by: Literal["measured", "estimated"] = "measured",
+    by: Literal["noise", "measured", "estimated"] = "noise",
     found: Sensitivity | None = None,
     fixed: Collection[str] | None = None,
     minimum_bits: int | Mapping[str, int] = 2,
@@ -71,8 +71,8 @@ def allocate_bits(
     """
     if unit not in ("bops", "bytes"):
         raise ValueError(f"allocate_bits: unit={unit!r}; expected 'bops' or 'bytes'.")
-    if by not in ("measured", "estimated"):
-        raise ValueError(f"allocate_bits: by={by!r}; expected 'measured' or 'estimated'.")
+    if by not in ("noise", "measured", "estimated"):
+        raise ValueError(f"allocate_bits: by={by!r}; expected 'noise', 'measured' or 'estimated'.")
     data = LabelledBatches("allocate_bits", batches, loss)
     names = ModuleNames(model)
     names.add(operand.name for operand in quantized_operands(model))
@@ -169,6 +169,8 @@ def _up_for_choice(of_layer: Collection[str], unit: Unit) -> tuple[str, ...]:
 
 def _rise(found: Sensitivity, name: str, kind: Any, bits: int, by: str) -> float:
     entry = found.entry(name, kind, bits)
+    if by == "noise":
+        return 10 ** (-entry.snr / 10)
     rise = entry.loss_rise if by == "measured" else entry.estimate
     if rise != rise:
         raise ValueError(f"allocate_bits: {name} has no estimate for its {kind}, which is frozen; use by='measured'.")
