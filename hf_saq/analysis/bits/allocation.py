@@ -20,8 +20,8 @@ from .shared_inputs import layers_that_share_inputs, merged
 
 KINDS = ("weight", "activation")
 LEFT_BY_TRAINING = 0.1
-"""What counts of the noise of weights: training moves them so that their errors cancel, while those of activations come
-anew with each image. Chosen among 1 and 0.1 on validation images, ResNet-20 on CIFAR-10, one seed of 100 steps."""
+"""What counts of the noise of weights: training moves them so that their errors cancel, while those of activations
+come anew with each image. Chosen among 1 and 0.1 on validation images, ResNet-20 on CIFAR-10, one seed of 100 steps."""
 
 
 def allocate_bits(
@@ -61,8 +61,8 @@ def allocate_bits(
             only other engines have something to choose from.
         candidates: Bits to choose from, each 2 to 8.
         by: What is added up and kept small. `"noise"`: noise to signal of the logits, the least uncertain of the
-            three, a tenth of it for weights, since training takes most of theirs back; `"measured"` or `"estimated"`: rises of the loss, which are smaller than their errors where the
-            model fits the batches well.
+            three, and a tenth of it for weights, since training takes most of theirs back; `"measured"` or
+            `"estimated"`: rises of the loss, which are smaller than their errors where the model fits the batches well.
         found: What `sensitivity` found for this model and these candidates, to spare measuring it again.
         fixed: Layers that keep their bits, as `modules_to_not_convert` names them; by default the first layer and the
             heads, where `model` treats them apart.

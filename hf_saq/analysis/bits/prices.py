@@ -98,7 +98,7 @@ def loss_curve(options: Sequence[Sequence[Option]], groups: Sequence[Sequence[in
 
 
 def check_latencies(
-    latencies: Mapping[str, Latencies] | None, needed: Mapping[str, Sequence[tuple[int | None, ...]]]
+    latencies: Mapping[str, Latencies] | None, needed: Mapping[str, Sequence[Any]]
 ) -> Mapping[str, Latencies]:
     """Return `latencies`, if they have every layer with all the bits that it may get.
 
@@ -109,7 +109,7 @@ def check_latencies(
         raise ValueError("allocate_bits: unit='ns' needs `latencies`: layer -> (weight bits, activation bits) -> ns.")
     for name, pairs in needed.items():
         for pair in pairs:
-            found = latencies.get(name, {}).get(pair)  # type: ignore[call-overload]
+            found = latencies.get(name, {}).get(pair)
             if found is None or not 0 < found < float("inf"):
                 raise ValueError(
                     f"allocate_bits: latencies[{name!r}][{pair}] is {found!r}; expected nanoseconds > 0, for every "
