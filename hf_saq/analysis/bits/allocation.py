@@ -21,7 +21,7 @@ from .shared_inputs import layers_that_share_inputs, merged
 KINDS = ("weight", "activation")
 LEFT_BY_TRAINING = 0.1
 """What counts of the noise of weights: training moves them so that their errors cancel, while those of activations
-come anew with each image. Chosen among 1 and 0.1 on validation images, ResNet-20 on CIFAR-10, one seed of 100 steps."""
+come anew with each image. Chosen among 1 and 0.1 on validation images: ResNet-20 on CIFAR-10, one seed, 100 steps."""
 
 
 def allocate_bits(
@@ -62,7 +62,7 @@ def allocate_bits(
         candidates: Bits to choose from, each 2 to 8.
         by: What is added up and kept small. `"noise"`: noise to signal of the logits, the least uncertain of the
             three, and a tenth of it for weights, since training takes most of theirs back; `"measured"` or
-            `"estimated"`: rises of the loss, which are smaller than their errors where the model fits the batches well.
+            `"estimated"`: rises of the loss, smaller than their errors where the model fits the batches well.
         found: What `sensitivity` found for this model and these candidates, to spare measuring it again.
         fixed: Layers that keep their bits, as `modules_to_not_convert` names them; by default the first layer and the
             heads, where `model` treats them apart.
