@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_saq.analysis import allocate_bits
 
@@ -30,7 +30,7 @@ from .measured import chosen, images_looked_at, loss_of
 
 CANDIDATES = (2, 3, 4, 6, 8)
 IMAGES, BATCH, PASSES = 500, 125, 20.0
-BY = "noise"
+BY: Literal["noise", "measured"] = "noise"
 MIXED = "bits by budget"
 
 
