@@ -127,7 +127,9 @@ def visit(page, tmp_path_factory) -> dict:
         "again": {"click": "#samples button:nth-child(4)"},
     }
     found = visited(page, list(steps.values()), files)
-    assert all((files / f"{size}-{scheme}.png").is_file() for size in ("desktop", "narrow") for scheme in ("light", "dark"))
+    assert all(
+        (files / f"{size}-{scheme}.png").is_file() for size in ("desktop", "narrow") for scheme in ("light", "dark")
+    )
     return {**found, "steps": dict(zip(["loaded", *steps], found["steps"], strict=True))}
 
 
