@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from distillation import check_distillation
 from image_data import DataTrainingArguments
+from image_export import CHOICES, NOT_ASKED, check_engine_choice
 from image_model import ModelArguments
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -60,7 +61,16 @@ class QuantizationArguments:
         default=1.0, metadata={"help": "Softens the answers of both models in distillation; 1: as they are."}
     )
 
+    engine: str = field(
+        default=NOT_ASKED,
+        metadata={
+            "help": f"One of {', '.join(CHOICES)}: also export every quantized model, check that the export predicts "
+            "the same, and evaluate it there."
+        },
+    )
+
     def __post_init__(self) -> None:
+        check_engine_choice(self.engine)
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown or not self.methods:
             raise ValueError(f"--methods {self.methods}; expected some of {list(METHODS)}.")

@@ -27,8 +27,8 @@ def integer_inference(
         return ""
     parts = [
         "## Integer inference",
-        f"`{export.file}` ({kibibytes(export.size)}, {export.weights} weights) holds the learned scales and the integer "
-        f"codes of this model as a graph of ONNX, for {_plain(TARGETS[export.target])}.",
+        f"`{export.file}` ({kibibytes(export.size)}, {export.weights} weights) holds the learned scales and the "
+        f"integer codes of this model as a graph of ONNX, for {_plain(TARGETS[export.target])}.",
     ]
     if export.checks:
         checks = [f"- {name}: {found}" for name, found in export.checks.items()]

@@ -30,8 +30,9 @@ def publish(
     """Make the files in `directory` the model at the top level of a repository, in one commit; then remove them.
 
     The same commit deletes weight files at the top level, and an exported graph, that are not among the new ones: a
-    file that stayed would be a second model, and `from_pretrained` might prefer it. Either all of it happens or nothing: a push that is cut off
-    leaves the repository as it was. `TRAINING_ARGS_NAME`, a pickle that `Trainer` saves, is not pushed.
+    file that stayed would be a second model, and `from_pretrained` might prefer it. Either all of it happens or
+    nothing: a push that is cut off leaves the repository as it was. `TRAINING_ARGS_NAME`, a pickle that `Trainer`
+    saves, is not pushed.
 
     Raises:
         HfHubHTTPError: If the Hub refuses; if a right is missing, the message says what to do.

@@ -66,8 +66,8 @@ class ExportingTrainer(PublishingTrainer):
         if not self._is_quantized() or not isinstance(model, PreTrainedModel):
             what = "a plain module" if self._is_quantized() else "not quantized"
             raise ValueError(
-                f"SAQTrainer.export_onnx: {type(model).__name__} is {what}; expected a quantized model of transformers. "
-                "Others are exported by hf_saq.export.export_onnx(model, directory, example=...)."
+                f"SAQTrainer.export_onnx: {type(model).__name__} is {what}; expected a quantized model of "
+                "transformers. Others are exported by hf_saq.export.export_onnx(model, directory, example=...)."
             )
         target = Path(directory or str(self.args.output_dir))
         self.exported, self._graph = None, None

@@ -42,8 +42,8 @@ def write_probe(directory: Path) -> tuple[Path, Path]:
     return directory / "probe.onnx", directory / "probe.npy"
 
 
-def saturates(engine: str, launcher: str, directory: Path) -> dict[str, Any]:
-    """Whether the largest products saturate on `engine`, started by `launcher`."""
-    found = float(run_elsewhere(engine, launcher, *write_probe(directory))[0, 0])
+def saturates(engine: str, place: str, directory: Path) -> dict[str, Any]:
+    """Tell whether the largest products saturate on `engine`, run at `place`."""
+    found = float(run_elsewhere(engine, place, *write_probe(directory))[0, 0])
     expected = float(LENGTH * LARGEST_INPUT * LARGEST_WEIGHT)
     return {"expected": expected, "found": found, "saturates": found != expected}

@@ -1,8 +1,8 @@
 """Run a graph on images with one engine; needs numpy and the engine only.
 
-    python -m benchmarks.accuracy.engines.run_graph GRAPH IMAGES.npy LOGITS.npy --engine onnxruntime
+    python benchmarks/accuracy/engines/run_graph.py GRAPH IMAGES.npy LOGITS.npy --engine onnxruntime
 
-It runs as a file too, so that an emulator of another CPU can run it without the rest (`measure --emulator`).
+It runs as a file, without the rest of the package: `elsewhere` starts it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 BATCH = 50
 OPENVINO_PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-"""As `hf_saq.export.extras` has them, which imports more than an emulated CPU gets through in a minute."""
+"""As `hf_saq.export.extras` has them."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
