@@ -94,6 +94,9 @@ results: $(STAMP)  ## write docs/results.md; runs that are not in benchmarks/res
 	$(TEST_ENV) $(ACCURACY) --tasks flowers cifar-resnet cifar-vit --seeds $(SEEDS)
 	$(BIN)/python -m benchmarks.accuracy.page
 
+engine-accuracy: $(STAMP)  ## docs/engine_accuracy.md: exports on ONNX Runtime and OpenVINO, with and without VNNI
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.engines.measure
+
 results-quick: $(STAMP)  ## train a part of docs/results.md anew and compare, a few minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.quick
 

@@ -96,7 +96,7 @@ class Comparison:
         }
 
     def run(self) -> None:
-        name, args = self.wanted.name, self.args
+        name = self.wanted.name
         self.runs.once(f"{name}-hf_saq", self.about, self.own)
         for target in ("cpu", "cpu-vnni"):
             # What the other target gets wrong on another CPU shows that the comparison can fail.

@@ -77,7 +77,7 @@ def _cell(run: dict[str, Any] | None) -> str:
 
 
 def _points(outcome: dict[str, Any]) -> float:
-    return 100 * (outcome["top1"] - outcome["hf_saq"])
+    return round(100 * (outcome["top1"] - outcome["hf_saq"]), 6)
 
 
 def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
