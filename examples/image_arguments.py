@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from distillation import check_distillation
-from image_data import DataTrainingArguments
 from image_export import CHOICES, NOT_ASKED, check_engine_choice
 from image_model import ModelArguments
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_saq import SAQConfig, SAQQuantizationConfig
-from hf_saq.training import what_is_missing
+from hf_saq.data import DataTrainingArguments
+from hf_saq.training import check_distillation, what_is_missing
 
 METHODS = ("qat", "saq")
 FLOAT_BITS = 32

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from image_metrics import TopKAccuracy
 from torch.utils.data import DataLoader, Dataset
 
+from hf_saq.data import TopKAccuracy
 from hf_saq.export import ExportedClassifier
 from hf_saq.export.extras import ENGINES, needed
 

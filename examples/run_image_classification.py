@@ -26,26 +26,30 @@ from typing import Any
 
 import torch
 import transformers
-from distillation import DistillationTrainer
 from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
-from image_data import DataTrainingArguments, load_images
 from image_export import NOT_ASKED, evaluate_exported
-from image_metrics import make_compute_metrics
 from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
 from image_model import (
     ModelArguments,
     has_folded_batch_norm,
-    input_size,
     load_model,
     load_processor,
     refit_batch_norm,
     timm_repository,
 )
 from image_results import Row, weight_bytes, what_to_do_next, write_results
-from image_transforms import TransformedImages, transforms, without_unreadable
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer
+from hf_saq.data import (
+    DataTrainingArguments,
+    TransformedImages,
+    input_size,
+    load_images,
+    make_compute_metrics,
+    transforms,
+    without_unreadable,
+)
 from hf_saq.training import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -78,7 +82,7 @@ def run(
         raise SystemExit("--engine exports what is trained: give --do_train, or export a model with `hf-saq export`.")
 
     with in_one_line("reading the arguments"):
-        check_names(model_args, data_args)
+        check_names(model_args)
         stages = ["float", *(stage_name(m, c) for c in quantization_args.configs() for m in quantization_args.methods)]
         check_resume(training_args, stages)
     with training_args.main_process_first(desc="loading the data"), in_one_line("loading the images"):
@@ -122,14 +126,14 @@ def run(
             method_config = copy.copy(saq_config)
             method_config.case = None if method == "qat" else saq_config.case
             set_seed(training_args.seed)  # every method sees the same batches and the same augmentation
-            trainer = DistillationTrainer(  # with an alpha of 0 the same as SAQTrainer
+            trainer = SAQTrainer(
                 copy.deepcopy(model),
                 stage_arguments(training_args, stage),
                 saq_config=method_config,
                 quantization_config=config,
                 teacher=model,
-                alpha=quantization_args.distill_alpha,
-                temperature=quantization_args.distill_temperature,
+                distill_alpha=quantization_args.distill_alpha,
+                distill_temperature=quantization_args.distill_temperature,
                 **common,
             )
             about = card_arguments(model_args, data_args, len(images["eval"]))

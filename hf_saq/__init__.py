@@ -13,7 +13,16 @@ from .version import __version__
 if TYPE_CHECKING:
     from .analysis import Cost, cost
     from .config import SAQConfig, SAQQuantizationConfig
-    from .conversion import calibrate, correct_biases, dequantize, pack, quantize, reestimate_batch_norm, unpack
+    from .conversion import (
+        calibrate,
+        correct_biases,
+        dequantize,
+        keep_decoded,
+        pack,
+        quantize,
+        reestimate_batch_norm,
+        unpack,
+    )
     from .sharpness import SharpnessAwareMinimizer
     from .training import SAQTrainer, parameter_groups
 
@@ -26,6 +35,7 @@ __getattr__, __dir__ = lazy_exports(
             "calibrate",
             "correct_biases",
             "dequantize",
+            "keep_decoded",
             "pack",
             "quantize",
             "reestimate_batch_norm",
@@ -39,12 +49,14 @@ __getattr__, __dir__ = lazy_exports(
         "cli",
         "config",
         "conversion",
+        "data",
         "export",
         "hub",
         "layers",
         "quantizers",
         "sharpness",
         "storage",
+        "timing",
         "training",
     ),
 )
@@ -62,6 +74,7 @@ __all__ = [
     "correct_biases",
     "cost",
     "dequantize",
+    "keep_decoded",
     "pack",
     "parameter_groups",
     "quantize",

@@ -31,7 +31,7 @@ WEB = Path(__file__).resolve().parent
 sys.path.append(str(WEB.parent / "examples"))  # whose data and training these are
 RUNTIME = WEB / "node_modules" / "onnxruntime-web" / "dist"
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-SIDE, SAMPLES_OF_A_DIGIT = 8, 1
+SIDE = 8
 MODELS = {
     "float": ("Float", "W32A32", "32-bit weights, activations"),
     "saq-w4a4": ("W4A4", "W4A4", "4-bit weights, activations"),
@@ -137,7 +137,8 @@ def export(source: Path, target: Path, is_float: bool) -> str:
 def held_out_samples() -> list[dict]:
     """One scan of each digit that no model was trained on, as pixels from 0 to 255."""
     import numpy as np
-    from image_data import digits
+
+    from hf_saq.data.image_data import digits
 
     held_out = digits(seed=42)["validation"]  # the seed of the example, whose split is the same
     labels = held_out["label"][:]

@@ -29,13 +29,16 @@ class TellsInWords(Trainer):
     model: nn.Module
     minimizer: Any
     scheduled_step: Any
+    distill_alpha: float
+    distill_temperature: float
     _cost_logs: dict[str, float]
 
     def tell_before_training(self) -> None:
         """Print what will be trained, how, at which cost, and what the log will have."""
         report = getattr(self.model, "quantization_report", None)
         if isinstance(report, ConversionReport) and report.converted:
-            lines = [_of_layers(self.model, report), self._of_method(), *self._of_cost(), self._of_log()]
+            lines = [_of_layers(self.model, report), self._of_method(), *self._of_teacher()]
+            lines += [*self._of_cost(), self._of_log()]
             self._tell("\n".join(lines))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -79,6 +82,15 @@ class TellsInWords(Trainer):
             f"{_listed(self.saq_config.perturb)}; {most}{schedule.cost:.3g} forward and backward passes a step, plain "
             "QAT takes 1."
         )
+
+    def _of_teacher(self) -> list[str]:
+        teacher = getattr(self, "teacher", None)
+        if teacher is None:
+            return []
+        return [
+            f"Distillation: {self.distill_alpha:.0%} of the loss are the answers of a {type(teacher).__name__} "
+            f"(temperature {self.distill_temperature:g}), one more forward pass for each batch."
+        ]
 
     def _of_cost(self) -> list[str]:
         if not self._cost_logs:

@@ -118,6 +118,24 @@ def load_saved(source: str) -> tuple[Any, Any]:
     return model.eval(), AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
 
 
+def load_any_saved(source: str) -> tuple[Any, Any]:
+    """Load a saved model, quantized or float, and its image processor; as [`load_saved`], of the same class."""
+    directory = local_directory(source)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no config.json; expected the directory of a saved model.")
+    if read_json_object(path).get("quantization_config"):
+        return load_saved(str(directory))
+    with damage_named(path, "is not read as the configuration of a model"):
+        model = load_float(directory)
+    return model, AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
+
+
+def load_float(directory: Path) -> Any:
+    """Load a saved model that is not quantized, of the class that it was saved from, in evaluation mode."""
+    return model_class(AutoConfig.from_pretrained(directory)).from_pretrained(directory).eval()
+
+
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the class that a stored model was saved from, or the automatic one."""
     # Accept nothing but a model: `architectures` comes from a file, which may name anything.

@@ -127,9 +127,8 @@ def visit(page, tmp_path_factory) -> dict:
         "again": {"click": "#samples button:nth-child(4)"},
     }
     found = visited(page, list(steps.values()), files)
-    assert all(
-        (files / f"{size}-{scheme}.png").is_file() for size in ("desktop", "narrow") for scheme in ("light", "dark")
-    )
+    pictures = [f"{size}-{scheme}.png" for size in ("desktop", "narrow") for scheme in ("light", "dark")]
+    assert all((files / picture).is_file() for picture in pictures)
     return {**found, "steps": dict(zip(["loaded", *steps], found["steps"], strict=True))}
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import datasets
 import evaluate
-import numpy as np
-from transformers import EvalPrediction
+
+from .top_accuracy import top_k
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Share of images whose label is the highest score (`top1`) or among the five highest (`top5`), from 0 to 1."""
+    """Computes the share of images whose label is the highest score (`top1`) or among the five highest
+    (`top5`), from 0 to 1."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -21,18 +25,15 @@ class TopKAccuracy(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references) -> dict[str, float]:
-        scores, labels = np.asarray(predictions), np.asarray(references)
-        best = np.argsort(-scores, axis=-1, kind="stable")[:, :5]
-        hits = best == labels[:, None]
-        return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(axis=1).mean())}
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return top_k(predictions, references)
 
 
-def make_compute_metrics():
-    """The `compute_metrics` function of a `Trainer`."""
+def make_compute_metrics() -> Callable[[Any], dict[str, float]]:
+    """Make the `compute_metrics` function of a `Trainer`."""
     metric = TopKAccuracy(keep_in_memory=True)
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    def compute_metrics(prediction: Any) -> dict[str, float]:
         # Some models return more than the logits.
         scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         return metric.compute(predictions=scores, references=prediction.label_ids)

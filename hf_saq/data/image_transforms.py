@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import datasets
 import torch
@@ -13,15 +14,15 @@ from tqdm.auto import tqdm
 logger = logging.getLogger(__name__)
 
 
-def normalization(processor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel that `processor` normalizes with, for values from 0 to 1."""
+def normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel that `processor` normalizes with, for values from 0 to 1."""
     if hasattr(processor, "data_config"):  # of a timm model
         return list(processor.data_config["mean"]), list(processor.data_config["std"])
     return list(processor.image_mean), list(processor.image_std)
 
 
-def transforms(processor, image_size: int, augmentation: str) -> tuple[v2.Transform, v2.Transform]:
-    """Training and evaluation transforms from a PIL image to `(3, image_size, image_size)`, normalized alike."""
+def transforms(processor: Any, image_size: int, augmentation: str) -> tuple[v2.Transform, v2.Transform]:
+    """Make training and evaluation transforms from a PIL image to `(3, image_size, image_size)`, normalized alike."""
     mean, std = normalization(processor)
     normalize = [
         v2.ToImage(),
@@ -44,12 +45,20 @@ def transforms(processor, image_size: int, augmentation: str) -> tuple[v2.Transf
     return v2.Compose([*train, *normalize]), v2.Compose([*evaluation, *normalize])
 
 
+def input_size(processor: Any) -> int:
+    """Return the side of the square input that `processor` makes, in pixels."""
+    if hasattr(processor, "data_config"):  # of a timm model
+        return processor.data_config["input_size"][-1]
+    size = getattr(processor, "crop_size", None) or processor.size
+    return size["height"] if "height" in size else size["shortest_edge"]
+
+
 class UnreadableImageError(ValueError):
     """Names an image that cannot be read, and why. The last line of its text says all."""
 
 
 class TransformedImages(torch.utils.data.Dataset):
-    """A dataset of images with a transform: `{"pixel_values": (3, H, W), "labels": int}`."""
+    """Holds a dataset of images with a transform: `{"pixel_values": (3, H, W), "labels": int}`."""
 
     def __init__(self, dataset: HFDataset, transform: v2.Transform):
         self.dataset = dataset
@@ -64,7 +73,7 @@ class TransformedImages(torch.utils.data.Dataset):
 
 
 def readable_row(dataset: HFDataset, index: int) -> dict:
-    """Row `index` with its `image` in RGB.
+    """Return row `index` with its `image` in RGB.
 
     Raises:
         UnreadableImageError: If the image cannot be read.
@@ -82,7 +91,7 @@ def readable_row(dataset: HFDataset, index: int) -> dict:
 
 
 def without_unreadable(dataset: HFDataset, split: str) -> HFDataset:
-    """`dataset` without the rows whose image cannot be read, which a warning names. Every image is read once."""
+    """Return `dataset` without the rows whose image cannot be read, which a warning names; it reads every image."""
     kept, reasons = [], []
     for index in tqdm(range(len(dataset)), desc=f"reading images ({split})", delay=2, disable=None):
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, DatasetDict, Features, Image, concatenate_datasets, load_dataset
 from datasets import Dataset as HFDataset
 from datasets.exceptions import DatasetGenerationError
-from image_checks import check_can_be_split, check_image_folder, checked_rows, find_column
+
+from .image_checks import check_can_be_split, check_image_folder, check_places, checked_rows, find_column
 
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "validation", "valid", "val", "dev")
 """Names of folders that `datasets` takes for splits."""
@@ -69,7 +71,12 @@ class DataTrainingArguments:
 
 
 def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = None) -> DatasetDict:
-    """Splits `train` and `eval` with the columns `image` and `label`, the latter with class names."""
+    """Load the splits `train` and `eval` with the columns `image` and `label`, the latter with class names.
+
+    Raises:
+        ValueError: If there is no such data, or it does not hold images with labels.
+    """
+    check_places(args)
     if args.is_digits:
         splits = digits(seed)
     elif args.dataset_name:
@@ -104,8 +111,34 @@ def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = 
     return chosen
 
 
+def load_split(args: DataTrainingArguments, seed: int, cache_dir: str | None = None) -> tuple[str, HFDataset]:
+    """Load one split whole, with the columns `image` and `label`: `eval_split`, else validation, test or the only one.
+
+    Returns:
+        The name of the split, and the split, of which `max_eval_samples` are drawn as [`load_images`] draws them.
+
+    Raises:
+        ValueError: If there is no such data, or it does not hold images with labels.
+    """
+    check_places(args)
+    if args.is_digits:
+        splits = digits(seed)
+    else:
+        splits = _load_named(args, cache_dir) if args.dataset_name else _load_folders(args, cache_dir)
+    name = args.eval_split or next((n for n in ("validation", "test") if n in splits), None)
+    if name is None and len(splits) == 1:
+        name = next(iter(splits))
+    if name is None or name not in splits:
+        asked = "no split was named" if name is None else f"--eval_split {name!r}"
+        raise ValueError(f"{asked}; the dataset has the splits {sorted(splits)}, name one of them.")
+    found = _standard_columns(splits[name], args)
+    if args.max_eval_samples is not None and args.max_eval_samples < len(found):
+        found = found.shuffle(seed=seed).select(range(args.max_eval_samples))
+    return name, found
+
+
 def digits(seed: int = 0) -> DatasetDict:
-    """1,797 scans of handwritten digits, 8 x 8 pixels, from scikit-learn: 1,347 to train, 450 held out."""
+    """Load 1,797 scans of handwritten digits, 8 x 8 pixels, from scikit-learn: 1,347 to train, 450 held out."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -139,8 +172,8 @@ def _load_folders(args: DataTrainingArguments, cache_dir: str | None) -> Dataset
     return splits
 
 
-def _loaded(args: DataTrainingArguments, source: str, *more, **settings) -> DatasetDict:
-    """What `datasets` loads from `source`, with the rows of each split checked."""
+def _loaded(args: DataTrainingArguments, source: str, *more: Any, **settings: Any) -> DatasetDict:
+    """Load `source` with `datasets`, and check the rows of each split."""
     try:
         splits = load_dataset(source, *more, **settings)
     except DatasetGenerationError as error:  # says what is wrong in its cause only
@@ -160,7 +193,7 @@ def _standard_columns(dataset: HFDataset, args: DataTrainingArguments) -> HFData
 
 
 def _with_classes_of(training: HFDataset, evaluation: HFDataset) -> HFDataset:
-    """`evaluation` with the labels of the classes of `training`: each split numbers those that it has itself."""
+    """Give `evaluation` the labels of the classes of `training`: each split numbers those that it has itself."""
     names, own = training.features["label"].names, evaluation.features["label"].names
     if own == names:
         return evaluation

@@ -20,6 +20,20 @@ METADATA = (".csv", ".jsonl", ".parquet")
 """Endings of the `metadata` file that an image folder may have in place of folders for classes."""
 
 
+def check_places(args: Any) -> None:
+    """Raise `ValueError` for directories that are not there, which the Hub would be asked for otherwise."""
+    for flag in ("dataset_name", "train_dir", "validation_dir"):
+        name = getattr(args, flag)
+        if name is not None and not Path(name).is_dir() and (flag != "dataset_name" or is_a_path(name)):
+            raise ValueError(f"--{flag} {name!r}: there is no such directory.")
+
+
+def is_a_path(name: str) -> bool:
+    """Say whether `name` can only be a directory, or lies in one that exists; Hub names have one slash at most."""
+    inside = name.count("/") == 1 and Path(name).parent.is_dir()
+    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1 or inside
+
+
 def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bool:
     """Refuse folders that `datasets` would read as other classes than meant, or without classes.
 
@@ -27,8 +41,6 @@ def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bo
         Whether the names of folders are the labels; otherwise a metadata file has them.
     """
     where = f"{flag} {str(directory)!r}"
-    if not directory.is_dir():
-        raise ValueError(f"{where} is not a directory.")
     files = []
     for parent, folders, names in os.walk(directory, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # `datasets` skips them too
@@ -66,7 +78,7 @@ def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bo
 
 
 def checked_rows(dataset: HFDataset, split: str, args: Any) -> HFDataset:
-    """`dataset`, as it was loaded, if each row has an image and a label that is in range.
+    """Return `dataset`, as it was loaded, if each row has an image and a label that is in range.
 
     With `skip_corrupt` rows that lack one of them are left out.
     """
@@ -103,7 +115,7 @@ def checked_rows(dataset: HFDataset, split: str, args: Any) -> HFDataset:
 
 
 def _as_images(dataset: HFDataset, split: str, column: str) -> HFDataset:
-    """`dataset` with images in `column`, which may have their paths or their bytes."""
+    """Return `dataset` with images in `column`, which may have their paths or their bytes."""
     feature = dataset.features[column]
     if isinstance(feature, Image):
         return dataset
@@ -133,11 +145,16 @@ def check_can_be_split(training: HFDataset, args: Any) -> None:
 
 
 def find_column(dataset: HFDataset, name: str | None, flag: str, kind: type) -> str:
+    """Return `name` if there is such a column, or find one that holds images or labels.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if name is None:
         typed = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
         guesses = ("image", "img") if kind is Image else ("label", "labels")
         name = typed[0] if typed else next((g for g in guesses if g in dataset.column_names), None)
-    if name not in dataset.column_names:
+    if name is None or name not in dataset.column_names:
         what = "images" if kind is Image else "labels"
         asked = f"no column of {what} was recognised" if name is None else f"there is no column {name!r}"
         raise ValueError(
