@@ -109,6 +109,9 @@ mixed-precision: $(STAMP)  ## the same page, with bits by budget against uniform
 	$(TEST_ENV) $(MINIMA).bit_budget --settings cifar-resnet:3 flowers:3 --seeds 0 1 2 3 4
 	$(MINIMA).page
 
+engine-accuracy: $(STAMP)  ## docs/engine_accuracy.md: exports on ONNX Runtime and OpenVINO, with and without VNNI
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.engines.measure
+
 results-quick: $(STAMP)  ## train a part of docs/results.md anew and compare, a few minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.quick
 
