@@ -17,7 +17,7 @@ from ..extras import needed
 from ..operators import OPSET
 from ..passes.nodes import constant
 from .sessions import RUNS
-from .spans import LayerSpan, nodes_between
+from .spans import LayerSpan, nodes_between, stored_codes
 
 ROUNDING = 1e-5
 """What sums in float32 may differ by, as a share of the largest magnitude."""
@@ -152,7 +152,7 @@ class _Part:
         if self.following is not None:
             allowed = float(constant(self.following[0].inputs[1]))  # type: ignore[arg-type]
         elif self.span.quantize is not None:
-            weight = np.abs(constant(self.span.weight.inputs[0]).astype(np.float64)).max()  # type: ignore[union-attr]
+            weight = np.abs(stored_codes(self.span).astype(np.float64)).max()
             step = float(constant(self.span.quantize.inputs[1]))  # type: ignore[arg-type]
             allowed = step * weight * float(np.max(constant(self.span.weight.inputs[1])))  # type: ignore[arg-type]
         else:
