@@ -153,7 +153,7 @@ class _Part:
         if self.following is not None:
             allowed = float(constant(self.following[0].inputs[1]))  # type: ignore[arg-type]
         elif self.span.quantize is not None:
-            weight = np.abs(constant(self.span.weight.inputs[0]).astype(np.float64)).max()  # type: ignore[union-attr]
+            weight = np.abs(stored_codes(self.span).astype(np.float64)).max()
             step = float(constant(self.span.quantize.inputs[1]))  # type: ignore[arg-type]
             allowed = step * weight * float(np.max(constant(self.span.weight.inputs[1])))  # type: ignore[arg-type]
         else:

@@ -40,7 +40,7 @@ def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
         affine: Whether the grid of its input has an offset, which is subtracted before it is quantized.
     """
     codes = model.graph.initializers.get(f"{name}.codes")
-    weight = _user(codes, "DequantizeLinear")
+    weight = _dequantized(codes)
     transpose = None if weight is None else _user(weight.outputs[0], "Transpose")
     operand = None if weight is None else (weight if transpose is None else transpose).outputs[0]
     product = _user(operand, "Conv", "MatMul", "Gemm")
@@ -70,10 +70,24 @@ def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
 
 
 def stored_codes(span: LayerSpan) -> np.ndarray:
-    """Return the integers of the weight as the graph has them."""
-    found = constant(span.weight.inputs[0])
-    assert found is not None
-    return found.astype(np.int32)
+    """Return the integers of the weight as the graph multiplies them: those it stores, or halves of them."""
+    return _computed(span.weight.inputs[0]).astype(np.int32)
+
+
+def _computed(value: Any) -> np.ndarray:
+    """Evaluate what the graph makes of stored codes."""
+    found = constant(value)
+    if found is not None:
+        return found
+    node = value.producer()
+    inputs = [_computed(one) for one in node.inputs]
+    if node.op_type == "Concat":
+        return np.concatenate(inputs, axis=node.attributes.get_int("axis", 0))
+    return _OPERATORS[node.op_type](*inputs)
+
+
+_OPERATORS: dict[str, Any] = {"Cast": lambda x: x.astype(np.int32), "Div": lambda x, y: x // y, "Sub": np.subtract}
+"""What `split_saturating_layers` writes between codes and product."""
 
 
 def nodes_between(start: Any, end: Any) -> list[Any]:
@@ -91,6 +105,14 @@ def nodes_between(start: Any, end: Any) -> list[Any]:
 def _user(value: Any, *op_types: str) -> Any:
     users = [] if value is None else [node for node, _ in value.uses() if node.op_type in op_types]
     return users[0] if users else None
+
+
+def _dequantized(codes: Any) -> Any:
+    """Return the node that dequantizes stored codes, or their halves."""
+    while codes is not None and (node := _user(codes, "DequantizeLinear")) is None:
+        node = _user(codes, "Cast", "Div", "Sub", "Concat")
+        codes = None if node is None else node.outputs[0]
+    return None if codes is None else node
 
 
 def _on_codes(node: Any) -> bool:
