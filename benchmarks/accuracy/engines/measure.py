@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs.once(
                 f"saturation-{engine}-{place}",
                 {"engine": engine, "place": place},
-                lambda engine=engine, place=place: saturates(engine, place, scratch(paths)),
+                partial(saturates, engine, place, scratch(paths)),
             )
     for wanted in quantized_models(args.tasks):
         Comparison(wanted, args, paths, runs).run()
@@ -103,13 +104,13 @@ class Comparison:
             if target == "cpu-vnni" and self.wanted.fields["weight_bits"] < 8:
                 continue
             about = {**self.about, "target": target}
-            self.runs.once(f"{name}-{target}-export", about, lambda target=target: self.export(target))
+            self.runs.once(f"{name}-{target}-export", about, partial(self.export, target))
             for place in PLACES:
                 for engine in run_graph.ENGINES:
                     self.runs.once(
                         f"{name}-{target}-{engine}-{place}",
                         {**about, "engine": engine, "place": place},
-                        lambda target=target, engine=engine, place=place: self.predict(target, engine, place),
+                        partial(self.predict, target, engine, place),
                     )
 
     def own(self) -> dict[str, Any]:
