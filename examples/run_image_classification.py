@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 import transformers
-from distillation import DistillationTrainer
 from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
+from image_averaging import ImageTrainer
 from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
+from image_mixing import mixing
 from image_model import (
     ModelArguments,
     has_folded_batch_norm,
@@ -38,6 +39,7 @@ from image_model import (
     timm_repository,
 )
 from image_results import Row, weight_bytes, what_to_do_next, write_results
+from image_sharding import copies_of_float_model, top1_of
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer
@@ -116,7 +118,12 @@ def run(
         show(training_args, "The batch norms of this checkpoint were folded; refitting their statistics.")
         sample = TransformedImages(images["train"].shuffle(seed=training_args.seed), train_transform)
         refit_batch_norm(model, (batch["pixel_values"] for batch in first_batches(sample)))
-    rows = [train_float(model, training_args, quantization_args, common)]
+    how = {
+        "mix": mixing(quantization_args.mixup_alpha, quantization_args.cutmix_alpha, len(labels)),
+        "ema_decay": quantization_args.ema_decay,
+    }
+    row, float_trainer = train_float(model, training_args, quantization_args, {**how, **common})
+    rows = [row]
     for config in quantization_args.configs():
         for method in quantization_args.methods:
             stage = stage_name(method, config)
@@ -124,14 +131,16 @@ def run(
             method_config = copy.copy(saq_config)
             method_config.case = None if method == "qat" else saq_config.case
             set_seed(training_args.seed)  # every method sees the same batches and the same augmentation
-            trainer = DistillationTrainer(  # with an alpha of 0 the same as SAQTrainer
-                copy.deepcopy(model),
+            student, *teacher = copies_of_float_model(float_trainer, 2 if quantization_args.distill_alpha else 1)
+            trainer = ImageTrainer(
+                student,
                 stage_arguments(training_args, stage),
                 saq_config=method_config,
                 quantization_config=config,
-                teacher=model,
-                alpha=quantization_args.distill_alpha,
-                temperature=quantization_args.distill_temperature,
+                teacher=teacher[0] if teacher else None,
+                distill_alpha=quantization_args.distill_alpha,
+                distill_temperature=quantization_args.distill_temperature,
+                **how,
                 **common,
             )
             about = card_arguments(model_args, data_args, len(images["eval"]))
@@ -144,13 +153,15 @@ def run(
     return rows
 
 
-def train_float(model, training_args: TrainingArguments, quantization_args: QuantizationArguments, common) -> Row:
-    """Fine-tune the float model, if asked for, and evaluate it."""
+def train_float(
+    model, training_args: TrainingArguments, quantization_args: QuantizationArguments, common
+) -> tuple[Row, SAQTrainer]:
+    """Fine-tune the float model, if asked for, evaluate and save it."""
     args = stage_arguments(training_args, "float", push_to_hub=False)
     args.num_train_epochs = quantization_args.float_epochs
     if quantization_args.float_learning_rate is not None:
         args.learning_rate = quantization_args.float_learning_rate
-    trainer = SAQTrainer(model, args, saq_config=SAQConfig(case=None), **common)
+    trainer = ImageTrainer(model, args, saq_config=SAQConfig(case=None), **common)
     seconds = None
     if quantization_args.float_epochs > 0:
         show(training_args, "float: train")
@@ -158,8 +169,9 @@ def train_float(model, training_args: TrainingArguments, quantization_args: Quan
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
+    trainer.accelerator.wait_for_everyone()
     size = weight_bytes(Path(args.output_dir))
-    return Row("float", "W32A32", metrics["eval_top1"], size, seconds, metrics=metrics)
+    return Row("float", "W32A32", metrics["eval_top1"], size, seconds, metrics=metrics), trainer
 
 
 def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: TrainingArguments, common) -> Row:
@@ -174,10 +186,13 @@ def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: 
     trainer.accelerator.wait_for_everyone()
     directory = Path(trainer.args.output_dir)
     reloaded = AutoModelForImageClassification.from_pretrained(directory)
-    check_args = stage_arguments(training_args, directory.name, push_to_hub=False)
-    check_args.report_to = []  # the same numbers are logged already
-    checker = Trainer(reloaded, check_args, **{k: v for k, v in common.items() if k != "train_dataset"})
-    reloaded_top1 = checker.evaluate()["eval_top1"]
+    if trainer.is_fsdp_enabled:
+        reloaded_top1 = top1_of(reloaded, trainer)
+    else:
+        check_args = stage_arguments(training_args, directory.name, push_to_hub=False)
+        check_args.report_to = []  # the same numbers are logged already
+        checker = Trainer(reloaded, check_args, **{k: v for k, v in common.items() if k != "train_dataset"})
+        reloaded_top1 = checker.evaluate()["eval_top1"]
     return Row(method, bits, metrics["eval_top1"], weight_bytes(directory), seconds, reloaded_top1, metrics)
 
 

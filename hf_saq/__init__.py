@@ -13,7 +13,16 @@ from .version import __version__
 if TYPE_CHECKING:
     from .analysis import Cost, cost
     from .config import SAQConfig, SAQQuantizationConfig
-    from .conversion import calibrate, correct_biases, dequantize, pack, quantize, reestimate_batch_norm, unpack
+    from .conversion import (
+        calibrate,
+        correct_biases,
+        dequantize,
+        keep_decoded,
+        pack,
+        quantize,
+        reestimate_batch_norm,
+        unpack,
+    )
     from .sharpness import SharpnessAwareMinimizer
     from .training import SAQTrainer, parameter_groups
 
@@ -26,6 +35,7 @@ __getattr__, __dir__ = lazy_exports(
             "calibrate",
             "correct_biases",
             "dequantize",
+            "keep_decoded",
             "pack",
             "quantize",
             "reestimate_batch_norm",
@@ -46,6 +56,7 @@ __getattr__, __dir__ = lazy_exports(
         "quantizers",
         "sharpness",
         "storage",
+        "timing",
         "training",
     ),
 )
@@ -63,6 +74,7 @@ __all__ = [
     "correct_biases",
     "cost",
     "dequantize",
+    "keep_decoded",
     "pack",
     "parameter_groups",
     "quantize",

@@ -28,6 +28,7 @@ ORDER = (
     "conversion",
     "storage",
     "export",
+    "timing",
     "analysis",
     "hub",
     "training",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.distillation import distillation_loss
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize, reestimate_batch_norm
+from hf_saq.training import distillation_loss
 
 from ..shared.images import Batch, Images, draw_per_class
 from ..shared.runs import fingerprint_of
@@ -53,9 +53,14 @@ def float_state(task_name: str, paths: Paths, count: int | None, seed: int) -> d
     if task.float_per_seed:
         return task.train_float(paths, data, drawn(data, count, seed), seed).state_dict()
     return made_once(
-        paths.cache / f"{task_name}-float.safetensors",
+        paths.cache / float_file(task_name),
         lambda: task.train_float(paths, data, data.training, 0).state_dict(),
     )
+
+
+def float_file(task_name: str) -> str:
+    """Name in the cache of the float model that all seeds share."""
+    return f"{task_name}-float.safetensors"
 
 
 def drawn(data: Data, count: int | None, seed: int) -> Images:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..version import __version__
+from .completion import SHELLS, PrintCompletion
 from .data_arguments import add_data_arguments
 
 PARTS = ("sharpness", "landscape", "sensitivity")
@@ -14,6 +15,12 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser. The arguments that it parses have the name of the command as `command`."""
     parser = argparse.ArgumentParser("hf-saq", description="Look at quantized models that hf_saq saved, change them.")
     parser.add_argument("--version", action="version", version=f"hf_saq {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print a script that completes commands in this shell; it needs shtab",
+    )
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
     command = commands.add_parser("inspect", help="bits, sizes, scales and format of a saved model, layer by layer")
@@ -67,11 +74,28 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help=f"what to measure; default: {' '.join(PARTS)}"
     )
+    command.add_argument(
+        "--landscape", metavar="FILE", help="draw the plane there too; cards show it from DIR/landscape.png"
+    )
     command.add_argument("--rho", type=float, help="radius of the sharpness; default: that of the model family")
     command.add_argument("--points", type=int, default=21, help="odd number of steps along a line; half in a plane")
     command.add_argument("--passes", type=float, default=20.0, help="over the images, at most, for sensitivities")
     command.add_argument("--json", action="store_true", help="print machine-readable numbers")
     add_data_arguments(command, most=256)
+
+    command = commands.add_parser(
+        "benchmark", help="time, memory, size and agreement of every form of a quantized model, side by side"
+    )
+    command.add_argument("source", metavar="DIR")
+    command.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="images of a call; default: 1")
+    command.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of a form; default: 1")
+    command.add_argument("--rounds", type=int, default=10, help="how often all forms take turns; default: 10")
+    command.add_argument("--forms", nargs="+", help="some forms alone: float, packed, onnx-int8 and so on")
+    command.add_argument("--images", help="folder of pictures to compare predictions on; default: noise")
+    command.add_argument("--image-size", type=int, nargs="+", help="pixels, or height and width, if not stored")
+    command.add_argument("--target", default="cpu", help="what is exported for: cpu (any), cpu-vnni or gpu")
+    command.add_argument("--clock", default="wall", help="wall, or process for processor time; default: wall")
+    command.add_argument("--json", action="store_true", help="machine-readable")
 
     command = commands.add_parser("card", help="write the model card (README.md) of a saved model")
     command.add_argument("directory", metavar="DIR")

@@ -12,10 +12,12 @@ from transformers.utils import logging
 
 from ..export import export_onnx
 from ..hub.card import write_card
+from ..progress import bars_of_ours_alone
 from ..storage import load_saved
 from ..storage.inspection import inspect_checkpoint
 from ..storage.rewriting import dequantize_saved, pack_saved
 from ..tables import kibibytes
+from ..timing import benchmark
 from .looking import analyze, compare_two, evaluate
 
 
@@ -34,18 +36,38 @@ def _dequantize(args: argparse.Namespace) -> str:
 
 def _export(args: argparse.Namespace) -> str:
     model, processor = load_saved(args.source)
-    size = args.image_size
     report = export_onnx(
         model,
         args.directory,
         weights=args.weights,
         target=args.target,
-        image_size=size[0] if size is not None and len(size) == 1 else size,
+        image_size=_image_size(args),
         processor=processor,
         check=args.check,
         overwrite=args.overwrite,
     )
     return f"{report}\n{args.directory}: exported"
+
+
+def _benchmark(args: argparse.Namespace) -> str:
+    result = benchmark(
+        args.source,
+        batch_sizes=args.batch_sizes,
+        threads=args.threads,
+        rounds=args.rounds,
+        forms=args.forms,
+        images=args.images,
+        image_size=_image_size(args),
+        target=args.target,
+        clock=args.clock,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    return json.dumps(result.to_dict(), indent=2) if args.json else str(result)
+
+
+def _image_size(args: argparse.Namespace) -> int | tuple[int, int] | None:
+    size = args.image_size
+    return size[0] if size is not None and len(size) == 1 else size
 
 
 def _card(args: argparse.Namespace) -> str:
@@ -57,6 +79,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "pack": _pack,
     "dequantize": _dequantize,
     "export": _export,
+    "benchmark": _benchmark,
     "card": _card,
     "eval": evaluate,
     "compare": compare_two,
@@ -68,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed and print its text. Return the exit status: 0, or 1 with one line on stderr."""
     logging.disable_progress_bar()
     try:
-        print(COMMANDS[args.command](args))
+        with bars_of_ours_alone():
+            print(COMMANDS[args.command](args))
     except (
         ValueError,
         OSError,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .batch_norm_statistics import norms_with_statistics, reestimate_batch_norm
     from .bias_correction import correct_biases
     from .calibration import calibrate, is_calibrated, needs_calibration
+    from .decoding import keep_decoded
     from .first_scales import initialize_weight_quantizers
     from .forms import convert_to_packed, copy_with, dequantize, dequantize_in_place, is_packed, pack, unpack
     from .report import ConversionReport, LayerPlan, note_signs
@@ -26,6 +27,7 @@ __getattr__, __dir__ = lazy_exports(
         "batch_norm_statistics": ("norms_with_statistics", "reestimate_batch_norm"),
         "bias_correction": ("correct_biases",),
         "calibration": ("calibrate", "is_calibrated", "needs_calibration"),
+        "decoding": ("keep_decoded",),
         "first_scales": ("initialize_weight_quantizers",),
         "forms": (
             "convert_to_packed",
@@ -57,6 +59,7 @@ __all__ = [
     "initialize_weight_quantizers",
     "is_calibrated",
     "is_packed",
+    "keep_decoded",
     "leave_in_float",
     "needs_calibration",
     "norms_with_statistics",

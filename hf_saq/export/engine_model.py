@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from ..installing import how_to_install
-from .extras import OPENVINO_PROPERTIES, check_engine, needed
+from .engines import ENGINES
+from .extras import check_engine
 from .onnx_export import CONFIG_FILE, EXPORT_VERSION, RECORD
-
-RunFunction = Callable[[np.ndarray], np.ndarray]
-"""Computes logits from inputs, both float32."""
 
 
 class ExportedClassifier(nn.Module):
@@ -119,24 +116,3 @@ def _graph_of(directory: Path) -> bytes:
             "or was replaced. Export the model again."
         )
     return content
-
-
-def _onnxruntime(content: bytes, threads: int | None) -> RunFunction:
-    runtime: Any = needed("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x})[0]
-
-
-def _openvino(content: bytes, threads: int | None) -> RunFunction:
-    core: Any = needed("openvino").Core()
-    properties: dict[str, Any] = dict(OPENVINO_PROPERTIES)
-    if threads is not None:
-        properties["INFERENCE_NUM_THREADS"] = threads
-    compiled = core.compile_model(core.read_model(content), "CPU", properties)
-    return lambda x: compiled(x)[0]
-
-
-ENGINES: dict[str, Callable[[bytes, int | None], RunFunction]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

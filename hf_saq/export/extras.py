@@ -8,7 +8,11 @@ from types import ModuleType
 
 from ..installing import how_to_install
 
-EXTRA_OF = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+EXTRA_OF = {
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "onnx"),
+    "openvino": "openvino",
+    "PIL.Image": "examples",
+}
 """Library -> the extra of hf-saq that installs it."""
 
 ENGINES = ("onnxruntime", "openvino")

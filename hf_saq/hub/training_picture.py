@@ -48,6 +48,8 @@ def draw_training_curve(log_history: Sequence[Mapping[str, Any]], file: Path) ->
         for label, points in lines.items():
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
         axes.set(title=panel, xlabel="step")
+        # Begin at zero: an axis that begins near the first value makes any change look large.
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=1.0 if panel == "accuracy" else None)
         if list(lines) != [panel]:
             axes.legend()
     figure.savefig(file, format="png")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer, QuantizerSettings
 from ..quantizers.precision import without_narrowing
 from .float_form import FloatForm, take_over_hooks
-from .packing import pack_codes, packed_size, unpack_codes
+from .packing import pack_codes, packed_size, unpack_as_float, unpack_codes
 from .quantized import QuantizedLayer
 from .tracing import call_in_graph, is_symbol
 
@@ -38,6 +40,9 @@ class PackedLayer(nn.Module):
     weight_offset: Tensor | None
     float_form: FloatForm
     _functional: QuantizedLayer
+    keeps_decoded = False
+    _decoded: tuple[list[tuple[Tensor, int, int, torch.dtype]], Tensor] | None = None
+    """The decoded weight, with the tensors that it was decoded from and how often they had been written to."""
 
     def __init__(
         self,
@@ -151,10 +156,25 @@ class PackedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """Decode `Q(w)` from the codes, in the layer's dtype."""
-        weight = self.codes() * self.weight_scale
+        self.check_size()
+        weight = unpack_as_float(self.packed_weight, self.bits, self.weight_shape).mul_(self.weight_scale)
         if self.weight_offset is not None:
             weight = weight.add_(self.weight_offset)
         return weight.to(self.weight.dtype)  # not before: fake quantization computes in float32 too
+
+    def _weight_to_compute_with(self) -> Tensor:
+        """Return what [`quantized_weight`] does: the tensor of an earlier call if the layer keeps it and it holds."""
+        if not self.keeps_decoded or torch.compiler.is_compiling():  # a compiler sees no values
+            return self.quantized_weight()
+        sources = (self.packed_weight, self.weight_scale, self.weight_offset, self.weight)
+        tensors = [tensor for tensor in sources if tensor is not None]
+        if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() for tensor in tensors):
+            return self.quantized_weight()  # nothing counts how often these are written to
+        made_of = [(tensor, tensor._version, tensor.data_ptr(), tensor.dtype) for tensor in tensors]
+        if self._decoded is None or not _same(self._decoded[0], made_of):
+            with torch.inference_mode(False), torch.no_grad():  # so that any later call can use it
+                self._decoded = made_of, self.quantized_weight()
+        return self._decoded[1]
 
     def forward(self, x: Tensor) -> Tensor:
         if is_symbol(x):
@@ -166,7 +186,19 @@ class PackedLayer(nn.Module):
             )
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
-        return self._functional.compute(x, self.quantized_weight(), self.bias)
+        return self._functional.compute(x, self._weight_to_compute_with(), self.bias)
+
+    def keep_decoded(self, keep: bool = True) -> None:
+        """Decode the weight at the next call alone and keep it in memory, or do so no more.
+
+        It is decoded again when codes, scale, device or type have changed. It belongs to no state: `state_dict`,
+        copies and files have the codes alone.
+        """
+        self.keeps_decoded, self._decoded = keep, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the decoded weight out of copies and pickles, which decode their own."""
+        return {**vars(self), "_decoded": None}
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module; refuses a weight that has elements, or dimensions, beside the codes."""
@@ -180,6 +212,7 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move and convert like any module, but let `.to(torch.bfloat16)` and the like leave codes and grid alone."""
+        self._decoded = None  # it may be on another device
         kept = list(self._buffers.values())
         keeping = without_narrowing(fn)
         return super()._apply(lambda t: keeping(t) if any(t is one for one in kept) else fn(t), recurse)
@@ -187,3 +220,10 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         kind = type(self._functional).__name__.removeprefix("Quant")
         return f"{kind}, weight_shape={self.weight_shape}, bits={self.bits}"
+
+
+def _same(before: list[tuple[Tensor, int, int, torch.dtype]], now: list[tuple[Tensor, int, int, torch.dtype]]) -> bool:
+    """Tell whether two lists are of the same tensors, unchanged."""
+    return len(before) == len(now) and all(
+        old[0] is new[0] and old[1:] == new[1:] for old, new in zip(before, now, strict=True)
+    )

@@ -12,6 +12,8 @@ The last byte is padded with zero bits. Signed codes are stored with `2^(b-1)` a
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -63,13 +65,48 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...], signed: bool
             f"packed codes are {packed.dtype} of shape {tuple(packed.shape)}; expected torch.uint8 of shape ({size},) "
             f"for {count} codes of {bits} bits."
         )
-    stream = torch.nn.functional.pad(packed, (0, -size % bits)).view(-1, bits)
-    word = torch.zeros(stream.shape[0], dtype=torch.int64, device=packed.device)
-    for i in range(bits):
-        word |= stream[:, i].to(torch.int64) << (8 * i)
-    mask = 2**bits - 1
-    codes = torch.empty(stream.shape[0], CODES_PER_GROUP, dtype=torch.int16, device=packed.device)
-    for i in range(CODES_PER_GROUP):
-        codes[:, i] = (word >> (bits * i)) & mask
-    codes = codes.reshape(-1)[:count].reshape(shape)
+    codes = _one_byte_each(packed, bits)[:count].reshape(shape).to(torch.int16)
     return codes - 2 ** (bits - 1) if signed else codes
+
+
+def unpack_as_float(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Unpack what [`unpack_codes`] does of signed codes, as float32: layers that run from codes do so at each call.
+
+    It takes `packed` for checked.
+    """
+    stored = _one_byte_each(packed, bits)[: torch.Size(shape).numel()].reshape(shape).view(torch.int8)
+    # Subtracted in bytes, which is a quarter of the work; at 8 bits that wraps around to the right code.
+    return (stored - (2 ** (bits - 1) if bits < 8 else -128)).to(torch.float32)
+
+
+def _one_byte_each(packed: Tensor, bits: int) -> Tensor:
+    """Give each stored code a byte of its own: uint8 `(count,)`, with up to seven more of them at the end.
+
+    Words of several codes are pulled apart, half by half: a few operations over whole words.
+    """
+    if bits == 8:
+        return packed
+    if bits in _WORDS:
+        words = packed.to(_WORDS[bits])
+    else:
+        stream = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
+        groups = torch.zeros(stream.shape[0], CODES_PER_GROUP, dtype=torch.uint8, device=packed.device)
+        for i in range(bits):  # column by column: torch copies short rows slowly
+            groups[:, i] = stream[:, i]
+        words = _lowest_byte_first(groups).view(torch.int64).reshape(-1)
+    half = words.element_size() // 2  # codes in half a word
+    while half:
+        low = sum((2 ** (half * bits) - 1) << place for place in range(0, 8 * words.element_size(), 16 * half))
+        moved = (words << half * (8 - bits)).bitwise_and_(low << 8 * half)
+        words = (words & low).bitwise_or_(moved)
+        half //= 2
+    return _lowest_byte_first(words.view(torch.uint8).view(-1, words.element_size())).reshape(-1)
+
+
+_WORDS = {2: torch.int32, 4: torch.int16}
+"""Words that hold the codes of one byte when each has a byte of its own."""
+
+
+def _lowest_byte_first(words: Tensor) -> Tensor:
+    """Bring the bytes `(words, bytes of a word)` from the order of this machine to lowest byte first, or back."""
+    return words if sys.byteorder == "little" else words.flip(1)

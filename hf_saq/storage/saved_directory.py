@@ -127,9 +127,13 @@ def load_any_saved(source: str) -> tuple[Any, Any]:
     if read_json_object(path).get("quantization_config"):
         return load_saved(str(directory))
     with damage_named(path, "is not read as the configuration of a model"):
-        config = AutoConfig.from_pretrained(directory)
-    model = model_class(config).from_pretrained(directory)
-    return model.eval(), AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
+        model = load_float(directory)
+    return model, AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
+
+
+def load_float(directory: Path) -> Any:
+    """Load a saved model that is not quantized, of the class that it was saved from, in evaluation mode."""
+    return model_class(AutoConfig.from_pretrained(directory)).from_pretrained(directory).eval()
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -72,12 +72,12 @@ def test_two_steps(path, tmp_path, monkeypatch):
     recipe = yaml.safe_load(path.read_text())
     trainers = []
 
-    class Kept(script.DistillationTrainer):
+    class Kept(script.ImageTrainer):
         def train(self, *args, **kwargs):
             trainers.append(self)
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(script, "DistillationTrainer", Kept)
+    monkeypatch.setattr(script, "ImageTrainer", Kept)
     bits = min(recipe["weight_bits"])
     changes = {
         "model_name_or_path": tiny_checkpoint(recipe["model_name_or_path"], tmp_path / "model"),

@@ -10,23 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from reference import largest_difference, train_reference
+from safetensors.torch import load_file
 from schedule_reference import train_with_schedule
 from tiny_models import TRANSFORMERS_MODELS, deit_with_teacher, images
 from torch import nn
 from torch.utils.data import SequentialSampler
 from training import BATCH, RHO, Images, InOrder, arguments, make_trainer, reference_set_up
 from transformers import ViTForImageClassification
+from transformers.utils import logging as hf_logging
 
-from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
+from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, quantize
+from hf_saq.training import distillation_loss
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import run_image_classification as script  # noqa: E402
-from distillation import DistillationTrainer, distillation_loss  # noqa: E402
 
 ALPHA, TEMPERATURE = 0.7, 3.0
 
 
-class InOrderDistillation(DistillationTrainer):
+class InOrderDistillation(SAQTrainer):
     """Without shuffling, so that a plain loop can see the same batches."""
 
     def _get_train_sampler(self, train_dataset=None):
@@ -112,7 +114,11 @@ def test_a_teacher_with_other_classes():
 
 def distilling(family="vit", **settings):
     teacher = TRANSFORMERS_MODELS[family](seed=5).double()
-    return partial(InOrderDistillation, teacher=teacher, **{"alpha": ALPHA, "temperature": TEMPERATURE, **settings})
+    return partial(
+        InOrderDistillation,
+        teacher=teacher,
+        **{"distill_alpha": ALPHA, "distill_temperature": TEMPERATURE, **settings},
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +170,7 @@ def test_models_that_would_scale_their_own_loss(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", [None, 3])
 def test_alpha_0_trains_as_without(case, tmp_path):
     plain = make_trainer("vit", case, 2, "local", tmp_path, cls=InOrder, dtype=torch.float32)
-    off = make_trainer("vit", case, 2, "local", tmp_path, cls=distilling(alpha=0), dtype=torch.float32)
+    off = make_trainer("vit", case, 2, "local", tmp_path, cls=distilling(distill_alpha=0), dtype=torch.float32)
     for trainer in (plain, off):
         trainer.train()
     expected, same = plain.model.state_dict(), off.model.state_dict()
@@ -223,8 +229,7 @@ def test_a_deit_with_two_heads(alpha, tmp_path):
         saq_config=SAQConfig(rho=0.1, schedule="full"),
         train_dataset=Images(BATCH, torch.float32),
         teacher=deit_with_teacher(seed=5),
-        alpha=alpha,
-        temperature=1.0,
+        distill_alpha=alpha,
     )
     trainer.train()
     after = trainer.model.state_dict()
@@ -241,9 +246,87 @@ def test_a_deit_with_two_heads(alpha, tmp_path):
 def test_student_and_teacher_must_be_two_models(tmp_path):
     model = TRANSFORMERS_MODELS["vit"]()
     with pytest.raises(ValueError, match="share parameters; pass a copy"):
-        DistillationTrainer(
-            model, arguments(tmp_path), saq_config=SAQConfig(case=None), teacher=model, alpha=0.5, temperature=1.0
+        SAQTrainer(model, arguments(tmp_path), saq_config=SAQConfig(case=None), teacher=model)
+
+
+def test_a_teacher_of_something_else(tmp_path):
+    """Names of classes in another order count as well; nothing trains before it is said."""
+
+    def train(teacher, **more):
+        return SAQTrainer(
+            TRANSFORMERS_MODELS["vit"](), arguments(tmp_path), saq_config=SAQConfig(case=None), teacher=teacher, **more
         )
+
+    other = TRANSFORMERS_MODELS["vit"](seed=5)
+    count = other.config.num_labels
+    other.config.num_labels = count + 1
+    with pytest.raises(ValueError, match=rf"the model has {count} classes and its teacher {count + 1}, so that their"):
+        train(other)
+    other.config.num_labels = count
+    other.config.id2label = {k: other.config.id2label[count - 1 - k] for k in range(count)}
+    with pytest.raises(ValueError, match="those of the model in another order"):
+        train(other)
+    with pytest.raises(TypeError, match="teacher is a str; expected a model"):
+        train("google/vit-base-patch16-224")
+    with pytest.raises(ValueError, match="leave compute_loss_func or teacher out"):
+        train(TRANSFORMERS_MODELS["vit"](seed=5), compute_loss_func=lambda *args, **kwargs: None)
+
+
+def test_a_teacher_that_takes_other_inputs(tmp_path):
+    class Teacher(nn.Module):
+        def forward(self, images):
+            return images
+
+    trainer = make_trainer("vit", 3, 1, "local", tmp_path, cls=partial(InOrder, teacher=Teacher()), max_steps=1)
+    with pytest.raises(ValueError, match=r"for its teacher: a batch with the keys 'pixel_values' lacks 'images'"):
+        trainer.train()
+
+
+def test_what_is_saved_has_no_teacher(tmp_path, capsys):
+    """Neither checkpoints nor the model for use; the first lines say that there is one, the card how much it said."""
+    settings = dict(max_steps=1, save_strategy="steps", save_steps=1)
+    hf_logging.set_verbosity_warning()
+    try:
+        trainer = make_trainer("vit", 3, 1, "local", tmp_path, cls=distilling(), **settings)
+        trainer.train()
+    finally:
+        hf_logging.set_verbosity_error()
+    assert "Distillation: 70% of the loss are the answers of a ViTForImageClassification" in capsys.readouterr().out
+    plain = make_trainer("vit", 3, 1, "local", tmp_path / "plain", cls=InOrder, **settings)
+    plain.train()
+    names = [
+        load_file(directory / "checkpoint-1" / "model.safetensors").keys()
+        for directory in (tmp_path, tmp_path / "plain")
+    ]
+    assert names[0] == names[1]
+
+
+def test_mixed_precision(tmp_path):
+    """The teacher answers in the precision of training; its parameters stay float32."""
+    teacher = TRANSFORMERS_MODELS["vit"](seed=5)
+    make = partial(InOrder, teacher=teacher)
+    trainer = make_trainer("vit", 3, 2, "local", tmp_path, cls=make, dtype=torch.float32, bf16=True)
+    seen = []
+    teacher.register_forward_hook(lambda module, args, output: seen.append(output.logits.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in teacher.parameters())
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("knobs", [{"reuse": "echo", "interval": 2}, {"reuse": "previous"}, {}], ids=str)
+def test_resuming_is_exact(knobs, tmp_path):
+    """Also where a schedule has kept a batch, which has the teacher's answers in it."""
+    how = dict(dtype=torch.float32, max_steps=4, knobs=knobs)
+    teacher = TRANSFORMERS_MODELS["vit"](seed=5)
+    make = partial(SAQTrainer, teacher=teacher, distill_alpha=ALPHA)
+    whole = make_trainer("vit", 3, 1, "local", tmp_path / "whole", cls=make, **how)
+    whole.train()
+    saving = dict(save_strategy="steps", save_steps=1)
+    make_trainer("vit", 3, 1, "local", tmp_path / "half", cls=make, **how, **saving).train()
+    resumed = make_trainer("vit", 3, 1, "local", tmp_path / "half", cls=make, **how)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-1"))
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in found.items())
 
 
 def test_the_example_distils_with_both_methods(tmp_path):

@@ -1,0 +1,34 @@
+"""Load a graph in an engine. Nothing that is imported here takes time: engines are, when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .extras import OPENVINO_PROPERTIES, needed
+
+RunFunction = Callable[[np.ndarray], np.ndarray]
+"""Computes logits from inputs, both float32."""
+
+
+def _onnxruntime(content: bytes, threads: int | None) -> RunFunction:
+    runtime: Any = needed("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0]
+
+
+def _openvino(content: bytes, threads: int | None) -> RunFunction:
+    core: Any = needed("openvino").Core()
+    properties: dict[str, Any] = dict(OPENVINO_PROPERTIES)
+    if threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = threads
+    compiled = core.compile_model(core.read_model(content), "CPU", properties)
+    return lambda x: compiled(x)[0]
+
+
+ENGINES: dict[str, Callable[[bytes, int | None], RunFunction]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
