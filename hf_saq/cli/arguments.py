@@ -74,6 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help=f"what to measure; default: {' '.join(PARTS)}"
     )
+    command.add_argument(
+        "--landscape", metavar="FILE", help="draw the plane there too; cards show it from DIR/landscape.png"
+    )
     command.add_argument("--rho", type=float, help="radius of the sharpness; default: that of the model family")
     command.add_argument("--points", type=int, default=21, help="odd number of steps along a line; half in a plane")
     command.add_argument("--passes", type=float, default=20.0, help="over the images, at most, for sensitivities")

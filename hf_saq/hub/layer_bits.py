@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
 from ..tables import markdown_table
+from .card_sections import folded
 
 
 def layer_bits(config: SAQQuantizationConfig | None, layers: Sequence[LayerPlan]) -> str:
@@ -20,7 +21,7 @@ def layer_bits(config: SAQQuantizationConfig | None, layers: Sequence[LayerPlan]
         return ""
     rows = [[layer.name, *(_shown(layer, key) for key in ("weight_bits", "activation_bits"))] for layer in converted]
     table = markdown_table(["layer", "weight bits", "activation bits"], rows)
-    return f"<details>\n<summary>Bits of each layer</summary>\n\n{table}\n\n</details>"
+    return folded("Bits of each layer", table)
 
 
 def _bits_in(fields: dict) -> bool:

@@ -65,13 +65,13 @@ def facts_of_run(
         comparison=comparison,
         method=_method(saq_config),
         float_weight_bytes=4 * _float_parameters(model),
-        bit_operations=_first(logs, "bit_operations"),
-        float_bit_operations=_first(logs, "float_bit_operations"),
+        bit_operations=_logged(logs, "bit_operations"),
+        float_bit_operations=_logged(logs, "float_bit_operations"),
         evaluated_images=evaluated_images,
         labels=names_of_classes([name for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())])
         if isinstance(model, PreTrainedModel)
         else (),
-        sharpness=_logged(logs, "measured_sharpness") or _logged(logs, "sharpness"),
+        sharpness=_points(logs, "measured_sharpness") or _points(logs, "sharpness"),
         has_picture=has_picture,
         has_landscape=(directory / LANDSCAPE).is_file(),
         export=getattr(trainer, "exported", None),
@@ -119,7 +119,7 @@ def _float_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p not in own)
 
 
-def _first(logs: Sequence[Mapping[str, Any]], name: str) -> int | None:
+def _logged(logs: Sequence[Mapping[str, Any]], name: str) -> int | None:
     return next((int(entry[name]) for entry in logs if name in entry), None)
 
 
@@ -127,7 +127,7 @@ def _will_be_packed(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLayer) and module.weight_quantizer for module in model.modules())
 
 
-def _logged(logs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+def _points(logs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(int(entry["step"]), entry[name]) for entry in logs if name in entry]
 
 

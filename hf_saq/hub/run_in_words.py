@@ -29,9 +29,9 @@ class TellsInWords(Trainer):
     model: nn.Module
     minimizer: Any
     scheduled_step: Any
+    measures_sharpness: bool
     distill_alpha: float
     distill_temperature: float
-    measures_sharpness: bool
     _cost_logs: dict[str, float]
 
     def tell_before_training(self) -> None:

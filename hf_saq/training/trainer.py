@@ -33,8 +33,8 @@ class SAQTrainer(
     TellsInWords,
     SavesImageProcessor,
     ExportingTrainer,
-    LearnsFromTeacher,
     MeasuresSharpness,
+    LearnsFromTeacher,
     PerturbedSteps,
     GivesBits,
     ReestimatesNorms,
@@ -51,8 +51,8 @@ class SAQTrainer(
     Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
     images), `ascent_norm` (mean norm of the gradients that perturbations were made from), `skipped_perturbations`
     (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). `measured_sharpness` means
-    the same under every schedule and in plain training, see `SAQConfig.log_sharpness`. The first line of a run
-    that calibrates also has `bit_operations` (for one image), `float_bit_operations` and `weight_bytes`, see
+    the same under every schedule and in plain training, see `SAQConfig.log_sharpness`. The first line of a run that
+    calibrates also has `bit_operations` (for one image), `float_bit_operations` and `weight_bytes`, see
     [`cost`].
 
     Args:
