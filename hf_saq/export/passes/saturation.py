@@ -38,9 +38,9 @@ def saturating_layers(model: Any) -> list[str]:
 def split_saturating_layers(model: Any) -> list[str]:
     """Split the weight of each such layer into two halves, `c = c / 2 + (c - c / 2)`; changes no result.
 
-    The input goes in twice, so that the layer stays one product, twice as long, of codes that fit. The graph stores the
-    codes once and computes the halves, which engines do when they load it. Convolutions of one channel for each group
-    (depthwise) stay: engines sum those in 32 bits.
+    The input goes in twice, so that the layer stays one product, twice as long, of codes that fit. The graph stores
+    the codes once and computes the halves, which engines do when they load it. Convolutions of one channel for each
+    group (depthwise) stay: engines sum those in 32 bits.
 
     Returns:
         Names of the layers that were split.
