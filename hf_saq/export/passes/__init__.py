@@ -13,8 +13,10 @@ from .pads import move_pads_behind_codes
 from .relus import fold_relus_into_codes
 from .saturation import may_saturate, saturating_layers, split_saturating_layers
 from .sizes import forget_names, forget_shapes
+from .windows import convolutions_to_products
 
 __all__ = [
+    "convolutions_to_products",
     "drop_open_masks",
     "fold_batch_norms",
     "fold_relus_into_codes",
