@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("directory", metavar="OUT")
     command.add_argument("--weights", default="int8", help="int8 (fast) or int4 (small)")
     command.add_argument("--target", default="cpu", help="cpu (any), cpu-vnni or gpu")
+    command.add_argument("--tuned-for", help="onnxruntime: write convolutions as it runs them fastest, others do not")
     command.add_argument("--image-size", type=int, nargs="+", help="pixels, or height and width, if not stored")
     command.add_argument("--no-check", dest="check", action="store_false", help="write without verifying")
     command.add_argument("--overwrite", action="store_true", help="replace an export that is there")
@@ -73,6 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help=f"what to measure; default: {' '.join(PARTS)}"
+    )
+    command.add_argument(
+        "--landscape", metavar="FILE", help="draw the plane there too; cards show it from DIR/landscape.png"
     )
     command.add_argument("--rho", type=float, help="radius of the sharpness; default: that of the model family")
     command.add_argument("--points", type=int, default=21, help="odd number of steps along a line; half in a plane")

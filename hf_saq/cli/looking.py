@@ -107,6 +107,8 @@ def _sections(part: str, args: argparse.Namespace, models: dict[str, Any], image
         line = landscape(models, images.batches, places=("quantized", "latent"), points=args.points)
         fewer = max(3, args.points // 4 * 2 + 1)
         plane = landscape(models, images.batches, dimensions=2, points=fewer)
+        if args.landscape is not None:
+            plane.plot(args.landscape)
         about = "The loss along random directions that move every filter by a share of its own norm"
         return [
             Section("Landscape along a line", f"{about}: {_took(line)}", line),

@@ -17,6 +17,7 @@ from ..version import __version__
 from .card_export import integer_inference
 from .card_facts import LANDSCAPE, CardFacts, ResultRow, facts_of_files, measured
 from .card_sections import closing_sections, folded
+from .layer_bits import layer_bits
 
 CARD = "README.md"
 PICTURE = "training_curve.png"
@@ -171,6 +172,7 @@ def _quantization(facts: CardFacts) -> str:
         )
         cells = [[weight, activation, str(n), reason] for (weight, activation, reason), n in counts.items()]
         known.append(markdown_table(["weight bits", "activation bits", "layers", "left in float because"], cells))
+        known += filter(None, [layer_bits(facts.config, facts.layers)])
     rows = []
     if facts.weight_bytes is not None:
         rows.append(("weights on disk", kibibytes, facts.float_weight_bytes, facts.weight_bytes))
@@ -201,7 +203,7 @@ def _training(facts: CardFacts) -> str:
     if facts.sharpness:
         logged = [f"{value:.4g} at step {step}" for step, value in (facts.sharpness[0], facts.sharpness[-1])]
         known.append(
-            "Sharpness (loss at the perturbed minus loss at the quantized weights, mean since the log before): "
+            "Sharpness (loss at the perturbed minus loss at the quantized weights): "
             + (f"{logged[0]}." if len(facts.sharpness) == 1 else f"first {logged[0]}, last {logged[1]}.")
         )
     if facts.hyperparameters:

@@ -71,7 +71,7 @@ def facts_of_run(
         labels=names_of_classes([name for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())])
         if isinstance(model, PreTrainedModel)
         else (),
-        sharpness=[(int(entry["step"]), entry["sharpness"]) for entry in logs if "sharpness" in entry],
+        sharpness=_points(logs, "measured_sharpness") or _points(logs, "sharpness"),
         has_picture=has_picture,
         has_landscape=(directory / LANDSCAPE).is_file(),
         export=getattr(trainer, "exported", None),
@@ -125,6 +125,10 @@ def _logged(logs: Sequence[Mapping[str, Any]], name: str) -> int | None:
 
 def _will_be_packed(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLayer) and module.weight_quantizer for module in model.modules())
+
+
+def _points(logs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(int(entry["step"]), entry[name]) for entry in logs if name in entry]
 
 
 def _method(saq_config: SAQConfig) -> str:

@@ -29,6 +29,7 @@ class TellsInWords(Trainer):
     model: nn.Module
     minimizer: Any
     scheduled_step: Any
+    measures_sharpness: bool
     distill_alpha: float
     distill_temperature: float
     _cost_logs: dict[str, float]
@@ -105,6 +106,8 @@ class TellsInWords(Trainer):
         if self.minimizer is not None:
             logged += ["sharpness (perturbed minus clean loss, where a step has both)", "ascent_norm"]
             logged += ["perturbed_loss (for loss, where a step has the whole batch at perturbed weights only)"]
+        if self.measures_sharpness:
+            logged += ["measured_sharpness (of one batch, every 50 steps or more)"]
         where: Any = self.args.report_to
         return f"Logged: {_listed(logged)}; to {_listed(where) if where else 'the console'}."
 

@@ -16,7 +16,7 @@ def curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list
     panels = {
         "loss": {"training": "loss", "training, perturbed": "perturbed_loss", "evaluation": "eval_loss"},
         "accuracy": {"accuracy": "eval_accuracy", "top-1": "eval_top1", "top-5": "eval_top5"},
-        "sharpness": {"sharpness": "sharpness"},
+        "sharpness": {"of training steps": "sharpness", "measured": "measured_sharpness"},
     }
     found = {}
     for panel, lines in panels.items():

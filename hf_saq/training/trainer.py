@@ -19,6 +19,7 @@ from ..hub.publishing_trainer import PublishingTrainer
 from ..hub.run_in_words import TellsInWords
 from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters
+from .analyses import GivesBits, MeasuresSharpness
 from .columns import KeepsColumnsOfTransforms
 from .distillation import LearnsFromTeacher
 from .fsdp import check_fsdp, skeleton_of
@@ -32,8 +33,10 @@ class SAQTrainer(
     TellsInWords,
     SavesImageProcessor,
     ExportingTrainer,
+    MeasuresSharpness,
     LearnsFromTeacher,
     PerturbedSteps,
+    GivesBits,
     ReestimatesNorms,
     SavesAndResumes,
     KeepsColumnsOfTransforms,
@@ -47,8 +50,9 @@ class SAQTrainer(
     "stale", "previous" and "echo") logs that as `perturbed_loss`: it is no `loss` to compare with other trainings.
     Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
     images), `ascent_norm` (mean norm of the gradients that perturbations were made from), `skipped_perturbations`
-    (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). The first line of a run
-    that calibrates also has `bit_operations` (for one image), `float_bit_operations` and `weight_bytes`, see
+    (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). `measured_sharpness` means
+    the same under every schedule and in plain training, see `SAQConfig.log_sharpness`. The first line of a run that
+    calibrates also has `bit_operations` (for one image), `float_bit_operations` and `weight_bytes`, see
     [`cost`].
 
     Args:
@@ -138,6 +142,7 @@ class SAQTrainer(
                 f"SAQTrainer: optim={optim!r} steps inside backward, so a second pass cannot be put before the step. "
                 "Use another optimizer, or SAQConfig(case=None)."
             )
+        self.check_bit_budget()
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator, self.args, self.saq_config)
 
@@ -153,8 +158,10 @@ class SAQTrainer(
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
+            self.take_bits_of(resume_from_checkpoint)
         else:
             self.calibrate_if_needed()
+            self.give_bits()
         self.tell_before_training()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)

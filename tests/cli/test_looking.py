@@ -107,8 +107,10 @@ def test_analyze_writes_one_page(saved, images, capsys, tmp_path):
     model, batch = load_saved(str(saved / "latent"))[0], batch_of(images)
     alone = sharpness(model, [{k: v[i : i + 5] for k, v in batch.items()} for i in (0, 5, 10)], 0.1, progress=False)
     assert json.loads(out)["Sharpness of packed"]["steepest"]["mean"] == pytest.approx(alone.steepest.mean, rel=1e-3)
-    found = json.loads(run(capsys, *argv, "landscape", "--points", 3, "--beside", saved / "latent")[1])
+    picture = ("--landscape", saved / "latent" / "landscape.png")
+    found = json.loads(run(capsys, *argv, "landscape", "--points", 3, "--beside", saved / "latent", *picture)[1])
     assert [s["name"] for s in found["Landscape over a plane"]["surfaces"]] == ["packed", "latent"]
+    assert picture[1].stat().st_size > 1000
     assert page.read_text().count("<img") == 2 and [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 

@@ -108,6 +108,8 @@ BAD_SAQ = [
         ("match_radius", value, f"SAQConfig.match_radius={value!r}; expected True or False.")
         for value in (1, "yes", 0.5)
     ),
+    ("log_sharpness", "yes", "SAQConfig.log_sharpness='yes'; expected True, False or None."),
+    ("bit_budget", "many", "SAQConfig.bit_budget='many'; expected a budget such as '0.8x'"),
     *(
         (
             "norm_batches",

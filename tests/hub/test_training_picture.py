@@ -20,7 +20,7 @@ def test_curves():
     assert curves(LOG) == {
         "loss": {"training": [(10, 2.5), (20, 1.5)], "evaluation": [(10, 2.25), (20, 1.25)]},
         "accuracy": {"top-1": [(10, 0.125), (20, 0.375)]},
-        "sharpness": {"sharpness": [(10, 0.25), (20, 0.125)]},
+        "sharpness": {"of training steps": [(10, 0.25), (20, 0.125)]},
     }
     assert curves(LOG[:2]) == {}  # one point is no curve
 

@@ -4,7 +4,7 @@
     python -m benchmarks.accuracy.minima.bit_budget --settings cifar-resnet:3 --seeds 10 11
 
 The float model of a seed is quantized to the same bits everywhere and calibrated; `hf_saq.analysis.allocate_bits` then
-gives each layer its bits, for the bit operations of those uniform ones, from losses on training images alone. Both
+gives each layer its bits, for the bit operations of those uniform ones, from training images alone. Both
 models are trained alike: the same steps, images, order and learning rate, which the accuracy sweep chose for uniform
 bits. First layer and head keep their 8 bits in both. One JSON for each allocation and each run.
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_saq.analysis import allocate_bits
 
@@ -30,6 +30,7 @@ from .measured import chosen, images_looked_at, loss_of
 
 CANDIDATES = (2, 3, 4, 6, 8)
 IMAGES, BATCH, PASSES = 500, 125, 20.0
+BY: Literal["noise", "measured"] = "noise"
 MIXED = "bits by budget"
 
 
@@ -77,7 +78,13 @@ def mixed_name(study: Study, uniform: dict[str, Any]) -> str:
 
 def with_bits_by_budget(study: Study, uniform: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the run whose layers get bits for the budget of `uniform`."""
-    how = {"budget": f"{study.bits} bits", "candidates": list(CANDIDATES), "images": IMAGES, "passes": PASSES}
+    how = {
+        "budget": f"{study.bits} bits",
+        "by": BY,
+        "candidates": list(CANDIDATES),
+        "images": IMAGES,
+        "passes": PASSES,
+    }
     start_of = {key: uniform[key] for key in ("task", "bits", "seed", "images_per_class", "quantization", "device")}
 
     def allocate() -> dict[str, Any]:
@@ -87,6 +94,7 @@ def with_bits_by_budget(study: Study, uniform: dict[str, Any]) -> dict[str, Any]
             start.model,
             images_looked_at(start, BATCH, IMAGES),
             how["budget"],  # type: ignore[arg-type]
+            by=BY,
             candidates=CANDIDATES,
             passes=PASSES,
             inputs=images_looked_at(start, 1, 1)[0]["pixels"],

@@ -27,7 +27,7 @@ from .candidates import Candidates, Operand, observe_activations, observed, quan
 from .estimates import Key, activation_estimates, weight_estimates
 
 CANDIDATES = (2, 3, 4, 6, 8)
-PARTS = 4
+PARTS = 2
 """Parts of a batch that a measurement sees where there are too few batches for the passes that are allowed."""
 SHARE_OF_ESTIMATES = 0.25
 """Part of the allowed passes that the estimates may take."""
