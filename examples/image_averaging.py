@@ -64,6 +64,17 @@ class AveragesWeights(TrainerCallback):
         return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / STORED
 
 
+def check_averaging(is_sharded: bool, takes_best: bool) -> None:
+    """Raise `ValueError` where weights cannot be averaged, or the average would be thrown away."""
+    if is_sharded:
+        raise ValueError("--ema_decay under FSDP: the weights to average lie in shards. Leave it out there.")
+    if takes_best:
+        raise ValueError(
+            "--ema_decay with --load_best_model_at_end: training ends with the average or with the best "
+            "checkpoint, not with both. Leave one of them out."
+        )
+
+
 class ImageTrainer(MixingTrainer):
     """A [`MixingTrainer`] whose model is the average of its weights once training is over.
 
@@ -73,16 +84,9 @@ class ImageTrainer(MixingTrainer):
     def __init__(self, *args: Any, ema_decay: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.averages = AveragesWeights(ema_decay) if ema_decay > 0 else None
-        if self.averages is None:
-            return
-        if self.is_fsdp_enabled:
-            raise ValueError("--ema_decay under FSDP: the weights to average lie in shards. Leave it out there.")
-        if self.args.load_best_model_at_end:
-            raise ValueError(
-                "--ema_decay with --load_best_model_at_end: training ends with the average or with the best "
-                "checkpoint, not with both. Leave one of them out."
-            )
-        self.add_callback(self.averages)
+        if self.averages is not None:
+            check_averaging(self.is_fsdp_enabled, self.args.load_best_model_at_end)
+            self.add_callback(self.averages)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # Do it first, so that statistics of batch norms are estimated anew for the average where the schedule asks.

@@ -18,7 +18,7 @@ from hf_saq import SAQConfig
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import run_image_classification as script  # noqa: E402
 from image_arguments import parse_arguments  # noqa: E402
-from image_averaging import STORED, ImageTrainer  # noqa: E402
+from image_averaging import STORED, ImageTrainer, check_averaging  # noqa: E402
 from image_mixing import mixing  # noqa: E402
 
 
@@ -114,6 +114,8 @@ def test_the_best_or_the_average(tmp_path):
     best = dict(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", save_steps=1, eval_steps=1)
     with pytest.raises(ValueError, match="not with both. Leave one of them out"):
         trainer_in(tmp_path, ema_decay=0.9, **best)
+    with pytest.raises(ValueError, match="--ema_decay under FSDP: the weights to average lie in shards"):
+        check_averaging(is_sharded=True, takes_best=False)
 
 
 @pytest.mark.parametrize(
