@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size architectures quantizers float-function fake-quant step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
+.PHONY: install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size architectures quantizers float-function fake-quant deploy-benchmark step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
 
 install: $(STAMP)
 
@@ -58,6 +58,9 @@ quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmar
 
 float-function: $(STAMP)  ## write docs/float_function.md: what conversion and training keep of MobileNetV2
 	$(TEST_ENV) $(BIN)/python -m benchmarks.float_function.measure
+
+deploy-benchmark: $(STAMP)  ## docs/deploy.md: every form of five models; what is in benchmarks/results/deploy is done
+	$(TEST_ENV) $(BIN)/python -m benchmarks.deploy.measure
 
 FAKE_QUANT := OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.fake_quant
 fake-quant: $(STAMP)  ## quantized layers and steps against float and other libraries, on a quiet machine
@@ -109,6 +112,9 @@ flatness: $(STAMP)  ## write docs/flatness.md; runs that are not in benchmarks/r
 mixed-precision: $(STAMP)  ## the same page, with bits by budget against uniform bits
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.minima.bit_budget --settings cifar-resnet:3 flowers:3 --seeds 0 1 2 3 4
 	$(MINIMA_PAGE)
+
+engine-accuracy: $(STAMP)  ## docs/engine_accuracy.md: exports on ONNX Runtime and OpenVINO, with and without VNNI
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.engines.measure
 
 results-quick: $(STAMP)  ## train a part of docs/results.md anew and compare, a few minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.quick

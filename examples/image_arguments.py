@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from image_export import CHOICES, NOT_ASKED, check_engine_choice
 from image_model import ModelArguments
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -70,7 +71,16 @@ class QuantizationArguments:
         metadata={"help": "End each training with an exponential moving average of its weights, say 0.999; 0: off."},
     )
 
+    engine: str = field(
+        default=NOT_ASKED,
+        metadata={
+            "help": f"One of {', '.join(CHOICES)}: also export every quantized model, check that the export predicts "
+            "the same, and evaluate it there."
+        },
+    )
+
     def __post_init__(self) -> None:
+        check_engine_choice(self.engine)
         for name in ("mixup_alpha", "cutmix_alpha"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} {getattr(self, name)}; expected a number from 0 (off) up.")

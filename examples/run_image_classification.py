@@ -10,7 +10,7 @@
 
 One run: (1) fine-tune the float model, if `--float_epochs` is above zero; (2) from that same model, for every entry of
 `--weight_bits` and `--methods`, quantize, calibrate, train, evaluate and save packed; (3) load every packed checkpoint
-into a fresh object and evaluate it again; (4) one table.
+into a fresh object and evaluate it again, with `--engine` also as an exported integer graph; (4) one table.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 import transformers
 from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
 from image_averaging import ImageTrainer
+from image_export import NOT_ASKED, evaluate_exported
 from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
 from image_mixing import mixing
 from image_model import (
@@ -80,6 +81,8 @@ def run(
     set_seed(training_args.seed)
     if not (training_args.do_train or training_args.do_eval):
         raise SystemExit("Nothing to do: give --do_train, --do_eval or both.")
+    if quantization_args.engine != NOT_ASKED and not training_args.do_train:
+        raise SystemExit("--engine exports what is trained: give --do_train, or export a model with `hf-saq export`.")
 
     with in_one_line("reading the arguments"):
         check_names(model_args)
@@ -145,10 +148,11 @@ def run(
             )
             about = card_arguments(model_args, data_args, len(images["eval"]))
             trainer.card_arguments = {**about, "comparison": [row.for_card() for row in rows]}
-            rows.append(train_quantized(trainer, method, bits_name(config), training_args, common))
+            engine = quantization_args.engine
+            rows.append(train_quantized(trainer, method, bits_name(config), training_args, common, engine))
     if training_args.process_index == 0:
         output = Path(training_args.output_dir)
-        table = write_results(rows, output)
+        table = write_results(rows, output, quantization_args.engine)
         print(f"\n{table}\n\n{what_to_do_next(rows, output, training_args.push_to_hub)}", flush=True)
     return rows
 
@@ -174,12 +178,17 @@ def train_float(
     return Row("float", "W32A32", metrics["eval_top1"], size, seconds, metrics=metrics), trainer
 
 
-def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: TrainingArguments, common) -> Row:
-    """Train one quantized model, save it packed, and check what comes back from disk."""
+def train_quantized(
+    trainer: SAQTrainer, method: str, bits: str, training_args: TrainingArguments, common, engine: str
+) -> Row:
+    """Train one quantized model, save it packed and, for an engine, exported; check what comes back from disk."""
     seconds = timed_training(trainer)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    if engine != NOT_ASKED:
+        with in_one_line("exporting the model"):
+            trainer.export_onnx()
     trainer.save_model()  # and push it with a card, with --push_to_hub
     if not trainer.args.push_to_hub:
         trainer.create_model_card()
@@ -193,7 +202,12 @@ def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: 
         check_args.report_to = []  # the same numbers are logged already
         checker = Trainer(reloaded, check_args, **{k: v for k, v in common.items() if k != "train_dataset"})
         reloaded_top1 = checker.evaluate()["eval_top1"]
-    return Row(method, bits, metrics["eval_top1"], weight_bytes(directory), seconds, reloaded_top1, metrics)
+    engine_top1 = None
+    if engine != NOT_ASKED and training_args.process_index == 0:
+        per_batch, workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
+        engine_top1 = evaluate_exported(directory, engine, common["eval_dataset"], per_batch, workers)
+    size = weight_bytes(directory)
+    return Row(method, bits, metrics["eval_top1"], size, seconds, reloaded_top1, metrics, engine_top1)
 
 
 def card_arguments(model_args: ModelArguments, data_args: DataTrainingArguments, held_out: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ WEB = Path(__file__).resolve().parent
 sys.path.append(str(WEB.parent / "examples"))  # whose data and training these are
 RUNTIME = WEB / "node_modules" / "onnxruntime-web" / "dist"
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-SIDE, SAMPLES_OF_A_DIGIT = 8, 1
+SIDE = 8
 MODELS = {
     "float": ("Float", "W32A32", "32-bit weights, activations"),
     "saq-w4a4": ("W4A4", "W4A4", "4-bit weights, activations"),

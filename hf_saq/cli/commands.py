@@ -41,6 +41,7 @@ def _export(args: argparse.Namespace) -> str:
         args.directory,
         weights=args.weights,
         target=args.target,
+        tuned_for=args.tuned_for,
         image_size=_image_size(args),
         processor=processor,
         check=args.check,

@@ -16,7 +16,7 @@ from .example_inputs import example_inputs
 from .extras import check_engine, installed_engines, needed
 from .integer_copy import integer_copy
 from .integer_layers import IntegerLayer
-from .passes import run_in_integers, store, widen_codes
+from .passes import convolutions_to_products, run_in_integers, store, widen_codes
 from .report import ExportedLayer, ExportReport
 from .stored_grids import CODE_RANGE
 from .targets import check_target, fit_to_target
@@ -28,6 +28,7 @@ CONFIG_FILE = "config.json"
 RECORD = "hf_saq_export"
 """Key in `config.json` of what the export says about itself."""
 EXPORT_VERSION = 1
+TUNED_FOR = (None, "onnxruntime")
 
 
 def export_onnx(
@@ -36,6 +37,7 @@ def export_onnx(
     *,
     weights: str = "int8",
     target: str = "cpu",
+    tuned_for: str | None = None,
     example: Tensor | None = None,
     image_size: int | tuple[int, int] | None = None,
     processor: Any = None,
@@ -57,6 +59,8 @@ def export_onnx(
         target: What runs it: `"cpu"`, any CPU; `"cpu-vnni"`, CPUs that sum products in 32 bits; or `"gpu"`. For
             `"cpu"` the products of 8-bit weights with 8-bit inputs that some get wrong are computed in two halves,
             exactly; for the others a warning names these layers.
+        tuned_for: `"onnxruntime"` writes convolutions as products of matrices where that engine would run them in
+            float, which is what makes residual CNNs fast in it and slow in others. By default they stay as they are.
         example: Inputs `(batch, ...)`, of any batch. Images of noise are made if there are none; real ones are better.
         image_size: Height and width in pixels, where neither the processor nor the model's configuration says.
         processor: The image processor to store with it.
@@ -74,6 +78,8 @@ def export_onnx(
     if weights not in CODE_RANGE:
         raise ValueError(f"weights={weights!r}; expected one of {list(CODE_RANGE)}.")
     check_target(target)
+    if tuned_for not in TUNED_FOR:
+        raise ValueError(f"tuned_for={tuned_for!r}; expected one of {list(TUNED_FOR)}.")
     directory = Path(directory)
     _check_free(directory, overwrite)
     engines = installed_engines() if engines is None else engines
@@ -85,6 +91,8 @@ def export_onnx(
     copied = integer_copy(model, weights)
     graph_model = trace(copied, example)
     folded = run_in_integers(graph_model)
+    if tuned_for == "onnxruntime":
+        convolutions_to_products(graph_model)
     if weights == "int8":
         widen_codes(graph_model)
     split = fit_to_target(graph_model, target)

@@ -7,13 +7,14 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..export.extras import installed_engines, needed
+from ..export.extras import check_engine, installed_engines, needed
 from ..export.onnx_export import CONFIG_FILE, MODEL_FILE, RECORD, export_onnx
 from ..export.report import ExportReport
 from ..storage import load_saved, staged
@@ -35,7 +36,7 @@ class ExportingTrainer(PublishingTrainer):
 
     exported: ExportReport | None = None
     _graph: Path | None = None
-    _record: Mapping[str, Any] | None = None
+    _record: Any = None
     """What `config.json` says of the export."""
 
     def export_onnx(self, directory: str | Path | None = None, **arguments: Any) -> ExportReport | None:
@@ -56,7 +57,10 @@ class ExportingTrainer(PublishingTrainer):
             ValueError: If the model is not a quantized and calibrated one of transformers, or an argument is wrong.
             ImportError: If a library is missing; says which extra installs it.
         """
-        for library in ("onnx", "onnxscript", *(arguments.get("engines") or installed_engines())):
+        engines = arguments.get("engines") or installed_engines()
+        for engine in engines:
+            check_engine(engine)
+        for library in ("onnx", "onnxscript", *engines):
             needed(library)  # before anything is written
         model = self.accelerator.unwrap_model(self.model)
         if not self._is_quantized() or not isinstance(model, PreTrainedModel):
@@ -74,9 +78,11 @@ class ExportingTrainer(PublishingTrainer):
             if "example" not in arguments and "image_size" not in arguments:
                 arguments["example"] = self._examples(model.main_input_name)
             saved, processor = load_saved(str(target))
-            report = export_onnx(saved, target, processor=processor, overwrite=True, **arguments)
-            self.exported, self._graph = report, target / MODEL_FILE
-            self._record = read_json_object(target / CONFIG_FILE)[RECORD]
+            with TemporaryDirectory(prefix="hf_saq-") as made:
+                report = export_onnx(saved, made, processor=processor, **arguments)
+                record = read_json_object(Path(made) / CONFIG_FILE)[RECORD]
+                _put_graph(Path(made) / MODEL_FILE, record, target)
+            self.exported, self._graph, self._record = report, target / MODEL_FILE, record
             self.tell_of_export(target, report)
         self.accelerator.wait_for_everyone()
         return report
@@ -86,29 +92,24 @@ class ExportingTrainer(PublishingTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer` does, and put the exported graph of these weights beside a model for use."""
+        directory = Path(output_dir or str(self.args.output_dir))
+        had_graph = _has_record(directory)
         super().save_model(output_dir, _internal_call)
         is_checkpoint = _internal_call and output_dir is not None
-        if self.exported is not None and not is_checkpoint and self.args.should_save:
-            self._put_graph(Path(output_dir or str(self.args.output_dir)))
+        if is_checkpoint or not self.args.should_save:
+            return
+        if self.exported is not None and self._graph is not None and not self._graph.is_file():
+            logger.warning("%s is not there any more; the model is saved without its export.", self._graph)
+            self.exported, self._graph = None, None
+        if self._graph is not None:
+            _put_graph(self._graph, self._record, directory)
+        elif had_graph:  # of other weights, beside which it would pass for these
+            (directory / MODEL_FILE).unlink(missing_ok=True)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take batches as `Trainer` does, and forget the export: the optimizer step will change the weights."""
         self.exported, self._graph = None, None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def _put_graph(self, directory: Path) -> None:
-        assert self._graph is not None
-        if not self._graph.is_file():
-            logger.warning("%s is not there any more; the model is saved without its export.", self._graph)
-            self.exported, self._graph = None, None
-            return
-        fields = read_json_object(directory / CONFIG_FILE)
-        fields[RECORD] = self._record
-        with staged(directory) as stage:
-            if self._graph.resolve() != (directory / MODEL_FILE).resolve():
-                (stage / MODEL_FILE).parent.mkdir(parents=True)
-                shutil.copy2(self._graph, stage / MODEL_FILE)
-            (stage / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
     def _examples(self, name: str) -> Tensor | None:
         """Make a batch of the first images to evaluate with, or to train with; `None` where that does not work."""
@@ -120,3 +121,18 @@ class ExportingTrainer(PublishingTrainer):
                 if isinstance(images, Tensor) and images.is_floating_point():
                     return images
         return None
+
+
+def _put_graph(graph: Path, record: Any, directory: Path) -> None:
+    """Put the file `graph` beside the model in `directory`, and what it is into the `config.json` there."""
+    fields = read_json_object(directory / CONFIG_FILE)
+    fields[RECORD] = record
+    with staged(directory) as stage:
+        if graph.resolve() != (directory / MODEL_FILE).resolve():
+            (stage / MODEL_FILE).parent.mkdir(parents=True)
+            shutil.copy2(graph, stage / MODEL_FILE)
+        (stage / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _has_record(directory: Path) -> bool:
+    return (directory / CONFIG_FILE).is_file() and RECORD in read_json_object(directory / CONFIG_FILE)

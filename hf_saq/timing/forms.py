@@ -115,10 +115,18 @@ def _onnx_float(forms: StoredForms, path: Path, example: Tensor) -> tuple[Path, 
     return path / "model.onnx", len(content)
 
 
-def _exported(weights: str) -> Callable[[StoredForms, Path, Tensor], tuple[Path, int]]:
+def _exported(weights: str, tuned_for: str | None = None) -> Callable[[StoredForms, Path, Tensor], tuple[Path, int]]:
     def write(forms: StoredForms, path: Path, example: Tensor) -> tuple[Path, int]:
         # Not checked here: what it predicts is compared in any case, and reported.
-        report = export_onnx(forms.model, path, weights=weights, target=forms.target, example=example[:2], check=False)
+        report = export_onnx(
+            forms.model,
+            path,
+            weights=weights,
+            target=forms.target,
+            tuned_for=tuned_for,
+            example=example[:2],
+            check=False,
+        )
         return path / MODEL_FILE, report.size
 
     return write
@@ -134,5 +142,6 @@ WRITERS: dict[str, Callable[[StoredForms, Path, Tensor], tuple[Path, int]]] = {
     "packed": _packed,
     "onnx-float": _onnx_float,
     "onnx-int8": _exported("int8"),
+    "onnx-int8-tuned": _exported("int8", tuned_for="onnxruntime"),
     "onnx-int4": _exported("int4"),
 }

@@ -237,7 +237,8 @@ def test_layers_that_may_saturate_are_split():
     assert passes.split_saturating_layers(model) == ["layer"]
     assert passes.saturating_layers(model) == []
     np.testing.assert_allclose(evaluate(model, x), before, rtol=1e-6, atol=1e-4)  # sums of up to 650
-    halves = model.graph.initializers["layer.codes"].const_value.numpy()
+    assert np.array_equal(model.graph.initializers["layer.codes"].const_value.numpy(), w)  # stored once
+    halves = np.concatenate([w.astype(np.int16) // 2, w - w.astype(np.int16) // 2]).astype(np.int8)
     codes = np.round(x / grid["s"]).clip(0, 255).astype(np.uint8)
     exact = codes.astype(np.int64) @ w.astype(np.int64)
     assert (saturating_product(codes, w) != exact).any()
@@ -256,3 +257,29 @@ def test_convolutions_are_split_too_unless_they_are_depthwise():
     assert passes.split_saturating_layers(depthwise) == passes.saturating_layers(depthwise) == []
     grouped = graph_of(body + "y = Conv <group = 2> (x_q, w)", **grid, layer__codes=wide[:, :2])
     assert passes.split_saturating_layers(grouped) == [] and passes.saturating_layers(grouped) == ["layer"]
+
+
+# Size ----------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_that_mask_nothing_are_dropped():
+    body = "z = Neg (x) shape = Shape (x) all = Expand (holds, shape) mask = Where (all, nought, low) y = Add "
+    for inputs in ("(z, mask)", "(mask, z)"):
+        constants = {"holds": np.ones((1, 1, 1, 1), dtype=bool), "nought": np.float32(0), "low": np.float32(-9)}
+        model = graph_of(body + inputs, **constants)
+        before = evaluate(model)
+        assert passes.drop_open_masks(model) == 1 and "Add" not in kinds(model)
+        assert np.array_equal(evaluate(model), before)
+        for change in ({"holds": np.zeros((1, 1, 1, 1), dtype=bool)}, {"nought": np.float32(1)}):
+            assert passes.drop_open_masks(graph_of(body + inputs, **{**constants, **change})) == 0
+
+
+def test_names_between_nodes_are_dropped():
+    model = graph_of(QUANTIZED_X + WEIGHT + "y = Conv (x_q, w, bias)", **GRID, **CONVOLUTION)
+    before, names = evaluate(model), set(model.graph.initializers)
+    passes.forget_names(model)
+    proto = ir.to_proto(model)
+    assert not any(node.name for node in proto.graph.node)
+    assert {name for node in proto.graph.node for name in node.output} == {"0", "1", "2", "3", "y"}
+    assert set(model.graph.initializers) == names
+    assert np.array_equal(evaluate(model), before)

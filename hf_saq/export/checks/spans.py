@@ -22,6 +22,7 @@ class LayerSpan:
         clip: The `Clip` of its input's codes, or `None`.
         input: The value that is quantized, or that goes into the product.
         output: The value that the layer computes, bias and other terms included.
+        pads: Zeros that it pads around its input, as ONNX lists them; `None` if it is no convolution.
     """
 
     weight: Any
@@ -31,6 +32,7 @@ class LayerSpan:
     clip: Any
     input: Any
     output: Any
+    pads: list[int] | None
 
 
 def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
@@ -40,7 +42,7 @@ def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
         affine: Whether the grid of its input has an offset, which is subtracted before it is quantized.
     """
     codes = model.graph.initializers.get(f"{name}.codes")
-    weight = _user(codes, "DequantizeLinear")
+    weight = _dequantized(codes)
     transpose = None if weight is None else _user(weight.outputs[0], "Transpose")
     operand = None if weight is None else (weight if transpose is None else transpose).outputs[0]
     product = _user(operand, "Conv", "MatMul", "Gemm")
@@ -55,10 +57,18 @@ def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
         x = node.inputs[0]
     dequantize = producer(x, "DequantizeLinear")
     clip = quantize = None
+    output, pads = _end(product.outputs[0]), None
+    if product.op_type == "Conv":
+        pads = list(product.attributes.get_ints("pads", [0] * 2 * (len(product.attributes.get_ints("kernel_shape")))))
     if dequantize is not None:
         codes_of_x = dequantize.inputs[0]
-        while (node := producer(codes_of_x, "Concat", "Gather")) is not None:
+        while (node := producer(codes_of_x, "Concat", "Gather", "Slice", "Pad", "Transpose")) is not None:
             codes_of_x = node.inputs[0]
+            if node.op_type == "Pad":
+                pads = [int(constant(node.inputs[1])[i]) for i in (1, 2, 5, 6)]  # type: ignore[index]
+            elif node.op_type == "Transpose":  # a convolution, written as a product with its channels last
+                pads = [0] * 4 if pads is None else pads
+                output = _end(_user(output, "Transpose").outputs[0])
         clip = producer(codes_of_x, "Clip")
         quantize = producer(codes_of_x if clip is None else clip.inputs[0], "QuantizeLinear")
         x = quantize.inputs[0]
@@ -66,14 +76,36 @@ def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
             shift = producer(x, "Sub")
             assert shift is not None, f"{name}: no offset is subtracted"
             x = shift.inputs[0]
-    return LayerSpan(weight, product, channel_axis, quantize, clip, x, _end(product.outputs[0]))
+    return LayerSpan(weight, product, channel_axis, quantize, clip, x, output, pads)
 
 
 def stored_codes(span: LayerSpan) -> np.ndarray:
-    """Return the integers of the weight as the graph has them."""
-    found = constant(span.weight.inputs[0])
-    assert found is not None
-    return found.astype(np.int32)
+    """Return the integers of the weight as the graph multiplies them: those it stores, or halves of them."""
+    return _computed(span.weight.inputs[0]).astype(np.int32)
+
+
+def whole_codes(span: LayerSpan) -> np.ndarray:
+    """Return the integers of the weight, with halves added up."""
+    codes = stored_codes(span)
+    if constant(span.weight.inputs[0]) is not None:
+        return codes
+    return np.add(*np.split(codes, 2, axis=0 if span.product.op_type == "MatMul" else 1))
+
+
+def _computed(value: Any) -> np.ndarray:
+    """Evaluate what the graph makes of stored codes."""
+    found = constant(value)
+    if found is not None:
+        return found
+    node = value.producer()
+    inputs = [_computed(one) for one in node.inputs]
+    if node.op_type == "Concat":
+        return np.concatenate(inputs, axis=node.attributes.get_int("axis", 0))
+    return _OPERATORS[node.op_type](*inputs)
+
+
+_OPERATORS: dict[str, Any] = {"Cast": lambda x: x.astype(np.int32), "Div": lambda x, y: x // y, "Sub": np.subtract}
+"""What `split_saturating_layers` writes between codes and product."""
 
 
 def nodes_between(start: Any, end: Any) -> list[Any]:
@@ -91,6 +123,14 @@ def nodes_between(start: Any, end: Any) -> list[Any]:
 def _user(value: Any, *op_types: str) -> Any:
     users = [] if value is None else [node for node, _ in value.uses() if node.op_type in op_types]
     return users[0] if users else None
+
+
+def _dequantized(codes: Any) -> Any:
+    """Return the node that dequantizes stored codes, or their halves."""
+    while codes is not None and (node := _user(codes, "DequantizeLinear")) is None:
+        node = _user(codes, "Cast", "Div", "Sub", "Concat")
+        codes = None if node is None else node.outputs[0]
+    return None if codes is None else node
 
 
 def _on_codes(node: Any) -> bool:

@@ -32,7 +32,10 @@ def wrong_weight(layer: QuantizedLayer | PackedLayer, span: LayerSpan, norm: nn.
         scale, offset = layer.weight_quantizer.grid(layer.weight)
         offset = offset if layer.weight_quantizer.has_offset else None
     axis = layer._functional.channel_axis if isinstance(layer, PackedLayer) else layer.channel_axis
-    code = codes.movedim(axis, 0).flatten(1).cpu().numpy().astype(np.int64)
+    codes = codes.movedim(axis, 0)
+    if span.product.op_type == "MatMul":
+        codes = codes.movedim(1, -1)  # a convolution that is written as a product goes over places, then channels
+    code = codes.flatten(1).cpu().numpy().astype(np.int64)
     step = np.broadcast_to(scale.double().cpu().numpy().reshape(-1), len(code))
     factor = np.ones(len(code)) if norm is None else _factor(norm)
     found = _by_channel(stored_codes(span), span)

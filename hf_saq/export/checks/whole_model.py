@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...quantizers import Quantizer
 from ..integer_copy import logits_of
+from ..tracing import OUTPUT
 from .sessions import RUNS
 
 STEP_NOISE = 0.01
@@ -98,7 +99,7 @@ def agreement(
     Args:
         engine: A key of `RUNS`.
     """
-    (found,) = RUNS[engine](content, {input_name: example.numpy()}).values()
+    found = RUNS[engine](content, {input_name: example.numpy()})[OUTPUT]
     same = int((found.argmax(-1) == logits.argmax(-1)).sum())
     return Agreement(_relative(found - logits, logits), own_noise, same, len(logits))
 

@@ -7,15 +7,20 @@ from typing import Any
 
 from .batch_norms import fold_batch_norms
 from .codes import narrow_codes, widen_codes
+from .masks import drop_open_masks
 from .matmuls import gemms_to_matmuls, transpose_stored_weights
 from .pads import move_pads_behind_codes
 from .relus import fold_relus_into_codes
 from .saturation import may_saturate, saturating_layers, split_saturating_layers
-from .sizes import forget_shapes
+from .sizes import forget_names, forget_shapes
+from .windows import convolutions_to_products
 
 __all__ = [
+    "convolutions_to_products",
+    "drop_open_masks",
     "fold_batch_norms",
     "fold_relus_into_codes",
+    "forget_names",
     "forget_shapes",
     "gemms_to_matmuls",
     "may_saturate",
@@ -41,6 +46,7 @@ def run_in_integers(model: Any) -> dict[str, str]:
     folded = fold_batch_norms(model)
     move_pads_behind_codes(model)
     fold_relus_into_codes(model)
+    drop_open_masks(model)
     return folded
 
 
@@ -56,3 +62,4 @@ def store(model: Any, weights: str) -> None:
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     forget_shapes(model)
+    forget_names(model)

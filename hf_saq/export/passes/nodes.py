@@ -50,7 +50,7 @@ def add_initializer(graph: Any, name: str, array: np.ndarray, dtype: Any = None)
         del graph.initializers[name]
     while name in graph.initializers:
         name += "_"
-    tensor = ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+    tensor = ir.tensor(np.array(array, order="C"), dtype=dtype, name=name)  # `ascontiguousarray` makes scalars vectors
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

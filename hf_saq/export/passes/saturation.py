@@ -7,6 +7,7 @@ say nothing (onnxruntime#6004, pytorch#103646).
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,11 @@ def saturating_layers(model: Any) -> list[str]:
 
 
 def split_saturating_layers(model: Any) -> list[str]:
-    """Split the weight of each such layer into two halves, `c = c // 2 + (c - c // 2)`; changes no result.
+    """Split the weight of each such layer into two halves, `c = c / 2 + (c - c / 2)`; changes no result.
 
-    The input goes in twice, so that the layer stays one product, twice as long, of codes that fit. Convolutions of one
-    channel for each group (depthwise) stay: engines sum those in 32 bits.
+    The input goes in twice, so that the layer stays one product, twice as long, of codes that fit. The graph stores
+    the codes once and computes the halves, which engines do when they load it. Convolutions of one channel for each
+    group (depthwise) stay: engines sum those in 32 bits.
 
     Returns:
         Names of the layers that were split.
@@ -50,22 +52,26 @@ def split_saturating_layers(model: Any) -> list[str]:
         if dequantize is None or groups > 1 or not used_once(weight.outputs[0]) or not _is_unsafe(product, weight):
             continue
         is_matmul = product.op_type == "MatMul"
-        codes = constant(weight.inputs[0])
-        assert codes is not None
-        name = weight.inputs[0].name
-        half = codes.astype(np.int16) >> 1
-        halves = np.concatenate([half, codes - half], axis=0 if is_matmul else 1).astype(np.int8)
+        split.append(_name(weight))
+        weight.replace_input_with(0, _halves(weight, axis=0 if is_matmul else 1))
         # The input may go to other nodes too.
         twice = insert_node(product, "Concat", [dequantize.inputs[0]] * 2, {"axis": -1 if is_matmul else 1})
         x = insert_node(product, "DequantizeLinear", [twice, *dequantize.inputs[1:]])
         x.shape = None
         product.replace_input_with(0, x)
-        weight.replace_input_with(0, None)
-        weight.replace_input_with(0, add_initializer(product.graph, name, halves))
         if not dequantize.outputs[0].uses() and not dequantize.outputs[0].is_graph_output():
             dequantize.graph.remove(dequantize, safe=True)
-        split.append(_name(weight))
     return split
+
+
+def _halves(weight: Any, axis: int) -> Any:
+    """Write the nodes that split the codes of `weight` and put the halves behind each other along `axis`."""
+    types = import_module("onnx_ir").DataType
+    two = add_initializer(weight.graph, f"{_name(weight)}.two", np.array(2, dtype=np.int32))
+    codes = insert_node(weight, "Cast", [weight.inputs[0]], {"to": types.INT32})
+    half = insert_node(weight, "Div", [codes, two])  # rounds as an engine likes: the other half is what remains
+    halves = insert_node(weight, "Concat", [half, insert_node(weight, "Sub", [codes, half])], {"axis": axis})
+    return insert_node(weight, "Cast", [halves], {"to": types.INT8})
 
 
 def _products(model: Any) -> list[tuple[Any, Any]]:

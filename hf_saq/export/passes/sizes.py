@@ -16,3 +16,18 @@ def forget_shapes(model: Any) -> None:
         value.metadata_props.clear()
         if not value.is_graph_output():
             value.shape = value.type = None
+
+
+def forget_names(model: Any) -> None:
+    """Drop the names of nodes and shorten those of values between them; changes no result.
+
+    Constants keep theirs, which say what layer they belong to, as do inputs and outputs of the graph.
+    """
+    for node in model.graph:
+        node.name = None
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.name = None
+    values = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]
+    for number, value in enumerate(values):
+        value.name = str(number)

@@ -1,0 +1,94 @@
+"""The models whose forms are measured: real weights where they lie in `../shared/data`, random ones otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_saq import SAQQuantizationConfig, calibrate, quantize
+
+from ..shared.places import EFFICIENTNET, MOBILENET, VIT_TINY
+
+IMAGE_SIZE = 224
+LABELS = 1000
+
+
+@dataclass(frozen=True)
+class DeployModel:
+    """How to build a model, and its bits.
+
+    Attributes:
+        weights: Directory of real weights, or `""`.
+        build: Makes it with random weights.
+        weight_bits, activation_bits: Of all layers but the first and the last, which have 8.
+        fields: More fields of the quantization.
+    """
+
+    weights: str
+    build: Callable[[], Any]
+    weight_bits: int
+    activation_bits: int
+    fields: dict[str, Any]
+
+
+def _vit(width: int) -> Any:
+    config: dict[str, Any] = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
+    return ViTForImageClassification(ViTConfig(**config, num_labels=LABELS))
+
+
+def _resnet18() -> Any:
+    sizes: dict[str, Any] = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=LABELS))
+
+
+def _efficientnet() -> Any:
+    config = TimmWrapperConfig(architecture="tf_efficientnet_lite0", num_labels=LABELS)  # type: ignore[call-arg]
+    return TimmWrapperForImageClassification(config)
+
+
+CHANNEL = {"weight_granularity": "channel"}
+MODELS = {
+    "vit-tiny": DeployModel(VIT_TINY, lambda: _vit(192), 4, 4, {"quantize_attention": True}),
+    "vit-small": DeployModel("", lambda: _vit(384), 4, 4, {"quantize_attention": True}),
+    "resnet18": DeployModel("", _resnet18, 4, 4, CHANNEL),
+    "mobilenet-v2": DeployModel(
+        MOBILENET,
+        lambda: MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=LABELS)),  # type: ignore[call-arg]
+        8,
+        8,
+        CHANNEL,
+    ),
+    "efficientnet-lite0": DeployModel(EFFICIENTNET, _efficientnet, 8, 8, CHANNEL),
+}
+
+
+def save_quantized(name: str, directory: Path) -> bool:
+    """Quantize and calibrate a model on noise and save it. Returns whether its weights are real."""
+    torch.manual_seed(0)
+    chosen = MODELS[name]
+    is_real = bool(chosen.weights) and Path(chosen.weights).is_dir()
+    model = AutoModelForImageClassification.from_pretrained(chosen.weights) if is_real else chosen.build()
+    config = SAQQuantizationConfig(
+        weight_bits=chosen.weight_bits,
+        activation_bits=chosen.activation_bits,
+        scale_init="mean",
+        **chosen.fields,
+    )
+    quantized = calibrate(quantize(model.eval(), config), [torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE)])
+    quantized.eval().save_pretrained(directory)  # type: ignore[operator]
+    return is_real
