@@ -50,18 +50,19 @@ def write_page(results: Path, document: Path) -> None:
     if pictures:
         chosen = pictures.get(PICTURED) or next(iter(pictures.values()))
         document.with_name("landscape.svg").write_bytes(document.with_name(chosen).read_bytes())
+    several = [s for s in settings if len(s.complete_seeds()) > 1]
     ratios, accuracies = (f"{document.stem}_{name}.svg" for name in ("ratios", "accuracy"))
     parts = [
         "# Are the minima of SAQ flatter, and does it matter?\n\nWritten by `make flatness` and `make "
         f"mixed-precision` from the runs in `{results.as_posix()}`; no figure is typed by hand. How each comes about "
         "is at the end.\n",
         is_it_flatter(settings),
-        f"![Ratios]({ratios})\n" if draw_ratios(settings, POSITIVE, SAQ, document.with_name(ratios)) else "",
+        f"![Ratios]({ratios})\n" if draw_ratios(several, POSITIVE, SAQ, document.with_name(ratios)) else "",
         *(table(setting) for setting in settings),
         "\n".join(["## Landscapes\n", *(f"![Landscape]({name})\n" for name in pictures.values())]) if pictures else "",
         does_it_predict(settings),
         f"![Accuracy and sharpness]({accuracies})\n"
-        if draw_accuracies(settings, "steepest rise", document.with_name(accuracies))
+        if draw_accuracies(several, "steepest rise", document.with_name(accuracies))
         else "",
         mixed_precision(records),
         how(records),
