@@ -101,16 +101,17 @@ results: $(STAMP)  ## write docs/results.md; runs that are not in benchmarks/res
 	$(BIN)/python -m benchmarks.accuracy.page
 	$(BIN)/python tests/support/readme_table.py
 
-MINIMA := $(BIN)/python -m benchmarks.accuracy.minima
+FLATNESS := $(BIN)/python -m benchmarks.accuracy.minima.flatness
+MINIMA_PAGE := $(BIN)/python -m benchmarks.accuracy.minima.page
 MINIMA_METHODS := --methods qat "case 3" echo "qat, twice the steps"
 flatness: $(STAMP)  ## write docs/flatness.md; runs that are not in benchmarks/results/minima are done first, an hour
-	$(TEST_ENV) $(MINIMA).flatness --settings digits:2 digits-cnn:3 $(MINIMA_METHODS) --seeds 0 1 2 3 4 5 6 7
-	$(TEST_ENV) $(MINIMA).flatness --settings cifar-resnet:3 --methods qat "case 3" --seeds 0 1 2 3 4
-	$(MINIMA).page
+	$(TEST_ENV) $(FLATNESS) --settings digits:2 digits-cnn:3 $(MINIMA_METHODS) --seeds 0 1 2 3 4 5 6 7
+	$(TEST_ENV) $(FLATNESS) --settings cifar-resnet:3 --methods qat "case 3" --seeds 0 1 2 3 4
+	$(MINIMA_PAGE)
 
 mixed-precision: $(STAMP)  ## the same page, with bits by budget against uniform bits
-	$(TEST_ENV) $(MINIMA).bit_budget --settings cifar-resnet:3 flowers:3 --seeds 0 1 2 3 4
-	$(MINIMA).page
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.minima.bit_budget --settings cifar-resnet:3 flowers:3 --seeds 0 1 2 3 4
+	$(MINIMA_PAGE)
 
 engine-accuracy: $(STAMP)  ## docs/engine_accuracy.md: exports on ONNX Runtime and OpenVINO, with and without VNNI
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.engines.measure

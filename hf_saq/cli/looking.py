@@ -135,7 +135,8 @@ def _quantized_anew(args: argparse.Namespace, model: Any, images: Images) -> nn.
 
 
 def _took(found: Landscape) -> str:
-    return f"{len(found.steps)} steps in {found.dimensions} dimension(s), {found.seconds:.0f} seconds."
+    points = " x ".join([str(len(found.steps))] * found.dimensions)
+    return f"{points} points in {found.seconds:.0f} seconds."
 
 
 def _check_same_classes(args: argparse.Namespace, first: Any, second: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import vit
+from tiny_models import TRANSFORMERS_MODELS, vit
 from training import BATCH, Images, InOrder, arguments
 
 from hf_saq import SAQConfig, SAQQuantizationConfig
@@ -53,10 +53,15 @@ def test_it_is_the_sharpness_of_the_last_batch(saq, tmp_path):
 
 
 def test_training_goes_the_same_way_without_it(tmp_path):
-    ours, without = trained(tmp_path), trained(tmp_path, log_sharpness=False)
+    """A ResNet, whose running statistics are part of what must not change."""
+    same = {"schedule": "full", "norm_batches": 0}
+    ours = trained(tmp_path, model=TRANSFORMERS_MODELS["resnet"](), **same)
+    without = trained(tmp_path, model=TRANSFORMERS_MODELS["resnet"](), log_sharpness=False, **same)
     assert logged(ours) and not logged(without)
-    for (name, a), (_, b) in zip(ours.model.named_parameters(), without.model.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
+    theirs = without.model.state_dict()
+    assert any("running_mean" in name for name in theirs)
+    for name, tensor in ours.model.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
 
 
 def test_plain_training_is_measured_on_request_only(tmp_path):

@@ -50,18 +50,19 @@ def write_page(results: Path, document: Path) -> None:
     if pictures:
         chosen = pictures.get(PICTURED) or next(iter(pictures.values()))
         document.with_name("landscape.svg").write_bytes(document.with_name(chosen).read_bytes())
+    several = [s for s in settings if len(s.complete_seeds()) > 1]
     ratios, accuracies = (f"{document.stem}_{name}.svg" for name in ("ratios", "accuracy"))
     parts = [
         "# Are the minima of SAQ flatter, and does it matter?\n\nWritten by `make flatness` and `make "
         f"mixed-precision` from the runs in `{results.as_posix()}`; no figure is typed by hand. How each comes about "
         "is at the end.\n",
         is_it_flatter(settings),
-        f"![Ratios]({ratios})\n" if draw_ratios(settings, POSITIVE, SAQ, document.with_name(ratios)) else "",
+        f"![Ratios]({ratios})\n" if draw_ratios(several, POSITIVE, SAQ, document.with_name(ratios)) else "",
         *(table(setting) for setting in settings),
         "\n".join(["## Landscapes\n", *(f"![Landscape]({name})\n" for name in pictures.values())]) if pictures else "",
         does_it_predict(settings),
         f"![Accuracy and sharpness]({accuracies})\n"
-        if draw_accuracies(settings, "steepest rise", document.with_name(accuracies))
+        if draw_accuracies(several, "steepest rise", document.with_name(accuracies))
         else "",
         mixed_precision(records),
         how(records),
@@ -84,8 +85,15 @@ def is_it_flatter(settings: Sequence[Minima]) -> str:
         lines.append(row(setting.name, str(len(set(setting.test(SAQ)) & set(setting.test(QAT)))), *cells))
     lines.append("")
     for measure in POSITIVE:
-        signs = [ratio.sign for s in settings if (ratio := s.ratio(SAQ, measure)) is not None]
+        ratios = [ratio for s in settings if (ratio := s.ratio(SAQ, measure)) is not None]
+        signs = [ratio.sign for ratio in ratios if not math.isnan(ratio.half_width)]  # a single seed says neither
         lines.append(f"- {measure}: {answer(signs)}")
+    lines += [
+        "",
+        "Rises look at a ball of radius rho, eigenvalue and trace at its centre alone. One reading of the difference: "
+        "QAT fits its training images more closely (loss in the tables below), and where predictions are nearly "
+        "certain the curvature vanishes with the loss, however steep the walls around are.",
+    ]
     return "\n".join(lines) + "\n"
 
 

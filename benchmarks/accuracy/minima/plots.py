@@ -106,8 +106,11 @@ def draw_ratios(settings: Sequence[Minima], measures: Sequence[str], method: str
 
 
 def label_ratios(axes: Any) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 times the powers of ten, as far as they are in sight."""
+    """Label a logarithmic axis at 1, 2 and 5 times the powers of ten; at all digits if few of these are in sight."""
     low, high = axes.get_xlim()
-    kept = [t for power in range(-4, 4) for t in (10**power, 2 * 10**power, 5 * 10**power) if low <= t <= high]
+    for digits in ((1, 2, 5), range(1, 10)):
+        kept = [digit * 10**power for power in range(-4, 4) for digit in digits if low <= digit * 10**power <= high]
+        if len(kept) > 1:
+            break
     axes.set_xticks(kept, [f"{tick:g}" for tick in kept])
     axes.minorticks_off()

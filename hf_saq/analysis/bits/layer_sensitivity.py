@@ -134,7 +134,8 @@ class Sensitivity(Result):
             panel.grid(axis="y", alpha=0.3)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].invert_yaxis()
-        panels[-1].legend()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.savefig(file)
 
 
