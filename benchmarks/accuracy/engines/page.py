@@ -67,9 +67,10 @@ def _table(records: dict[str, Any], own: dict[str, Any], target: str) -> list[st
         runs = _runs(records, name, target)
         if runs:
             cells = [_cell(runs.get((engine, place))) for place in PLACES for engine in ENGINES]
+            cells.insert(0, _cell(records.get(f"{name}-float64")))
             top1 = record["outcome"]
             rows.append(row(_title(record), f"{100 * top1['float']:.1f}", f"{100 * top1['top1']:.1f}", *cells))
-    return [*head("model", "float", "hf_saq", *columns), *rows]
+    return [*head("model", "float", "hf_saq", "hf_saq in float64", *columns), *rows]
 
 
 def _cell(run: dict[str, Any] | None) -> str:
