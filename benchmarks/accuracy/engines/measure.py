@@ -29,7 +29,7 @@ from ..task import Data, Paths
 from ..tasks import TASKS
 from ..training import float_state, images_of
 from . import run_graph
-from .elsewhere import PLACES, run_elsewhere
+from .elsewhere import HERE, PLACES, run_elsewhere
 from .models import LEARNING_RATES, Quantized, calibration_batches, model_of, quantized_models
 from .page import MODULE, page
 from .probe import saturates
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     runs, paths = Runs(Path(args.results), command), args.paths()
     for place in PLACES:
-        for engine in run_graph.ENGINES:
+        for engine in engines_at(place):
             runs.once(
                 f"saturation-{engine}-{place}",
                 {"engine": engine, "place": place},
@@ -107,7 +107,7 @@ class Comparison:
             about = {**self.about, "target": target}
             self.runs.once(f"{name}-{target}-export", about, partial(self.export, target))
             for place in PLACES:
-                for engine in run_graph.ENGINES:
+                for engine in engines_at(place):
                     self.runs.once(
                         f"{name}-{target}-{engine}-{place}",
                         {**about, "engine": engine, "place": place},
@@ -165,6 +165,10 @@ class Comparison:
 @torch.no_grad()
 def predicted(model: Any, images: Tensor) -> np.ndarray:
     return torch.cat([model.eval()(part).logits for part in images.split(run_graph.BATCH)]).numpy()
+
+
+def engines_at(place: str) -> list[str]:
+    return [engine for engine in run_graph.ENGINES if place == HERE or engine != run_graph.EXACT_BIAS]
 
 
 def compared(logits: np.ndarray, own: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
