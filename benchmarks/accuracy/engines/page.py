@@ -104,8 +104,7 @@ def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
     lines.append(
         "\nONNX Runtime rounds the bias of an integer convolution to the product of its two scales "
         "(`WeightBiasQuantization`). With few bits that is a part of a step, roundings behind it flip, and what they "
-        "flip grows from layer to layer; without that optimizer it predicts what the model predicts, and convolutions "
-        "run in float."
+        "flip grows from layer to layer. Without that optimizer biases stay in float, and so do convolutions."
     )
     return "\n".join(lines)
 
