@@ -55,7 +55,7 @@ def openvino(graph: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 EXACT_BIAS = "onnxruntime-exact-bias"
-ENGINES = {
+ENGINES: dict[str, Callable[[str], Callable[[np.ndarray], np.ndarray]]] = {
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     EXACT_BIAS: partial(onnxruntime, without=["WeightBiasQuantization"]),
