@@ -7,8 +7,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from hf_saq.data import TopKAccuracy
-from hf_saq.export import ExportedClassifier
-from hf_saq.export.extras import ENGINES, needed
+from hf_saq.export import ENGINES, ExportedClassifier, check_can_export
 
 NOT_ASKED = "none"
 CHOICES = (NOT_ASKED, *ENGINES)
@@ -21,8 +20,7 @@ def check_engine_choice(engine: str) -> None:
     if engine == NOT_ASKED:
         return
     try:
-        for library in ("onnx", "onnxscript", "onnxruntime", engine):
-            needed(library)
+        check_can_export(engine)
     except ImportError as error:
         raise ValueError(f"--engine {engine}: {error}") from error
 

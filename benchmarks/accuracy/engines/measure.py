@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_saq.export import ExportCheckError, export_onnx
 
@@ -29,7 +29,7 @@ from ..task import Data, Paths
 from ..tasks import TASKS
 from ..training import float_state, images_of
 from . import run_graph
-from .elsewhere import PLACES, run_elsewhere
+from .elsewhere import HERE, PLACES, run_elsewhere
 from .models import LEARNING_RATES, Quantized, calibration_batches, model_of, quantized_models
 from .page import MODULE, page
 from .probe import saturates
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     runs, paths = Runs(Path(args.results), command), args.paths()
     for place in PLACES:
-        for engine in run_graph.ENGINES:
+        for engine in engines_at(place):
             runs.once(
                 f"saturation-{engine}-{place}",
                 {"engine": engine, "place": place},
@@ -99,6 +99,7 @@ class Comparison:
     def run(self) -> None:
         name = self.wanted.name
         self.runs.once(f"{name}-hf_saq", self.about, self.own)
+        self.runs.once(f"{name}-float64", self.about, self.own_in_double)
         for target in ("cpu", "cpu-vnni"):
             # What the other target gets wrong on another CPU shows that the comparison can fail.
             if target == "cpu-vnni" and self.wanted.fields["weight_bits"] < 8:
@@ -106,7 +107,7 @@ class Comparison:
             about = {**self.about, "target": target}
             self.runs.once(f"{name}-{target}-export", about, partial(self.export, target))
             for place in PLACES:
-                for engine in run_graph.ENGINES:
+                for engine in engines_at(place):
                     self.runs.once(
                         f"{name}-{target}-{engine}-{place}",
                         {**about, "engine": engine, "place": place},
@@ -124,6 +125,13 @@ class Comparison:
         np.save(self.directory / "logits.npy", logits)
         np.save(self.directory / "labels.npy", labels)
         return {"top1": top1(logits, labels), "float": top1(predicted(float_model, images), labels)}
+
+    def own_in_double(self) -> dict[str, Any]:
+        """Accuracy of the quantized model in float64: what the last bits of float32 decide."""
+        labels, own = (np.load(self.directory / f"{name}.npy") for name in ("labels", "logits"))
+        model = model_of(self.wanted, self.paths, self.args.steps, self.args.seed)
+        images, _ = self.test_images(images_of(self.wanted.task, self.paths))
+        return compared(predicted(nn.Module.double(model), images.double()), own, labels)
 
     def export(self, target: str) -> dict[str, Any]:
         data = images_of(self.wanted.task, self.paths)
@@ -147,12 +155,7 @@ class Comparison:
         if not images.is_file():
             np.save(images, self.test_images(images_of(self.wanted.task, self.paths))[0].numpy())
         logits = run_elsewhere(engine, place, self.directory / target / "onnx" / "model_quantized.onnx", images)
-        return {
-            "top1": top1(logits, labels),
-            "hf_saq": top1(own, labels),
-            "same": float((logits.argmax(1) == own.argmax(1)).mean()),
-            "difference": float(np.sqrt(np.mean((logits - own) ** 2) / np.mean(own**2))),
-        }
+        return compared(logits, own, labels)
 
     def test_images(self, data: Data) -> tuple[Tensor, np.ndarray]:
         shown = data.test[slice(0, self.args.images)]
@@ -162,6 +165,20 @@ class Comparison:
 @torch.no_grad()
 def predicted(model: Any, images: Tensor) -> np.ndarray:
     return torch.cat([model.eval()(part).logits for part in images.split(run_graph.BATCH)]).numpy()
+
+
+def engines_at(place: str) -> list[str]:
+    return [engine for engine in run_graph.ENGINES if place == HERE or engine != run_graph.EXACT_BIAS]
+
+
+def compared(logits: np.ndarray, own: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Compare logits with hf_saq's own: accuracies, the share of equal classes, and the relative difference."""
+    return {
+        "top1": top1(logits, labels),
+        "hf_saq": top1(own, labels),
+        "same": float((logits.argmax(1) == own.argmax(1)).mean()),
+        "difference": float(np.sqrt(np.mean((logits - own) ** 2) / np.mean(own**2))),
+    }
 
 
 def top1(logits: np.ndarray, labels: np.ndarray) -> float:
