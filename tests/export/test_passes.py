@@ -283,3 +283,55 @@ def test_names_between_nodes_are_dropped():
     assert {name for node in proto.graph.node for name in node.output} == {"0", "1", "2", "3", "y"}
     assert set(model.graph.initializers) == names
     assert np.array_equal(evaluate(model), before)
+
+
+# Windows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero_point", [0, 8])
+@pytest.mark.parametrize(
+    ("kernel", "attributes"),
+    [
+        (3, "pads = [1, 2, 0, 1]"),
+        (3, "pads = [1, 1, 1, 1], strides = [2, 1]"),
+        (1, "strides = [2, 2]"),
+        (1, "group = 1"),
+    ],
+    ids=["padded", "strided", "strided point", "point"],
+)
+def test_convolutions_become_products(kernel: int, attributes: str, zero_point: int):
+    codes = RNG.integers(-8, 8, (6, 8, kernel, kernel)).astype(np.int8)
+    x = RNG.normal(size=(2, 8, 6, 7)).astype(np.float32)
+    constants = {**GRID, "z": np.uint8(zero_point), **CONVOLUTION, "layer__codes": codes}
+    body = QUANTIZED_X + WEIGHT + f"h = Conv <{attributes}> (x_q, w, bias) y = Relu (h)"
+    model = graph_of(body, "8, 6, 7", **constants)
+    before = evaluate(model, x)
+    assert passes.convolutions_to_products(model) == 1 and "Conv" not in kinds(model)
+    np.testing.assert_allclose(evaluate(model, x), before, rtol=1e-5, atol=1e-5)
+    assert model.graph.initializers["layer.codes"].const_value.shape == (8 * kernel**2, 6)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = Conv (x_q, w) p = QuantizeLinear (h, s, z) y = DequantizeLinear (p, s, z)",
+        "y = Conv <group = 2> (x_q, v)",
+        "y = Conv <dilations = [2, 2]> (x_q, w)",
+        "y = Conv (x, w)",
+    ],
+    ids=["quantized next", "grouped", "dilated", "float input"],
+)
+def test_other_convolutions_stay(body: str):
+    codes = RNG.integers(-8, 8, (6, 8, 3, 3)).astype(np.int8)
+    constants = {**GRID, **CONVOLUTION, "layer__codes": codes, "other": codes[:, :4]}
+    other = "v = DequantizeLinear <axis = 0> (other, layer.scale) "
+    model = graph_of(QUANTIZED_X + WEIGHT + other + body, "8, 6, 6", **constants)
+    assert passes.convolutions_to_products(model) == 0
+
+
+def test_bounds_of_codes_are_scalars():
+    """`Clip` takes scalars; engines run what follows a vector in float."""
+    model = graph_of("r = Relu (x) q = QuantizeLinear (r, s, z) y = DequantizeLinear (q, s, z)", **GRID)
+    assert passes.fold_relus_into_codes(model) == 1
+    clip = next(node for node in model.graph if node.op_type == "Clip")
+    assert [value.const_value.shape for value in clip.inputs[1:]] == [(), ()]
