@@ -15,7 +15,7 @@ Load = Callable[[], RunFunction]
 def _torch(path: Path, threads: int, quantized: bool, compiled: bool = False, decoded_once: bool = False) -> Load:
     import torch
 
-    from .. import keep_decoded
+    from ..conversion import keep_decoded
     from ..export.integer_copy import logits_of
     from ..storage.saved_directory import load_float, load_saved
 

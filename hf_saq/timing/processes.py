@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import hf_saq
-
 START = "from hf_saq.timing.worker import main; main()"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -33,7 +31,7 @@ class Worker:
 
     def __init__(self, request: dict[str, Any], stage: Path):
         threads = str(request["threads"])
-        package = str(Path(hf_saq.__file__).parents[1])
+        package = str(Path(__file__).parents[2])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
         environment.update(dict.fromkeys(THREAD_VARIABLES, threads))
