@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: install demo flowers test test-slow fuzz packed-size architectures quantizers float-function fake-quant deploy-benchmark step-cost schedules ways results results-quick quality style clean
+.PHONY: install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size architectures quantizers float-function fake-quant deploy-benchmark step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
 
 install: $(STAMP)
 
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## quantize a real image classifier to 4 and 2 bits, in a few minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python examples/run_image_classification.py
+
+docs: $(STAMP)  ## the documentation as a site in build/site, from what is here; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 FLOWERS_DATA ?= ../shared/data/flowers102
 FLOWERS_MODEL ?= ../shared/data/mobilenet_v2-imagenet
@@ -96,9 +99,53 @@ results: $(STAMP)  ## write docs/results.md; runs that are not in benchmarks/res
 	$(TEST_ENV) $(ACCURACY) $(DIGITS) --bits 2 --methods "qat, distilled" "case 3, distilled"
 	$(TEST_ENV) $(ACCURACY) --tasks flowers cifar-resnet cifar-vit --seeds $(SEEDS)
 	$(BIN)/python -m benchmarks.accuracy.page
+	$(BIN)/python tests/support/readme_table.py
+
+FLATNESS := $(BIN)/python -m benchmarks.accuracy.minima.flatness
+MINIMA_PAGE := $(BIN)/python -m benchmarks.accuracy.minima.page
+MINIMA_METHODS := --methods qat "case 3" echo "qat, twice the steps"
+flatness: $(STAMP)  ## write docs/flatness.md; runs that are not in benchmarks/results/minima are done first, an hour
+	$(TEST_ENV) $(FLATNESS) --settings digits:2 digits-cnn:3 $(MINIMA_METHODS) --seeds 0 1 2 3 4 5 6 7
+	$(TEST_ENV) $(FLATNESS) --settings cifar-resnet:3 --methods qat "case 3" --seeds 0 1 2 3 4
+	$(MINIMA_PAGE)
+
+mixed-precision: $(STAMP)  ## the same page, with bits by budget against uniform bits
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.minima.bit_budget --settings cifar-resnet:3 flowers:3 --seeds 0 1 2 3 4
+	$(MINIMA_PAGE)
+
+engine-accuracy: $(STAMP)  ## docs/engine_accuracy.md: exports on ONNX Runtime and OpenVINO, with and without VNNI
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.engines.measure
 
 results-quick: $(STAMP)  ## train a part of docs/results.md anew and compare, a few minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.quick
+
+gpu-data: $(STAMP)  ## pack images and weights for gpu-campaign into one file of at most 40 MB; trains for some minutes
+	$(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python -m benchmarks.accuracy.portable pack
+
+# On a machine with a card that has its own Python: make gpu-campaign GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu-campaign:  ## what wants a GPU, in under nine minutes on one card: tests, costs, training; writes docs/gpu.md
+	HF_HUB_OFFLINE=1 PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu_campaign.campaign
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu_campaign.page
+
+NPM_INSTALL := npm install --prefix web --ignore-scripts --no-package-lock --no-audit --no-fund --loglevel=error
+WEB_RUNTIME := web/node_modules/onnxruntime-web/package.json
+WEB_DRIVER := web/node_modules/puppeteer-core/package.json
+$(WEB_RUNTIME): web/package.json
+	$(NPM_INSTALL) --omit=dev
+	touch $@
+$(WEB_DRIVER): web/package.json
+	$(NPM_INSTALL)
+	touch $@ $(WEB_RUNTIME)
+
+PORT ?= 8000
+web-demo: $(STAMP) $(WEB_RUNTIME)  ## draw digits in the browser: float, W4A4 and W2A2 side by side; needs npm
+	OMP_NUM_THREADS=1 $(BIN)/python web/build.py
+	@echo "http://127.0.0.1:$(PORT)/ shows it, until Ctrl-C"
+	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory outputs/web-demo/page
+
+test-web: $(STAMP) $(WEB_DRIVER)  ## exports in transformers.js under node, the demo in Chromium; needs npm and Chromium
+	$(TEST_ENV) $(BIN)/python -m pytest -p no:xdist tests/web
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """Benchmarks: a room for each question, whose name is that of its results and of its make target.
 
 - `step_cost`: what does a training step cost, against float and against plain quantization-aware training?
-- `accuracy`: does sharpness-aware quantization beat plain quantization-aware training?
+- `accuracy`: does sharpness-aware quantization beat plain quantization-aware training? Its `engines` ask whether
+  exports predict the same on other engines.
 - `schedules`: what do cheaper schedules keep of the gain, and what do they cost?
 - `ways`: which further ways to pay less, or to gain more, deserve a place in the package?
 - `quantizers`: what do quantizers keep of the float model's accuracy at 4, 3 and 2 bits?
+- `gpu_campaign`: what does one GPU say: tests, costs of steps, a few minutes of training?
 - `float_function`: what do conversion and training keep of the float model's function?
 - `packed_size`: what does a packed file take on disk, in memory and to load?
 - `shared`: parts that several rooms use.

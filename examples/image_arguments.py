@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from distillation import check_distillation
-from image_data import DataTrainingArguments
+from image_export import CHOICES, NOT_ASKED, check_engine_choice
 from image_model import ModelArguments
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_saq import SAQConfig, SAQQuantizationConfig
-from hf_saq.training import what_is_missing
+from hf_saq.data import DataTrainingArguments
+from hf_saq.training import check_distillation, what_is_missing
 
 METHODS = ("qat", "saq")
 FLOAT_BITS = 32
@@ -60,7 +60,32 @@ class QuantizationArguments:
         default=1.0, metadata={"help": "Softens the answers of both models in distillation; 1: as they are."}
     )
 
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mixup (arXiv:1710.09412) of training images, for example 0.2; 0: off."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "CutMix (arXiv:1905.04899), for example 1; with mixup each batch takes one."}
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "End each training with an exponential moving average of its weights, say 0.999; 0: off."},
+    )
+
+    engine: str = field(
+        default=NOT_ASKED,
+        metadata={
+            "help": f"One of {', '.join(CHOICES)}: also export every quantized model, check that the export predicts "
+            "the same, and evaluate it there."
+        },
+    )
+
     def __post_init__(self) -> None:
+        check_engine_choice(self.engine)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} {getattr(self, name)}; expected a number from 0 (off) up.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay {self.ema_decay}; expected a number from 0 (off) to below 1.")
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown or not self.methods:
             raise ValueError(f"--methods {self.methods}; expected some of {list(METHODS)}.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from image_data import DataTrainingArguments
 from image_model import ModelArguments
-from image_transforms import UnreadableImageError
+
+from hf_saq.data import UnreadableImageError, is_a_path
 
 
 @contextmanager
@@ -32,20 +33,22 @@ def unreadable_images_in_one_line() -> Iterator[None]:
         raise SystemExit(f"error: {text}") from error
 
 
-def check_names(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
+def check_names(model_args: ModelArguments) -> None:
     """Raise `ValueError` for directories that are not there, which the Hub would be asked for otherwise."""
     if model_args.model_name_or_path is not None:
         _check_model("--model_name_or_path", model_args.model_name_or_path)
-    for flag, name in (
-        ("--dataset_name", data_args.dataset_name),
-        ("--train_dir", data_args.train_dir),
-        ("--validation_dir", data_args.validation_dir),
-        ("--image_processor_name", model_args.image_processor_name),
-    ):
-        if name is None or Path(name).is_dir():
-            continue
-        if flag.endswith("_dir") or _is_a_path(name):
-            raise ValueError(f"{flag} {name!r}: there is no such directory.")
+    name = model_args.image_processor_name
+    if name is not None and not Path(name).is_dir() and is_a_path(name):
+        raise ValueError(f"--image_processor_name {name!r}: there is no such directory.")
+
+
+def check_is_float(model: Any, name: str) -> None:
+    """Raise `ValueError` if a model that training is to start from is quantized already."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"--model_name_or_path {name!r} is quantized already; training starts from a float model, such as the "
+            "folder 'float' of the run that made this one. To evaluate it give --do_eval without --do_train."
+        )
 
 
 def _check_model(flag: str, name: str) -> None:
@@ -56,14 +59,8 @@ def _check_model(flag: str, name: str) -> None:
         deeper = sorted(str(file.parent) for file in path.glob("*/config.json"))
         hint = f"did you mean {deeper[-1]!r}?" if deeper else "expected what save_pretrained or save_model wrote."
         raise ValueError(f"{flag} {name!r}: the directory has no config.json; {hint}")
-    if not path.exists() and _is_a_path(name):
+    if not path.exists() and is_a_path(name):
         raise ValueError(
             f"{flag} {name!r}: there is no such directory. Expected a directory with config.json and weights, a model "
             "on the Hub (owner/name), or a name of timm."
         )
-
-
-def _is_a_path(name: str) -> bool:
-    """Whether `name` can only be a directory, or lies in one that exists; names on the Hub have one slash at most."""
-    inside = name.count("/") == 1 and Path(name).parent.is_dir()
-    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1 or inside

@@ -162,14 +162,6 @@ def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int
     return processor
 
 
-def input_size(processor) -> int:
-    """Side of the square input that `processor` makes, in pixels."""
-    if hasattr(processor, "data_config"):  # of a timm model
-        return processor.data_config["input_size"][-1]
-    size = getattr(processor, "crop_size", None) or processor.size
-    return size["height"] if "height" in size else size["shortest_edge"]
-
-
 def timm_repository(name: str) -> str:
     """The Hub repository of a bare timm name; any other name as it is."""
     if "/" in name or not timm.is_model(name):

@@ -23,6 +23,7 @@ class Row:
     seconds: float | None
     reloaded_top1: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    engine_top1: float | None = None
 
     def for_card(self) -> ResultRow:
         """As a line in the model card of another model of the same run."""
@@ -34,19 +35,14 @@ def weight_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def format_table(rows: list[Row]) -> str:
-    cells = [("method", "bits", "top-1 %", "weights on disk", "seconds", "reloaded top-1 %")]
+def format_table(rows: list[Row], engine: str = "") -> str:
+    has_engine = any(row.engine_top1 is not None for row in rows)
+    head = ["method", "bits", "top-1 %", "weights on disk", "seconds", "reloaded top-1 %"]
+    cells = [[*head, f"{engine} top-1 %"] if has_engine else head]
     for row in rows:
-        cells.append(
-            (
-                row.method,
-                row.bits,
-                f"{100 * row.top1:.2f}",
-                f"{row.bytes / 1024:,.1f} KiB",
-                "-" if row.seconds is None else f"{row.seconds:.1f}",
-                "-" if row.reloaded_top1 is None else f"{100 * row.reloaded_top1:.2f}",
-            )
-        )
+        line = [row.method, row.bits, _percent(row.top1), f"{row.bytes / 1024:,.1f} KiB"]
+        line += ["-" if row.seconds is None else f"{row.seconds:.1f}", _percent(row.reloaded_top1)]
+        cells.append([*line, _percent(row.engine_top1)] if has_engine else line)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
@@ -56,9 +52,13 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_results(rows: list[Row], output: Path) -> str:
-    """Write `results.txt` and `results.json` into `output`; returns the table."""
-    table = format_table(rows)
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def write_results(rows: list[Row], output: Path, engine: str = "") -> str:
+    """Write `results.txt` and `results.json` into `output`; returns the table, with a column of the `engine`."""
+    table = format_table(rows, engine)
     (output / "results.txt").write_text(table + "\n")
     (output / "results.json").write_text(json.dumps([row.__dict__ for row in rows], indent=2) + "\n")
     return table

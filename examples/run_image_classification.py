@@ -10,7 +10,7 @@
 
 One run: (1) fine-tune the float model, if `--float_epochs` is above zero; (2) from that same model, for every entry of
 `--weight_bits` and `--methods`, quantize, calibrate, train, evaluate and save packed; (3) load every packed checkpoint
-into a fresh object and evaluate it again; (4) one table.
+into a fresh object and evaluate it again, with `--engine` also as an exported integer graph; (4) one table.
 """
 
 from __future__ import annotations
@@ -26,25 +26,33 @@ from typing import Any
 
 import torch
 import transformers
-from distillation import DistillationTrainer
 from image_arguments import FLOAT_BITS, RESUME, QuantizationArguments, parse_arguments
-from image_data import DataTrainingArguments, load_images
-from image_metrics import make_compute_metrics
-from image_mistakes import check_names, in_one_line, unreadable_images_in_one_line
+from image_averaging import ImageTrainer
+from image_export import NOT_ASKED, evaluate_exported
+from image_mistakes import check_is_float, check_names, in_one_line, unreadable_images_in_one_line
+from image_mixing import mixing
 from image_model import (
     ModelArguments,
     has_folded_batch_norm,
-    input_size,
     load_model,
     load_processor,
     refit_batch_norm,
     timm_repository,
 )
 from image_results import Row, weight_bytes, what_to_do_next, write_results
-from image_transforms import TransformedImages, transforms, without_unreadable
+from image_sharding import copies_of_float_model, top1_of
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer
+from hf_saq.data import (
+    DataTrainingArguments,
+    TransformedImages,
+    input_size,
+    load_images,
+    make_compute_metrics,
+    transforms,
+    without_unreadable,
+)
 from hf_saq.training import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -73,9 +81,11 @@ def run(
     set_seed(training_args.seed)
     if not (training_args.do_train or training_args.do_eval):
         raise SystemExit("Nothing to do: give --do_train, --do_eval or both.")
+    if quantization_args.engine != NOT_ASKED and not training_args.do_train:
+        raise SystemExit("--engine exports what is trained: give --do_train, or export a model with `hf-saq export`.")
 
     with in_one_line("reading the arguments"):
-        check_names(model_args, data_args)
+        check_names(model_args)
         stages = ["float", *(stage_name(m, c) for c in quantization_args.configs() for m in quantization_args.methods)]
         check_resume(training_args, stages)
     with training_args.main_process_first(desc="loading the data"), in_one_line("loading the images"):
@@ -85,6 +95,8 @@ def run(
     with in_one_line("loading the model"):
         labels = images["eval"].features["label"].names
         model = load_model(model_args, labels, data_args.image_size)
+        if training_args.do_train:
+            check_is_float(model, str(model_args.model_name_or_path))
         processor = load_processor(model_args, model, data_args.image_size)
     train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
     common = {
@@ -93,6 +105,8 @@ def run(
         "processing_class": processor,
     }
     training_args.remove_unused_columns = False
+    if training_args.device.type == "cpu":
+        training_args.dataloader_pin_memory = False  # torch warns of it at each loader otherwise
     if not training_args.do_train:
         # A packed model is evaluated here too, which only the stock Trainer takes.
         trainer = Trainer(model, stage_arguments(training_args, "eval", push_to_hub=False), **common)
@@ -111,7 +125,12 @@ def run(
         show(training_args, "The batch norms of this checkpoint were folded; refitting their statistics.")
         sample = TransformedImages(images["train"].shuffle(seed=training_args.seed), train_transform)
         refit_batch_norm(model, (batch["pixel_values"] for batch in first_batches(sample)))
-    rows = [train_float(model, training_args, quantization_args, common)]
+    how = {
+        "mix": mixing(quantization_args.mixup_alpha, quantization_args.cutmix_alpha, len(labels)),
+        "ema_decay": quantization_args.ema_decay,
+    }
+    row, float_trainer = train_float(model, training_args, quantization_args, {**how, **common})
+    rows = [row]
     for config in quantization_args.configs():
         for method in quantization_args.methods:
             stage = stage_name(method, config)
@@ -119,33 +138,38 @@ def run(
             method_config = copy.copy(saq_config)
             method_config.case = None if method == "qat" else saq_config.case
             set_seed(training_args.seed)  # every method sees the same batches and the same augmentation
-            trainer = DistillationTrainer(  # with an alpha of 0 the same as SAQTrainer
-                copy.deepcopy(model),
+            student, *teacher = copies_of_float_model(float_trainer, 2 if quantization_args.distill_alpha else 1)
+            trainer = ImageTrainer(
+                student,
                 stage_arguments(training_args, stage),
                 saq_config=method_config,
                 quantization_config=config,
-                teacher=model,
-                alpha=quantization_args.distill_alpha,
-                temperature=quantization_args.distill_temperature,
+                teacher=teacher[0] if teacher else None,
+                distill_alpha=quantization_args.distill_alpha,
+                distill_temperature=quantization_args.distill_temperature,
+                **how,
                 **common,
             )
             about = card_arguments(model_args, data_args, len(images["eval"]))
             trainer.card_arguments = {**about, "comparison": [row.for_card() for row in rows]}
-            rows.append(train_quantized(trainer, method, bits_name(config), training_args, common))
+            engine = quantization_args.engine
+            rows.append(train_quantized(trainer, method, bits_name(config), training_args, common, engine))
     if training_args.process_index == 0:
         output = Path(training_args.output_dir)
-        table = write_results(rows, output)
+        table = write_results(rows, output, quantization_args.engine)
         print(f"\n{table}\n\n{what_to_do_next(rows, output, training_args.push_to_hub)}", flush=True)
     return rows
 
 
-def train_float(model, training_args: TrainingArguments, quantization_args: QuantizationArguments, common) -> Row:
-    """Fine-tune the float model, if asked for, and evaluate it."""
+def train_float(
+    model, training_args: TrainingArguments, quantization_args: QuantizationArguments, common
+) -> tuple[Row, SAQTrainer]:
+    """Fine-tune the float model, if asked for, evaluate and save it."""
     args = stage_arguments(training_args, "float", push_to_hub=False)
     args.num_train_epochs = quantization_args.float_epochs
     if quantization_args.float_learning_rate is not None:
         args.learning_rate = quantization_args.float_learning_rate
-    trainer = SAQTrainer(model, args, saq_config=SAQConfig(case=None), **common)
+    trainer = ImageTrainer(model, args, saq_config=SAQConfig(case=None), **common)
     seconds = None
     if quantization_args.float_epochs > 0:
         show(training_args, "float: train")
@@ -153,27 +177,41 @@ def train_float(model, training_args: TrainingArguments, quantization_args: Quan
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
+    trainer.accelerator.wait_for_everyone()
     size = weight_bytes(Path(args.output_dir))
-    return Row("float", "W32A32", metrics["eval_top1"], size, seconds, metrics=metrics)
+    return Row("float", "W32A32", metrics["eval_top1"], size, seconds, metrics=metrics), trainer
 
 
-def train_quantized(trainer: SAQTrainer, method: str, bits: str, training_args: TrainingArguments, common) -> Row:
-    """Train one quantized model, save it packed, and check what comes back from disk."""
+def train_quantized(
+    trainer: SAQTrainer, method: str, bits: str, training_args: TrainingArguments, common, engine: str
+) -> Row:
+    """Train one quantized model, save it packed and, for an engine, exported; check what comes back from disk."""
     seconds = timed_training(trainer)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    if engine != NOT_ASKED:
+        with in_one_line("exporting the model"):
+            trainer.export_onnx()
     trainer.save_model()  # and push it with a card, with --push_to_hub
     if not trainer.args.push_to_hub:
         trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
     directory = Path(trainer.args.output_dir)
     reloaded = AutoModelForImageClassification.from_pretrained(directory)
-    check_args = stage_arguments(training_args, directory.name, push_to_hub=False)
-    check_args.report_to = []  # the same numbers are logged already
-    checker = Trainer(reloaded, check_args, **{k: v for k, v in common.items() if k != "train_dataset"})
-    reloaded_top1 = checker.evaluate()["eval_top1"]
-    return Row(method, bits, metrics["eval_top1"], weight_bytes(directory), seconds, reloaded_top1, metrics)
+    if trainer.is_fsdp_enabled:
+        reloaded_top1 = top1_of(reloaded, trainer)
+    else:
+        check_args = stage_arguments(training_args, directory.name, push_to_hub=False)
+        check_args.report_to = []  # the same numbers are logged already
+        checker = Trainer(reloaded, check_args, **{k: v for k, v in common.items() if k != "train_dataset"})
+        reloaded_top1 = checker.evaluate()["eval_top1"]
+    engine_top1 = None
+    if engine != NOT_ASKED and training_args.process_index == 0:
+        per_batch, workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
+        engine_top1 = evaluate_exported(directory, engine, common["eval_dataset"], per_batch, workers)
+    size = weight_bytes(directory)
+    return Row(method, bits, metrics["eval_top1"], size, seconds, reloaded_top1, metrics, engine_top1)
 
 
 def card_arguments(model_args: ModelArguments, data_args: DataTrainingArguments, held_out: int) -> dict[str, Any]:

@@ -21,14 +21,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from image_data import DataTrainingArguments, load_images
-from image_metrics import TopKAccuracy
-from image_model import ModelArguments, input_size, load_model, load_processor
-from image_transforms import TransformedImages, transforms, without_unreadable
+from image_model import ModelArguments, load_model, load_processor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, HfArgumentParser, get_scheduler
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, pack, parameter_groups, quantize
+from hf_saq.data import (
+    DataTrainingArguments,
+    TopKAccuracy,
+    TransformedImages,
+    input_size,
+    load_images,
+    transforms,
+    without_unreadable,
+)
 
 
 @dataclass

@@ -49,6 +49,7 @@ __getattr__, __dir__ = lazy_exports(
         "cli",
         "config",
         "conversion",
+        "data",
         "export",
         "hub",
         "layers",

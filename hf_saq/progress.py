@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -12,6 +13,18 @@ SECONDS_WITHOUT = 2.0
 """Work that takes no longer shows no bar."""
 
 Item = TypeVar("Item")
+_ours_alone = False
+
+
+@contextmanager
+def bars_of_ours_alone() -> Iterator[None]:
+    """Show bars on a terminal inside the block, whatever is told to transformers about its own: for command lines."""
+    global _ours_alone
+    before, _ours_alone = _ours_alone, True
+    try:
+        yield
+    finally:
+        _ours_alone = before
 
 
 def with_progress(items: Iterable[Item], doing: str) -> Iterable[Item]:
@@ -22,4 +35,6 @@ def with_progress(items: Iterable[Item], doing: str) -> Iterable[Item]:
     # Look whether transformers is loaded and do not import it: nobody can have disabled its bars otherwise.
     theirs = sys.modules.get("transformers.utils.logging")
     is_off = theirs is not None and not theirs.is_progress_bar_enabled()
+    if _ours_alone:
+        is_off = not sys.stderr.isatty()
     return tqdm(items, desc=doing, delay=SECONDS_WITHOUT, disable=is_off, leave=False)

@@ -20,6 +20,7 @@ ORDER = (
     "lazy",
     "registration",
     "tables",
+    "data",
     "quantizers",
     "layers",
     "sharpness",

@@ -8,14 +8,14 @@ from pathlib import Path
 from ..shared.places import CALTECH, CIFAR, EFFICIENTNET, FLOWERS, MOBILENET, RESNET20, RESULTS, VIT_TINY
 from .methods import DEFAULT, METHODS
 from .task import Paths
-from .tasks import TASKS
+from .tasks import TASKS, USUAL
 
 
 @dataclass
 class AccuracyArguments:
     """What to run. Everything an outcome depends on is stored with it."""
 
-    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": f"Some of {', '.join(TASKS)}."})
+    tasks: list[str] = field(default_factory=lambda: list(USUAL), metadata={"help": f"Some of {', '.join(TASKS)}."})
     methods: list[str] = field(default_factory=lambda: list(DEFAULT), metadata={"help": f"Some of {list(METHODS)}."})
     bits: list[int] | None = field(default=None, metadata={"help": "Of weights and activations; default: the task's."})
     seeds: list[int] = field(default_factory=lambda: list(range(5)), metadata={"help": "Of images, order, dropout."})
@@ -25,6 +25,10 @@ class AccuracyArguments:
     processes: int = field(default=1, metadata={"help": "Runs at the same time, each with one thread."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     results: str = field(default=f"{RESULTS}/accuracy", metadata={"help": "Where the JSON results go."})
+    trials: str | None = field(
+        default=None,
+        metadata={"help": "Where the results of runs go that settings are chosen by; default: --results."},
+    )
     cache: str = field(default="outputs/accuracy", metadata={"help": "Decoded images and float models."})
     flowers: str = field(default=FLOWERS, metadata={"help": "Flowers-102 as parquet files."})
     mobilenet: str = field(default=MOBILENET, metadata={"help": "MobileNetV2 1.0, 224."})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -31,6 +32,11 @@ class Study:
     @property
     def task(self) -> Task:
         return TASKS[self.task_name]
+
+    @property
+    def trials(self) -> Runs:
+        """Where runs are that settings are chosen by."""
+        return self.runs if self.args.trials is None else Runs(Path(self.args.trials), self.runs.command)
 
     def run(self) -> None:
         chosen = self.chosen()
@@ -77,6 +83,8 @@ class Study:
         """Mean validation accuracy of the trials of `method`."""
         task = self.task
         bits = self.bits if task.tuned_at is None else task.tuned_at
+        if task.tuned_as is not None:
+            return mean(self.validation_of(task.tuned_as, bits, method, seed, settings) for seed in task.trial_seeds)
         found = self.outcomes(
             [
                 self.arguments("trial", bits, method, seed, settings.lr, settings.rho, task.images_per_class)
@@ -84,6 +92,23 @@ class Study:
             ]
         )
         return mean(outcome["validation"] for outcome in found)
+
+    def validation_of(self, other: str, bits: int, method: str, seed: int, settings: Chosen) -> float:
+        """Validation accuracy of a stored trial of the task `other`, whatever device it ran on.
+
+        Raises:
+            ValueError: If there is no such trial.
+        """
+        study = replace(self, task_name=other)
+        count = study.task.images_per_class
+        name = file_name(study.arguments("trial", bits, method, seed, *settings, count), study.task)
+        record = self.trials.stored(name)
+        if record is None:
+            raise ValueError(
+                f"{self.task_name}: takes learning rates and radii from trials of {other}; found no {name}.json in "
+                f"{self.trials.directory}. Run the trials of {other} first, for the methods that are asked for."
+            )
+        return record["outcome"]["validation"]
 
     def arguments(
         self, kind: str, bits: int, method: str, seed: int, lr: float, rho: float | None, count: int | None
@@ -120,7 +145,7 @@ class Study:
         run in the pool."""
 
         def outcome(arguments: dict[str, Any]) -> dict[str, Any]:
-            once = self.runs.once(
+            once = (self.trials if arguments["kind"] == "trial" else self.runs).once(
                 name_of(arguments) if name_of else file_name(arguments, self.task),
                 arguments,
                 lambda: self.pool.submit(train_one, arguments, self.paths).result(),

@@ -21,7 +21,7 @@ from .arguments import AccuracyArguments
 from .study import Study
 from .task import Paths
 from .tasks import TASKS
-from .training import ensure_float_model, workers
+from .training import ensure_float_model, float_file, workers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def is_at_hand(task_name: str, paths: Paths) -> bool:
-    """Whether the data of a task is there; says what is missing if it is not."""
-    missing = {
-        option: getattr(paths, option) for option in TASKS[task_name].needs if not getattr(paths, option).exists()
-    }
+    """Whether the data of a task is there, or what was made of it; says what is missing if it is not."""
+    task = TASKS[task_name]
+    if task.decoded and all((paths.cache / name).is_file() for name in (task.decoded, float_file(task_name))):
+        return True
+    missing = {option: getattr(paths, option) for option in task.needs if not getattr(paths, option).exists()}
     for option, path in missing.items():
         print(f"{task_name}: skipped, {path} is not there; name another place with --{option}.", flush=True)
     return not missing

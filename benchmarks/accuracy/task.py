@@ -86,7 +86,9 @@ class Task:
         channels_last: Whether convolutions run in that memory format, which is faster for some models.
         precision: Of the products in quantized training, `float32` or `bfloat16`; evaluation is in float32.
         needs: Fields of [`Paths`] that must be there.
+        decoded: File in the cache with the images of `load`, by split, for tasks that can travel by it (`portable`).
         tuned_at: Bits at which learning rate and radii are chosen for all bits; `None`: for each by itself.
+        tuned_as: Task whose stored trials say the learning rates and radii; `None`: it has trials of its own.
     """
 
     title: str
@@ -112,7 +114,9 @@ class Task:
     channels_last: bool = False
     precision: str = "float32"
     needs: tuple[str, ...] = ()
+    decoded: str | None = None
     tuned_at: int | None = None
+    tuned_as: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("radii", "adaptive_radii") if self.plain_learning_rates else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from multiprocessing import get_context
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.distillation import distillation_loss
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize, reestimate_batch_norm
+from hf_saq.training import distillation_loss
 
 from ..shared.images import Batch, Images, draw_per_class
 from ..shared.runs import fingerprint_of
@@ -52,17 +53,39 @@ def float_state(task_name: str, paths: Paths, count: int | None, seed: int) -> d
     if task.float_per_seed:
         return task.train_float(paths, data, drawn(data, count, seed), seed).state_dict()
     return made_once(
-        paths.cache / f"{task_name}-float.safetensors",
+        paths.cache / float_file(task_name),
         lambda: task.train_float(paths, data, data.training, 0).state_dict(),
     )
+
+
+def float_file(task_name: str) -> str:
+    """Name in the cache of the float model that all seeds share."""
+    return f"{task_name}-float.safetensors"
 
 
 def drawn(data: Data, count: int | None, seed: int) -> Images:
     return data.training if count is None else draw_per_class(data.training, count, seed)
 
 
-def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
-    """Quantize, calibrate, train and score one model: validation accuracy and, if it is no trial, test accuracy."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from: images of a seed, the float model, and its quantized, calibrated self."""
+
+    data: Data
+    images: Images
+    state: dict[str, Tensor]
+    float_model: nn.Module
+    model: nn.Module
+    layout: torch.memory_format
+    device: torch.device
+
+    def score(self, model: nn.Module, images: Images) -> float:
+        batches = self.data.evaluation_batches(images)
+        return accuracy(model.to(self.device), (moved(batch, self.device, self.layout) for batch in batches))
+
+
+def prepared(arguments: dict[str, Any], paths: Paths) -> Prepared:
+    """Quantize and calibrate the float model of a run."""
     task, data = TASKS[arguments["task"]], images_of(arguments["task"], paths)
     seed, count, device = arguments["seed"], arguments["images_per_class"], torch.device(arguments["device"])
     images = drawn(data, count, seed)
@@ -77,12 +100,19 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
     model = quantize(copy.deepcopy(float_model), config).to(device, memory_format=layout)  # type: ignore[call-overload]
     shown = data.evaluation_batches(images[slice(0, CALIBRATION_BATCHES * CALIBRATION_BATCH)], CALIBRATION_BATCH)
     calibrate(model, [moved(batch, device, layout)["pixels"] for batch in shown])
+    return Prepared(data, images, state, float_model, model, layout, device)
+
+
+def train(arguments: dict[str, Any], start: Prepared) -> dict[str, Any]:
+    """Train the model of `start` in place, and sum up how it went."""
+    task, seed, model, device = TASKS[arguments["task"]], arguments["seed"], start.model, start.device
     saq = None if arguments["saq"] is None else saq_of(arguments["saq"])
-    batches = (moved(batch, device, layout) for batch in data.training_batches(images, task.batch_size, seed))
+    drawn_batches = start.data.training_batches(start.images, task.batch_size, seed)
+    batches = (moved(batch, device, start.layout) for batch in drawn_batches)
     torch.manual_seed(seed)  # of dropout
     loss_of: LossOf = plain_loss
     if arguments["distill_alpha"]:
-        loss_of = partial(distilled, teacher(float_model, device), arguments["distill_alpha"])
+        loss_of = partial(distilled, teacher(start.float_model, device), arguments["distill_alpha"])
     if arguments.get("precision"):
         loss_of = partial(autocast, getattr(torch, arguments["precision"]), loss_of)
     outcome = fit(
@@ -93,20 +123,29 @@ def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
         saq,
         loss_of,
     )
-
     if arguments.get("clean_batches"):
         reestimate_batch_norm(model, [batch["pixels"] for batch in islice(batches, arguments["clean_batches"])])
+    return outcome
 
-    def score(scored: nn.Module, some: Images) -> float:
-        return accuracy(scored.to(device), (moved(batch, device, layout) for batch in data.evaluation_batches(some)))
 
-    outcome["validation"] = score(model, data.validation)
-    outcome["float_model"] = fingerprint_of(state)
-    outcome["training_images"] = len(images)
+def train_one(arguments: dict[str, Any], paths: Paths) -> dict[str, Any]:
+    """Quantize, calibrate, train and score one model: validation accuracy and, if it is no trial, test accuracy."""
+    start = prepared(arguments, paths)
+    outcome = train(arguments, start)
+    return {**outcome, **scores(arguments, start)}
+
+
+def scores(arguments: dict[str, Any], trained: Prepared) -> dict[str, Any]:
+    """Score a trained model."""
+    outcome = {
+        "validation": trained.score(trained.model, trained.data.validation),
+        "float_model": fingerprint_of(trained.state),
+        "training_images": len(trained.images),
+    }
     if arguments["kind"] == "run":
-        test = data.test[slice(0, arguments["test_images"])]
-        outcome["test"] = score(model, test)
-        outcome["float_test"] = score(float_model, test)
+        test = trained.data.test[slice(0, arguments["test_images"])]
+        outcome["test"] = trained.score(trained.model, test)
+        outcome["float_test"] = trained.score(trained.float_model, test)
     return outcome
 
 

@@ -48,12 +48,14 @@ class DeployModel:
 
 def _vit(width: int) -> Any:
     config: dict[str, Any] = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
-    return ViTForImageClassification(ViTConfig(**config, num_labels=LABELS))  # type: ignore[call-arg]
+    config["num_labels"] = LABELS
+    return ViTForImageClassification(ViTConfig(**config))
 
 
 def _resnet18() -> Any:
     sizes: dict[str, Any] = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
-    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=LABELS))  # type: ignore[call-arg]
+    sizes["num_labels"] = LABELS
+    return ResNetForImageClassification(ResNetConfig(**sizes))
 
 
 def _efficientnet() -> Any:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from examples.image_data import DataTrainingArguments, load_images
 from examples.image_model import has_folded_batch_norm, refit_batch_norm
-from examples.image_transforms import TransformedImages, transforms
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, correct_biases, quantize
+from hf_saq.data import DataTrainingArguments, TransformedImages, load_images, transforms
 from hf_saq.training.parameter_groups import parameter_groups
 
 from ..shared.command_line import parsed

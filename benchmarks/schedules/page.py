@@ -28,7 +28,8 @@ def write_page(results: Path, step_cost: Path, document: Path) -> None:
     rows = table_rows([r for r in records if r["arguments"]["kind"] == "run"], cost and cost["outcome"]["times"])
     document.parent.mkdir(parents=True, exist_ok=True)
     plot = document.with_suffix(".svg")
-    drawn = draw_plot(rows, plot)
+    presets = {method: name for name, method in preset_methods().items()}
+    drawn = draw_plot(rows, presets, plot)
     document.write_text(page(rows, records, cost, plot.name if drawn else None), encoding="utf-8")
 
 

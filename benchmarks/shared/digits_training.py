@@ -59,6 +59,16 @@ def tiny_vit(seed: int) -> VisionTransformer:
     )
 
 
+def small_cnn(seed: int) -> nn.Module:
+    """Build four 3x3 convolutions of 8 to 32 channels with batch norms, an average over pixels and 10 classes."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for before, after, stride in ((1, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2)):
+        convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
 def quantized(float_state: dict[str, Tensor], images: Images) -> nn.Module:
     """The float model quantized and calibrated on `images`."""
     model = tiny_vit(0)

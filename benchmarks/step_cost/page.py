@@ -19,8 +19,8 @@ from .models import MODELS
 from .step_profile import FORWARD
 
 SUMMARY = ("full", "ascent 1/8", "previous")
-"""Columns of the table over models, batch sizes and processes: the presets full, balanced and free."""
-PRESETS = ("`full`", "`balanced`", "`free`")
+"""Columns of the table over models, batch sizes and processes: the presets full and balanced, and one pass a step."""
+PRESETS = ("`full`", "`balanced`", "`previous`")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,7 +138,7 @@ def step_in_parts(found: dict[str, Any]) -> str:
 def summary(steps: Sequence[dict[str, Any]]) -> str:
     """How the cost of the presets grows with model, batch and processes."""
     lines = [
-        "## A step under the presets, against a step of plain QAT",
+        "## A step under some schedules, against a step of plain QAT",
         "",
         "`qat again` is plain QAT a second time: what it differs from 1 by is the error of measurement. Memory: peak "
         "of full SAQ beyond that of QAT, in units of the quantized weights.",

@@ -58,6 +58,7 @@ class CostArguments:
     clock: str = field(default="process", metadata={"help": "process (processor time) or wall."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda; on cuda the clock must be wall."})
     backend: Backend = field(default="eager", metadata={"help": "Of fake quantization: eager or compiled."})
+    precision: str = field(default="float32", metadata={"help": "Of products: float32, or bfloat16 by autocast."})
     results: str = field(default=f"{RESULTS}/step_cost", metadata={"help": "Where the JSON results go."})
 
     def __post_init__(self) -> None:
@@ -69,6 +70,8 @@ class CostArguments:
             raise ValueError(f"--clock {self.clock}: expected process or wall.")
         if self.device != "cpu" and self.clock == "process":
             raise ValueError(f"--clock process does not see what {self.device} does; expected --clock wall.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"--precision {self.precision}: expected float32 or bfloat16.")
         if self.rounds < 1 or self.steps < 1:
             raise ValueError(f"--rounds {self.rounds} --steps {self.steps}: expected at least one of each.")
         self.ways = [way for way in WAYS if way in (QAT, *self.ways)]
@@ -89,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments = {"model": model, "batch_size": batch_size, "processes": processes, "bits": BITS}
                 arguments |= {"ways": {way: WAYS[way] for way in args.ways}}
                 arguments |= {key: getattr(args, key) for key in shared}
+                if args.precision != "float32":  # runs that were stored before there was a choice say nothing
+                    arguments["precision"] = args.precision
                 name = f"{model}-batch{batch_size}-processes{processes}-{args.device}"
                 if processes == 1 or dist.get_rank() == 0:
                     show(runs.once(name, arguments, partial(measure, arguments)))

@@ -61,6 +61,7 @@ class Bench:
 
     Attributes:
         wrapped: The quantized model as it is called: in DDP if there are several processes.
+        precision: Of products, by autocast; `None`: float32.
     """
 
     float_model: nn.Module
@@ -69,11 +70,16 @@ class Bench:
     optimizer: torch.optim.Optimizer
     wrapped: nn.Module
     batch: dict[str, Tensor]
+    precision: torch.dtype | None = None
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(batch["pixels"].device.type, self.precision, enabled=self.precision is not None):
+            return cross_entropy(model(batch["pixels"]), batch["labels"])
 
     def backward(self, batch: dict[str, Tensor], reduce: bool = True) -> Tensor:
         skip = not reduce and isinstance(self.wrapped, DistributedDataParallel)
         with self.wrapped.no_sync() if skip else nullcontext():  # type: ignore[operator]
-            loss = cross_entropy(self.wrapped(batch["pixels"]), batch["labels"])
+            loss = self.loss(self.wrapped, batch)
             loss.backward()
         return loss.detach()
 
@@ -98,7 +104,8 @@ def prepare(arguments: dict[str, Any]) -> Bench:
         return DistributedDataParallel(m) if arguments["processes"] > 1 else m
 
     float_optimizer, optimizer = adamw(float_model, LEARNING_RATE), adamw(model, LEARNING_RATE)
-    return Bench(wrap(float_model), float_optimizer, model, optimizer, wrap(model), batch)
+    precision = getattr(torch, arguments["precision"]) if "precision" in arguments else None
+    return Bench(wrap(float_model), float_optimizer, model, optimizer, wrap(model), batch, precision)
 
 
 @contextmanager
@@ -111,7 +118,7 @@ def one_step_of(way: str, bench: Bench) -> Iterator[tuple[Callable[[], object], 
     if way == FLOAT:
 
         def float_step() -> None:
-            cross_entropy(bench.float_model(bench.batch["pixels"]), bench.batch["labels"]).backward()
+            bench.loss(bench.float_model, bench.batch).backward()
             bench.float_optimizer.step()
             bench.float_optimizer.zero_grad()
 

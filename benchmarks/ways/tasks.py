@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
 
-from ..shared.digits_training import tiny_vit
+from ..shared.digits_training import small_cnn, tiny_vit
 from ..shared.images import Images
 
 
@@ -43,16 +42,6 @@ class Task:
         quantize(model, SAQQuantizationConfig(**self.quantization))
         calibrate(model, [images.pixels])
         return model
-
-
-def small_cnn(seed: int) -> nn.Module:
-    """Build four 3x3 convolutions of 8 to 32 channels with batch norms, an average over pixels and 10 classes."""
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for before, after, stride in ((1, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2)):
-        convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
 TASKS: dict[str, Task] = {

@@ -62,6 +62,25 @@ class LabelledBatches:
         count = min(max(count, 1), len(self))
         return LabelledBatches("", [self.batches[k * len(self) // count] for k in range(count)], self._loss)
 
+    def split_to(self, least: int) -> LabelledBatches:
+        """Cut batches into parts until there are `least` of them or each has one example; no batch is reordered.
+
+        Batches that are no dict or pair of tensors of one length stay whole.
+        """
+        size = max(1, -(-sum(self.sizes) // max(least, 1)))
+        parts = []
+        for batch, count in zip(self.batches, self.sizes, strict=True):
+            tensors = list(batch.values()) if isinstance(batch, Mapping) else batch
+            plain = type(batch) in (dict, tuple, list) and all(isinstance(t, Tensor) and t.ndim for t in tensors)
+            if len(self) >= least or not plain or {len(t) for t in tensors} != {count}:
+                parts.append(batch)
+                continue
+            for start in range(0, count, size):
+                cut = slice(start, start + size)
+                of_dict = isinstance(batch, Mapping)
+                parts.append({k: t[cut] for k, t in batch.items()} if of_dict else type(batch)(t[cut] for t in batch))
+        return LabelledBatches("", parts, self._loss)
+
     def mean(self, values: Sequence[float]) -> float:
         """Compute the mean over all examples of values of batches."""
         return sum(weight * value for weight, value in zip(self.weights, values, strict=True))

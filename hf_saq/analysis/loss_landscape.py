@@ -71,7 +71,8 @@ class Landscape(Result):
             values = surface.flat()
             numbers = (values[middle], min(values), sum(values) / len(values), max(values))
             rows.append((surface.label, *(f"{x:.4g}" for x in numbers)))
-        return text_table(rows, right=(1, 2, 3, 4))
+        points = f"{len(self.steps)} x {len(self.steps)} points, {self.seconds:.0f} seconds"
+        return f"{text_table(rows, right=(1, 2, 3, 4))}\n{points}"
 
     def plot(self, file: str | PathLike[str]) -> None:
         """Draw curves in one panel (1-D), or contours with common levels in a panel each (2-D), into `file`.

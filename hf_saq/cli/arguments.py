@@ -5,12 +5,22 @@ from __future__ import annotations
 import argparse
 
 from ..version import __version__
+from .completion import SHELLS, PrintCompletion
+from .data_arguments import add_data_arguments
+
+PARTS = ("sharpness", "landscape", "sensitivity")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser. The arguments that it parses have the name of the command as `command`."""
     parser = argparse.ArgumentParser("hf-saq", description="Look at quantized models that hf_saq saved, change them.")
     parser.add_argument("--version", action="version", version=f"hf_saq {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print a script that completes commands in this shell; it needs shtab",
+    )
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
     command = commands.add_parser("inspect", help="bits, sizes, scales and format of a saved model, layer by layer")
@@ -37,6 +47,42 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--image-size", type=int, nargs="+", help="pixels, or height and width, if not stored")
     command.add_argument("--no-check", dest="check", action="store_false", help="write without verifying")
     command.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+
+    command = commands.add_parser("eval", help="accuracy and loss of a saved model, float or quantized, on images")
+    command.add_argument("source", metavar="DIR_OR_REPO")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+    add_data_arguments(command, most=None)
+
+    command = commands.add_parser("compare", help="two saved models side by side: agreement, layer by layer")
+    command.add_argument("first", metavar="A")
+    command.add_argument("second", metavar="B")
+    command.add_argument("--plot", metavar="FILE", help="draw the layers into a file, such as layers.svg")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+    add_data_arguments(command, most=None)
+
+    command = commands.add_parser(
+        "analyze", help="sharpness, loss landscape and sensitive layers of a quantized model, as one HTML page"
+    )
+    command.add_argument("source", metavar="DIR_OR_REPO")
+    command.add_argument("--output", default="analysis.html", help="the page; default: analysis.html")
+    command.add_argument("--beside", metavar="OTHER", help="another model whose minimum is shown on the same scale")
+    command.add_argument(
+        "--float",
+        metavar="DIR",
+        dest="float_model",
+        help="its float model: sensitivities are then those of that model, quantized as the other was before training",
+    )
+    command.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help=f"what to measure; default: {' '.join(PARTS)}"
+    )
+    command.add_argument(
+        "--landscape", metavar="FILE", help="draw the plane there too; cards show it from DIR/landscape.png"
+    )
+    command.add_argument("--rho", type=float, help="radius of the sharpness; default: that of the model family")
+    command.add_argument("--points", type=int, default=21, help="odd number of steps along a line; half in a plane")
+    command.add_argument("--passes", type=float, default=20.0, help="over the images, at most, for sensitivities")
+    command.add_argument("--json", action="store_true", help="print machine-readable numbers")
+    add_data_arguments(command, most=256)
 
     command = commands.add_parser(
         "benchmark", help="time, memory, size and agreement of every form of a quantized model, side by side"

@@ -12,11 +12,13 @@ from transformers.utils import logging
 
 from ..export import export_onnx
 from ..hub.card import write_card
+from ..progress import bars_of_ours_alone
 from ..storage import load_saved
 from ..storage.inspection import inspect_checkpoint
 from ..storage.rewriting import dequantize_saved, pack_saved
 from ..tables import kibibytes
 from ..timing import benchmark
+from .looking import analyze, compare_two, evaluate
 
 
 def _inspect(args: argparse.Namespace) -> str:
@@ -80,6 +82,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "export": _export,
     "benchmark": _benchmark,
     "card": _card,
+    "eval": evaluate,
+    "compare": compare_two,
+    "analyze": analyze,
 }
 
 
@@ -87,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed and print its text. Return the exit status: 0, or 1 with one line on stderr."""
     logging.disable_progress_bar()
     try:
-        print(COMMANDS[args.command](args))
+        with bars_of_ours_alone():
+            print(COMMANDS[args.command](args))
     except (
         ValueError,
         OSError,

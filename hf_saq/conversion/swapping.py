@@ -42,7 +42,7 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
     initialize_weight_quantizers(model)
     if report.converted and hasattr(getattr(model, "config", None), "model_type"):
         # a transformers model: save_pretrained stores it, from_pretrained acts on it
-        model.config.quantization_config = as_decided(config, report)  # type: ignore[union-attr]
+        as_decided(config, report).attach_to(model)
     return model
 
 

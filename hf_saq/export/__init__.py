@@ -16,6 +16,7 @@ from ..lazy import lazy_exports
 if TYPE_CHECKING:
     from .checks import ExportCheckError
     from .engine_model import ExportedClassifier
+    from .extras import ENGINES, check_can_export
     from .onnx_export import export_onnx
     from .report import ExportedLayer, ExportReport
 
@@ -24,9 +25,18 @@ __getattr__, __dir__ = lazy_exports(
     {
         "checks": ("ExportCheckError",),
         "engine_model": ("ExportedClassifier",),
+        "extras": ("ENGINES", "check_can_export"),
         "onnx_export": ("export_onnx",),
         "report": ("ExportReport", "ExportedLayer"),
     },
 )
 
-__all__ = ["ExportCheckError", "ExportReport", "ExportedClassifier", "ExportedLayer", "export_onnx"]
+__all__ = [
+    "ENGINES",
+    "ExportCheckError",
+    "ExportReport",
+    "ExportedClassifier",
+    "ExportedLayer",
+    "check_can_export",
+    "export_onnx",
+]

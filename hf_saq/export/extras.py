@@ -29,6 +29,18 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"engine={engine!r}; expected one of {list(ENGINES)}.")
 
 
+def check_can_export(engine: str) -> None:
+    """Check that models can be exported, verified and run on `engine`, before anything is spent on them.
+
+    Raises:
+        ValueError: If there is no such engine.
+        ImportError: If a library is missing; says which extra installs it.
+    """
+    check_engine(engine)
+    for library in ("onnx", "onnxscript", "onnxruntime", engine):
+        needed(library)
+
+
 def installed_engines() -> list[str]:
     """List the engines that can be imported, and ONNX Runtime in any case: verifying needs one."""
     return [engine for engine in ENGINES if engine == "onnxruntime" or find_spec(engine) is not None]

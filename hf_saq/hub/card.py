@@ -14,7 +14,10 @@ from ..installing import how_to_install
 from ..storage.inspection import inspect_checkpoint
 from ..tables import kibibytes, markdown_table
 from ..version import __version__
-from .card_facts import CardFacts, ResultRow, facts_of_files, measured
+from .card_export import integer_inference
+from .card_facts import LANDSCAPE, CardFacts, ResultRow, facts_of_files, measured
+from .card_sections import closing_sections, folded
+from .layer_bits import layer_bits
 
 CARD = "README.md"
 PICTURE = "training_curve.png"
@@ -47,14 +50,18 @@ def model_card(facts: CardFacts) -> ModelCard:
         _loading(facts),
         _results(facts, metrics),
         _quantization(facts),
+        integer_inference(facts.export, facts.load_from, facts.revision, facts.has_processor),
         _training(facts),
+        *(closing_sections(facts) if facts.config is not None else ()),
     )
     text = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
 def write_card(directory: str | Path, load_from: str | None = None, overwrite: bool = False) -> Path:
-    """Write the `README.md` of a saved model from its files. They do not tell how good it is, so the card does not.
+    """Write the `README.md` of a saved model from its files.
+
+    How good it is is told by an `eval_results.json` beside them, as `Trainer.save_metrics` writes it, or not at all.
 
     Args:
         directory: The saved model.
@@ -75,7 +82,8 @@ def write_card(directory: str | Path, load_from: str | None = None, overwrite: b
     if not Path(directory).is_dir():
         raise ValueError(f"{directory} is not a directory; expected that of a saved model.")
     found = inspect_checkpoint(str(directory))
-    model_card(facts_of_files(found, load_from or Path(directory).absolute().name)).save(card)
+    name = load_from or Path(directory).absolute().name
+    model_card(facts_of_files(found, name, Path(directory))).save(card)
     return card
 
 
@@ -151,7 +159,8 @@ def _results(facts: CardFacts, metrics: Mapping[str, float]) -> str:
         for row in rows
     ]
     table = markdown_table(head, cells)
-    return f"## Results\n\nMeasured in the training run, on its evaluation data.\n\n{table}"
+    count = "" if facts.evaluated_images is None else f" ({facts.evaluated_images:,} images)"
+    return f"## Results\n\nMeasured {facts.measured_where}{count}.\n\n{table}"
 
 
 def _quantization(facts: CardFacts) -> str:
@@ -163,16 +172,25 @@ def _quantization(facts: CardFacts) -> str:
         )
         cells = [[weight, activation, str(n), reason] for (weight, activation, reason), n in counts.items()]
         known.append(markdown_table(["weight bits", "activation bits", "layers", "left in float because"], cells))
-    lines = []
+        known += filter(None, [layer_bits(facts.config, facts.layers)])
+    rows = []
     if facts.weight_bytes is not None:
-        lines.append(f"- weights on disk: {kibibytes(facts.weight_bytes)}")
+        rows.append(("weights on disk", kibibytes, facts.float_weight_bytes, facts.weight_bytes))
     if facts.bit_operations is not None:
-        lines.append(
-            f"- bit operations for one image (multiply-accumulates x weight bits x activation bits): "
-            f"{facts.bit_operations:,}"
-        )
-    if lines:
-        known.append("\n".join(lines))
+        rows.append(("bit operations for one image", "{:,}".format, facts.float_bit_operations, facts.bit_operations))
+    cells = [
+        [
+            name,
+            "" if before is None else show(before),
+            show(now),
+            "" if before is None else f"{before / now:.1f} x less",
+        ]
+        for name, show, before, now in rows
+    ]
+    if cells:
+        known.append(markdown_table(["", "float32", "this model", "ratio"], cells))
+    if facts.bit_operations is not None:
+        known.append("Bit operations are multiply-accumulates x weight bits x activation bits.")
     return "## Quantization\n\n" + "\n\n".join(known) if known else ""
 
 
@@ -180,16 +198,17 @@ def _training(facts: CardFacts) -> str:
     known = []
     if facts.has_picture:
         known.append(f"![Loss and metrics over training]({PICTURE})")
+    if facts.has_landscape:
+        known.append(f"![Loss around the weights]({LANDSCAPE})")
     if facts.sharpness:
         logged = [f"{value:.4g} at step {step}" for step, value in (facts.sharpness[0], facts.sharpness[-1])]
         known.append(
-            "Sharpness (loss at the perturbed minus loss at the quantized weights, mean since the log before): "
+            "Sharpness (loss at the perturbed minus loss at the quantized weights): "
             + (f"{logged[0]}." if len(facts.sharpness) == 1 else f"first {logged[0]}, last {logged[1]}.")
         )
     if facts.hyperparameters:
-        known.append(
-            "\n".join(f"- {name}: {' '.join(str(value).split())}" for name, value in facts.hyperparameters.items())
-        )
+        lines = [f"- {name}: {' '.join(str(value).split())}" for name, value in facts.hyperparameters.items()]
+        known.append(folded("Hyperparameters", "\n".join(lines)))
     return "## Training\n\n" + "\n\n".join(known) if known else ""
 
 

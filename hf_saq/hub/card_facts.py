@@ -6,17 +6,33 @@ describes, or from the files that are published.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
+from ..export.report import ExportReport
 from ..storage.inspection_report import StoredModel
 
-NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time")
-"""Entries that `Trainer.evaluate` returns besides its metrics."""
+NO_METRICS = (
+    "runtime",
+    "samples",
+    "samples_per_second",
+    "steps_per_second",
+    "epoch",
+    "step",
+    "model_preparation_time",
+)
+"""Entries that `Trainer.evaluate` returns, or `save_metrics` stores, besides metrics."""
+RESULTS = "eval_results.json"
+"""What `Trainer.save_metrics("eval", metrics)` writes beside a model."""
+LANDSCAPE = "landscape.png"
+"""A picture of the loss around the weights, if somebody put one beside a model: `landscape(...).plot(file)`."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +69,17 @@ class CardFacts:
         metrics: Metrics measured on exactly the weights that are published, names as in [`ResultRow`].
         comparison: Rows of other models that the same run measured.
         method: How it was trained, in words; the first word is its row in the table of results.
+        float_weight_bytes: Bytes of all parameters in float32.
         bit_operations: Bit operations for one image, as [`hf_saq.cost`] counts them.
+        float_bit_operations: Those of the same model in float32.
+        evaluated_images: Number of images that `metrics` were measured on.
+        measured_where: Where `metrics` come from, in words.
         sharpness: Pairs of step and logged value.
         hyperparameters: Name -> value.
+        labels: Names of the classes, in their order.
         has_picture: Whether [`draw_training_curve`] drew a picture that is published too.
+        has_landscape: Whether there is a picture of the loss around the weights.
+        export: What is known of the integer graph that lies beside the model, if there is one.
         base_model, datasets, dataset_name, license, language, tags: As in the Hub's metadata.
     """
 
@@ -71,10 +94,17 @@ class CardFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     comparison: Sequence[ResultRow] = ()
     method: str | None = None
+    float_weight_bytes: int | None = None
     bit_operations: int | None = None
+    float_bit_operations: int | None = None
+    evaluated_images: int | None = None
+    measured_where: str = "in the training run, on its evaluation data"
     sharpness: Sequence[tuple[int, float]] = ()
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    labels: Sequence[str] = ()
     has_picture: bool = False
+    has_landscape: bool = False
+    export: ExportReport | None = None
     base_model: str | None = None
     datasets: Sequence[str] = ()
     dataset_name: str | None = None
@@ -97,8 +127,14 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def facts_of_files(found: StoredModel, load_from: str) -> CardFacts:
-    """Collect what the files of a saved model tell. They tell nothing of how it was trained or how good it is."""
+def facts_of_files(found: StoredModel, load_from: str, directory: Path) -> CardFacts:
+    """Collect what the files of a saved model tell, and the results that were stored beside them.
+
+    Raises:
+        ValueError: If the file of results is not one that `Trainer.save_metrics` wrote.
+    """
+    results = _stored_results(directory / RESULTS)
+    samples = results.get("eval_samples")
     return CardFacts(
         name=load_from.split("/")[-1],
         load_from=load_from,
@@ -107,4 +143,27 @@ def facts_of_files(found: StoredModel, load_from: str) -> CardFacts:
         layers=found.plans,
         has_processor=found.has_processor,
         weight_bytes=found.weight_bytes,
+        float_weight_bytes=4 * found.parameters,
+        metrics={name: value for name, value in results.items() if name.startswith("eval_")},
+        evaluated_images=samples if isinstance(samples, int) else None,
+        measured_where=f"by whoever wrote {RESULTS} beside the weights",
+        labels=names_of_classes(found.labels),
+        has_landscape=(directory / LANDSCAPE).is_file(),
     )
+
+
+def names_of_classes(labels: Sequence[str]) -> Sequence[str]:
+    """Return the names of classes; none if they are those that transformers makes up."""
+    return () if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
+
+
+def _stored_results(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}). Remove it, or write it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}; expected an object of metrics. Remove it.")
+    return found

@@ -31,6 +31,7 @@ class CardTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._measured: dict[str, float] = {}  # metrics of `evaluate` on the present weights
+        self._evaluated_images: int | None = None  # number of images behind them
         self.card_arguments: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
@@ -38,9 +39,16 @@ class CardTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `Trainer` does, and note for the model card what is measured under the prefix `eval`."""
+        self._evaluated_images = None
         metrics = super().evaluate(*args, **kwargs)
         self._measured = {**self._measured, **_of_evaluation(metrics)}
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as `Trainer` does, and note the number of images."""
+        output = super().evaluation_loop(*args, **kwargs)
+        self._evaluated_images = output.num_samples
+        return output
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take batches as `Trainer` does, and forget what was measured: the optimizer step will change the weights."""
@@ -100,7 +108,8 @@ class CardTrainer(Trainer):
             directory = Path(str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
             has_picture = draw_training_curve(self.state.log_history, directory / PICTURE)
-            facts = facts_of_run(self, self.saq_config, self._measured, directory, has_picture, **given)
+            about = {"evaluated_images": self._evaluated_images, **given}
+            facts = facts_of_run(self, self.saq_config, self._measured, directory, has_picture, **about)
             model_card(facts).save(directory / CARD)
 
     def _is_quantized(self) -> bool:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils.hub import hf_api
 
+from ..export.onnx_export import MODEL_FILE
 from ..storage.weight_files import is_weight_file
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,10 @@ def publish(
 ) -> CommitInfo:
     """Make the files in `directory` the model at the top level of a repository, in one commit; then remove them.
 
-    The same commit deletes weight files at the top level that are not among the new ones: a file that stayed would be
-    a second model, and `from_pretrained` might prefer it. Either all of it happens or nothing: a push that is cut off
-    leaves the repository as it was. `TRAINING_ARGS_NAME`, a pickle that `Trainer` saves, is not pushed.
+    The same commit deletes weight files at the top level, and an exported graph, that are not among the new ones: a
+    file that stayed would be a second model, and `from_pretrained` might prefer it. Either all of it happens or
+    nothing: a push that is cut off leaves the repository as it was. `TRAINING_ARGS_NAME`, a pickle that `Trainer`
+    saves, is not pushed.
 
     Raises:
         HfHubHTTPError: If the Hub refuses; if a right is missing, the message says what to do.
@@ -49,7 +51,7 @@ def publish(
             repo_id,
             operations=[
                 *(CommitOperationAdd(name, file) for name, file in files.items()),
-                *(CommitOperationDelete(name) for name in _weights_at_top(api, repo_id, token, revision) - set(files)),
+                *(CommitOperationDelete(name) for name in _models_in(api, repo_id, token, revision) - set(files)),
             ],
             commit_message=commit_message,
             token=token,
@@ -95,5 +97,6 @@ def explained(what: str) -> Iterator[None]:
         ) from error
 
 
-def _weights_at_top(api: HfApi, repo_id: str, token: str | None, revision: str | None) -> set[str]:
-    return {name for name in api.list_repo_files(repo_id, revision=revision, token=token) if is_weight_file(name)}
+def _models_in(api: HfApi, repo_id: str, token: str | None, revision: str | None) -> set[str]:
+    names = api.list_repo_files(repo_id, revision=revision, token=token)
+    return {name for name in names if is_weight_file(name) or name == MODEL_FILE}

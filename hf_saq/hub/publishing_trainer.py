@@ -16,6 +16,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from ..storage.saved_directory import copy_files
 from .card import CARD, PICTURE
+from .card_facts import LANDSCAPE
 from .card_trainer import CardTrainer
 from .commits import explained, log_failure, publish, publish_in_background
 
@@ -71,7 +72,7 @@ class PublishingTrainer(CardTrainer):
             return None
         with self._arguments(hub_revision=revision):
             self.create_model_card(**kwargs)
-        copy_files([CARD, PICTURE], Path(str(self.args.output_dir)), Path(staged.name))
+        copy_files([CARD, PICTURE, LANDSCAPE], Path(str(self.args.output_dir)), Path(staged.name))
         self._finish_current_push()
         push = publish if blocking else publish_in_background
         return push(staged, str(self.hub_model_id), commit_message or "Upload model", token=token, revision=revision)

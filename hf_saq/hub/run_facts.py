@@ -15,9 +15,10 @@ from transformers.modelcard import TrainingSummary
 from ..config import SAQConfig, SAQQuantizationConfig
 from ..conversion.report import ConversionReport
 from ..layers import QuantizedLayer
+from ..quantizers import Quantizer
 from ..storage.saved_directory import has_processor
 from ..storage.weight_files import weight_file_bytes
-from .card_facts import CardFacts, ResultRow
+from .card_facts import LANDSCAPE, CardFacts, ResultRow, names_of_classes
 
 DATASET_LOADERS = {"imagefolder", "webdataset", "generator", "arrow", "csv", "json", "pandas", "parquet", "text"}
 """Builders of `datasets` that read files of the user: their names are not names of datasets on the Hub."""
@@ -30,6 +31,7 @@ def facts_of_run(
     directory: Path,
     has_picture: bool,
     comparison: Sequence[ResultRow] = (),
+    evaluated_images: int | None = None,
     **given: Any,
 ) -> CardFacts:
     """Collect what a run knows about the model it trained.
@@ -39,6 +41,7 @@ def facts_of_run(
         directory: Directory where the model is saved; sizes are those of its files.
         has_picture: Whether there is a picture of the training.
         comparison: Rows of other models that the same run measured.
+        evaluated_images: Number of images behind `metrics`.
         **given: Arguments of the user, as in [`transformers.Trainer.create_model_card`].
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -61,9 +64,17 @@ def facts_of_run(
         metrics=metrics,
         comparison=comparison,
         method=_method(saq_config),
-        bit_operations=next((int(entry["bit_operations"]) for entry in logs if "bit_operations" in entry), None),
-        sharpness=[(int(entry["step"]), entry["sharpness"]) for entry in logs if "sharpness" in entry],
+        float_weight_bytes=4 * _float_parameters(model),
+        bit_operations=_logged(logs, "bit_operations"),
+        float_bit_operations=_logged(logs, "float_bit_operations"),
+        evaluated_images=evaluated_images,
+        labels=names_of_classes([name for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())])
+        if isinstance(model, PreTrainedModel)
+        else (),
+        sharpness=_points(logs, "measured_sharpness") or _points(logs, "sharpness"),
         has_picture=has_picture,
+        has_landscape=(directory / LANDSCAPE).is_file(),
+        export=getattr(trainer, "exported", None),
     )
 
 
@@ -102,8 +113,22 @@ def _of_transformers(
     }
 
 
+def _float_parameters(model: nn.Module) -> int:
+    """Count the parameters without the values of quantizers."""
+    own = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if p not in own)
+
+
+def _logged(logs: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    return next((int(entry[name]) for entry in logs if name in entry), None)
+
+
 def _will_be_packed(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLayer) and module.weight_quantizer for module in model.modules())
+
+
+def _points(logs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(int(entry["step"]), entry[name]) for entry in logs if name in entry]
 
 
 def _method(saq_config: SAQConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers.utils import logging
 
 from ..config import SAQConfig
 from ..conversion.report import ConversionReport, LayerPlan
+from ..export.extras import EXTRA_OF
+from ..export.report import ExportReport
+from ..installing import how_to_install
 from ..storage.weight_files import weight_file_bytes
 from ..tables import kibibytes
 
@@ -25,13 +29,17 @@ class TellsInWords(Trainer):
     model: nn.Module
     minimizer: Any
     scheduled_step: Any
+    measures_sharpness: bool
+    distill_alpha: float
+    distill_temperature: float
     _cost_logs: dict[str, float]
 
     def tell_before_training(self) -> None:
         """Print what will be trained, how, at which cost, and what the log will have."""
         report = getattr(self.model, "quantization_report", None)
         if isinstance(report, ConversionReport) and report.converted:
-            lines = [_of_layers(self.model, report), self._of_method(), *self._of_cost(), self._of_log()]
+            lines = [_of_layers(self.model, report), self._of_method(), *self._of_teacher()]
+            lines += [*self._of_cost(), self._of_log()]
             self._tell("\n".join(lines))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -49,9 +57,15 @@ class TellsInWords(Trainer):
         if isinstance(self.model, PreTrainedModel):
             loader = f'{type(self.model).__name__}.from_pretrained("{directory}")'
             lines.append(f"To load it: import hf_saq, then {loader}. To look at it: hf-saq inspect {directory}")
+            lines.append(_of_export(directory, getattr(self, "exported", None)))
         if not self.args.push_to_hub:
             lines.append("To publish it with a card of what was measured: trainer.push_to_hub()")
         self._tell("\n".join(lines))
+
+    def tell_of_export(self, directory: Path, report: ExportReport) -> None:
+        """Print what an export wrote, what it found out, and how to run it."""
+        found = [f"{name}: {text}." for name, text in report.checks.items()]
+        self._tell("\n".join([f"Exported for {report.target!r}.", *found, _of_export(directory, report)]))
 
     def _tell(self, text: str) -> None:
         if self.is_world_process_zero() and logging.get_verbosity() <= logging.WARNING:
@@ -70,6 +84,15 @@ class TellsInWords(Trainer):
             "QAT takes 1."
         )
 
+    def _of_teacher(self) -> list[str]:
+        teacher = getattr(self, "teacher", None)
+        if teacher is None:
+            return []
+        return [
+            f"Distillation: {self.distill_alpha:.0%} of the loss are the answers of a {type(teacher).__name__} "
+            f"(temperature {self.distill_temperature:g}), one more forward pass for each batch."
+        ]
+
     def _of_cost(self) -> list[str]:
         if not self._cost_logs:
             return []
@@ -83,8 +106,25 @@ class TellsInWords(Trainer):
         if self.minimizer is not None:
             logged += ["sharpness (perturbed minus clean loss, where a step has both)", "ascent_norm"]
             logged += ["perturbed_loss (for loss, where a step has the whole batch at perturbed weights only)"]
+        if self.measures_sharpness:
+            logged += ["measured_sharpness (of one batch, every 50 steps or more)"]
         where: Any = self.args.report_to
         return f"Logged: {_listed(logged)}; to {_listed(where) if where else 'the console'}."
+
+
+def _of_export(directory: Path, report: ExportReport | None) -> str:
+    """Say how to run the model in integers: what is left to do for it, or what has been written."""
+    if report is None:
+        missing = [name for name in EXTRA_OF if EXTRA_OF[name] == "onnx" and find_spec(name) is None]
+        first = f" (first {how_to_install('onnx')})" if missing else ""
+        return (
+            "To run it in integers (ONNX Runtime, OpenVINO, a browser): trainer.export_onnx(), or hf-saq export "
+            f"{directory} OUT{first}"
+        )
+    return (
+        f"To run it in integers: {directory / report.file} ({kibibytes(report.size)}), from hf_saq.export import "
+        f'ExportedClassifier, then ExportedClassifier.from_pretrained("{directory}"), or transformers.js'
+    )
 
 
 def _of_layers(model: nn.Module, report: ConversionReport) -> str:

@@ -16,7 +16,7 @@ def curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list
     panels = {
         "loss": {"training": "loss", "training, perturbed": "perturbed_loss", "evaluation": "eval_loss"},
         "accuracy": {"accuracy": "eval_accuracy", "top-1": "eval_top1", "top-5": "eval_top5"},
-        "sharpness": {"sharpness": "sharpness"},
+        "sharpness": {"of training steps": "sharpness", "measured": "measured_sharpness"},
     }
     found = {}
     for panel, lines in panels.items():
@@ -48,6 +48,8 @@ def draw_training_curve(log_history: Sequence[Mapping[str, Any]], file: Path) ->
         for label, points in lines.items():
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
         axes.set(title=panel, xlabel="step")
+        # Begin at zero: an axis that begins near the first value makes any change look large.
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=1.0 if panel == "accuracy" else None)
         if list(lines) != [panel]:
             axes.legend()
     figure.savefig(file, format="png")

@@ -1,8 +1,10 @@
 """Notice where low precision rounds the perturbation away.
 
 A quantized weight takes few values, and `eps` is small compared with them. Rounded to bfloat16, which keeps 8 bits,
-`w_q + eps` is `w_q` again for most weights unless the radius is large. Training then is plain quantization-aware
-training at twice the cost, and nothing else would show it.
+`w_q + eps` is `w_q` again for most weights unless the radius is large. That alone is no loss: the few weights that
+lie close to an edge move by a whole step of bfloat16, many times their `eps`. What counts is how far the weights move
+along `eps`: to first order, the rise of the loss. Where no weight lies close to an edge, training is plain
+quantization-aware training at twice the cost, and nothing else would show it.
 """
 
 from __future__ import annotations
@@ -13,20 +15,20 @@ import torch
 from torch import Tensor
 
 ENOUGH = 0.5
-"""Share of weights that must still move after rounding, from 0 to 1."""
+"""Share of the way along `eps` that must be left after rounding, from 0 to 1."""
 
 
 class RoundingCheck:
-    """Counts, in the first perturbed pass, the weights that still move after rounding to the type of the products."""
+    """Measures, in the first perturbed pass, what rounding to the type of the products leaves of the way of `eps`."""
 
     def __init__(self) -> None:
         self._is_done = False
-        self._moved: list[Tensor] = []
+        self._ways: list[Tensor] = []
         self._dtype: torch.dtype | None = None
 
     @torch.no_grad()
     def look(self, w_q: Tensor, eps: Tensor) -> None:
-        """Count in the elements of one weight; `eps`, of the same shape, is about to be added to it."""
+        """Add in the elements of one weight; `eps`, of the same shape, is about to be added to it."""
         if self._is_done or torch.compiler.is_compiling():
             return
         dtype, device = w_q.dtype, w_q.device.type
@@ -34,19 +36,20 @@ class RoundingCheck:
             dtype = torch.get_autocast_dtype(device)
         if dtype.itemsize < 4:
             self._dtype = dtype
-            moved = (w_q + eps.to(w_q.dtype)).to(dtype) != w_q.to(dtype)
-            self._moved.append(torch.stack([moved.sum(), (eps != 0).sum()]))
+            moved = (w_q + eps.to(w_q.dtype)).to(dtype).float() - w_q.to(dtype).float()
+            eps = eps.float()
+            self._ways.append(torch.stack([(moved * eps).sum(), eps.square().sum()]))
 
     def conclude(self, rho: float) -> None:
-        """Warn, once in the life of a minimizer, if too few weights moved."""
-        if self._is_done or not self._moved:
+        """Warn, once in the life of a minimizer, if too little is left."""
+        if self._is_done or not self._ways:
             return
-        moved, all_of_them = torch.stack([counts.cpu() for counts in self._moved]).sum(dim=0).tolist()
-        self._is_done, self._moved = True, []
-        if moved < ENOUGH * all_of_them:
+        left, all_of_it = torch.stack([sums.cpu() for sums in self._ways]).double().sum(dim=0).tolist()
+        self._is_done, self._ways = True, []
+        if left < ENOUGH * all_of_it:
             warnings.warn(
-                f"rho={rho}: rounding to {str(self._dtype).removeprefix('torch.')} leaves "
-                f"{1 - moved / all_of_them:.0%} of the quantized weights where they were, so that the perturbation "
-                "has little effect. Train in float32 (no bf16, no autocast), or with a larger rho.",
+                f"rho={rho}: rounding to {str(self._dtype).removeprefix('torch.')} leaves {left / all_of_it:.0%} of "
+                "the way that the perturbation moves the quantized weights, so that it has little effect. Train in "
+                "float32 (no bf16, no autocast), or with a larger rho.",
                 stacklevel=2,
             )

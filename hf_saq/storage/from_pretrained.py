@@ -22,6 +22,7 @@ from ..quantizers import Quantizer
 from .absent_layers import absent_packed_layers, prepare_absent_layers
 from .earlier_versions import first_last_modules_of
 from .seal import check_seal, make_seal
+from .weight_files import HINT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -64,6 +65,8 @@ class SAQHfQuantizer(HfQuantizer):
             report = conversion.convert_to_packed(model, config)
         else:
             report = conversion.convert(model, config, stored)
+        unexpected = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+        model._keys_to_ignore_on_load_unexpected = unexpected | {HINT}  # type: ignore[assignment]
         # Keep a copy: the user may pass the same configuration for several models.
         self.quantization_config = conversion.as_decided(config, report)
         if not self.pre_quantized:
@@ -117,20 +120,23 @@ class SAQHfQuantizer(HfQuantizer):
                 module.check_size()
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Return what `save_pretrained` adds to headers of weight files: the seal of a packed model, see `seal.py`."""
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """Return what `save_pretrained` writes: all tensors, the hint, and the seal of a packed model (`seal.py`)."""
         from transformers.core_model_loading import revert_weight_conversion
 
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # adapters alone are saved
+        state: dict[str, Any] = {**model.state_dict(), HINT: torch.zeros(0, dtype=torch.uint8)}
         if not conversion.is_packed(model):
-            return None, {}
-        state = model.state_dict()
+            return state, {}
+        sealed = dict(state)
         for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
-            state.pop(name, None)
+            sealed.pop(name, None)
         config: Any = copy.deepcopy(model.config)  # make it as `save_pretrained` will write it
         config.dtype = str(model.dtype).removeprefix("torch.")
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        return None, make_seal(
-            revert_weight_conversion(model, state),  # type: ignore[arg-type]
+        return state, make_seal(
+            revert_weight_conversion(model, sealed),  # type: ignore[arg-type]
             config.quantization_config.to_dict(),
             json.loads(config.to_json_string()),
         )

@@ -35,7 +35,7 @@ def inspect_checkpoint(source: str, revision: str | None = None) -> StoredModel:
     config = stored_config(directory)
     quantization = config.quantization_config
     with damage_named(directory / "config.json", "makes no model"):
-        skeleton = _skeleton(config, quantization)
+        skeleton, parameters = _skeleton(config, quantization)
     on_disk = names_on_disk(skeleton) or {}
     stored = StoredTensors(directory)
     _check_tensors(skeleton, on_disk, stored, directory)
@@ -49,21 +49,24 @@ def inspect_checkpoint(source: str, revision: str | None = None) -> StoredModel:
         layers=tuple(_stored_layer(plan, on_disk, stored) for plan in report.layers),
         plans=tuple(report.layers),
         has_processor=has_processor(directory),
+        parameters=parameters,
+        labels=tuple(name for _, name in sorted((config.id2label or {}).items())),
     )
 
 
-def _skeleton(config: PreTrainedConfig, quantization: SAQQuantizationConfig) -> nn.Module:
-    """Build the quantized model on the meta device, where it takes no memory."""
+def _skeleton(config: PreTrainedConfig, quantization: SAQQuantizationConfig) -> tuple[nn.Module, int]:
+    """Build the quantized model on the meta device, where it takes no memory; also count its float parameters."""
     kind = model_class(config)
     with torch.device("meta"):
         # Build a float model: for a `quantization_config` transformers would look for a quantizer.
         plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
         model = kind.from_config(plain) if hasattr(kind, "from_config") else kind(plain)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
         if quantization.storage == "packed":
             convert_to_packed(model, quantization)
         else:
             convert(model, quantization, stored=True)
-    return model
+    return model, parameters
 
 
 def _check_tensors(skeleton: nn.Module, on_disk: dict[str, str], stored: StoredTensors, directory: Path) -> None:

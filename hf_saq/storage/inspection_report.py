@@ -59,6 +59,8 @@ class StoredModel:
         layers: Every layer that can be quantized.
         plans: How conversion treats these layers, in the same order.
         has_processor: Whether an image processor is stored next to the model.
+        parameters: Number of parameters of the float model.
+        labels: Names of the classes, in their order.
     """
 
     source: str
@@ -68,6 +70,8 @@ class StoredModel:
     layers: tuple[StoredLayer, ...]
     plans: tuple[LayerPlan, ...]
     has_processor: bool
+    parameters: int
+    labels: tuple[str, ...]
 
     @property
     def weight_bytes(self) -> int:

@@ -53,7 +53,7 @@ def stored_config(directory: Path) -> PreTrainedConfig:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no config.json; expected the directory of a saved model.")
+        raise ValueError(f"{directory} has no config.json; {_models_below(directory)}")
     fields = read_json_object(path)
     found = fields.get("quantization_config") or {}
     method = found.get("quant_method") if isinstance(found, dict) else None
@@ -67,6 +67,12 @@ def stored_config(directory: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(directory)
         config.quantization_config = SAQQuantizationConfig.from_dict(found)  # raises ValueError, which says enough
     return config
+
+
+def _models_below(directory: Path) -> str:
+    """Say where a model may be meant: a training may have left several in folders of its directory."""
+    found = sorted(file.parent.name for file in directory.glob("*/config.json"))
+    return f"did you mean one of its folders: {', '.join(found)}?" if found else "expected that of a saved model."
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -116,6 +122,19 @@ def load_saved(source: str) -> tuple[Any, Any]:
     directory = local_directory(source)
     model = model_class(stored_config(directory)).from_pretrained(directory)
     return model.eval(), AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
+
+
+def load_any_saved(source: str) -> tuple[Any, Any]:
+    """Load a saved model, quantized or float, and its image processor; as [`load_saved`], of the same class."""
+    directory = local_directory(source)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no config.json; {_models_below(directory)}")
+    if read_json_object(path).get("quantization_config"):
+        return load_saved(str(directory))
+    with damage_named(path, "is not read as the configuration of a model"):
+        model = load_float(directory)
+    return model, AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
 
 
 def load_float(directory: Path) -> Any:

@@ -26,8 +26,9 @@ KEY = "hf_saq"
 """Name of the entry in the metadata."""
 LABELS = {"id2label", "label2id"}
 """Fields of `config.json` that change no output: another value gives a warning, not an error."""
-NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights"}
-"""Fields that are checked in another way, or that transformers writes or drops while it saves."""
+NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights", "hf_saq_export"}
+"""Fields that are checked in another way, that transformers writes or drops while it saves, or that name an exported
+graph beside the model, which may be put there later."""
 
 
 def make_seal(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from .saved_directory import read_json_object
-from .weight_files import INDEX, ONE_FILE, is_model_file, weight_files
+from .weight_files import HINT, INDEX, ONE_FILE, is_model_file, weight_files
 
 _TYPES = {
     "BOOL": torch.bool,
@@ -57,8 +57,8 @@ class StoredTensors:
 
     @property
     def names(self) -> set[str]:
-        """Return the names on disk of all tensors."""
-        return set(self._where)
+        """Return the names on disk of all tensors of the model."""
+        return set(self._where) - {HINT}
 
     def kind_of(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """Read the shape and the type of a tensor from the header of its file."""

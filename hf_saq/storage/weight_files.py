@@ -20,6 +20,10 @@ _PICKLED_INDEX = "pytorch_model*.bin.index.json"
 _VARIANTS = ("model.*.safetensors", "model.safetensors.index.*.json")
 _DISTRIBUTED = "*/*.distcp"
 
+HINT = "import_hf_saq_first__this_model_is_quantized"
+"""Name of an empty tensor in every saved quantized model. Readers that do not know the format list it among tensors
+that they have no place for: with packed weights above their error, with float storage in their only warning."""
+
 MODEL_FILES = (ONE_FILE, _SHARD, INDEX)
 """Patterns of the files that `from_pretrained` takes a model's weights from, as they are saved today."""
 

@@ -11,6 +11,7 @@ from .parameter_groups import parameter_groups, quantizer_parameters
 
 if TYPE_CHECKING:
     from .checkpoints import last_complete_checkpoint, what_is_missing
+    from .distillation import check_distillation, distillation_loss
     from .oscillation_callback import OscillationCallback
     from .trainer import SAQTrainer
 
@@ -20,6 +21,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "checkpoints": ("last_complete_checkpoint", "what_is_missing"),
+        "distillation": ("check_distillation", "distillation_loss"),
         "oscillation_callback": ("OscillationCallback",),
         "trainer": ("SAQTrainer",),
     },
@@ -28,6 +30,8 @@ __getattr__, __dir__ = lazy_exports(
 __all__ = [
     "OscillationCallback",
     "SAQTrainer",
+    "check_distillation",
+    "distillation_loss",
     "last_complete_checkpoint",
     "parameter_groups",
     "quantizer_parameters",

@@ -118,7 +118,11 @@ class Calibrating(Trainer):
             )
             return
         logger.info("For the first training image:\n%s", found)
-        self._cost_logs = {"bit_operations": found.bops, "weight_bytes": found.weight_bytes}
+        self._cost_logs = {
+            "bit_operations": found.bops,
+            "float_bit_operations": found.float_bops,
+            "weight_bytes": found.weight_bytes,
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the cost of a model that was calibrated here to the first line of the training log."""

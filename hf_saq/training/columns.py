@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ class KeepsColumnsOfTransforms(Trainer):
     columns, and would fail with `KeyError: 'image'`.
     """
 
+    model: nn.Module
     _checked_keys: frozenset[str] = frozenset()
     """Keys of the batch that was compared with the model last."""
 
@@ -31,10 +33,13 @@ class KeepsColumnsOfTransforms(Trainer):
         Raises:
             ValueError: If the keys of `inputs` do not fit the model.
         """
-        if inputs.keys() != self._checked_keys:
-            # Leave out labels that the loss takes and the model does not see.
-            apart = ("labels",) if self.compute_loss_func is not None or self.label_smoother is not None else ()
-            seen = {name: value for name, value in inputs.items() if name not in apart}
-            check_keys(self.accelerator.unwrap_model(model), seen, type(self).__name__)
-            self._checked_keys = frozenset(inputs)
+        # Leave out labels that the loss takes and the model does not see.
+        apart = ("labels",) if self.compute_loss_func is not None or self.label_smoother is not None else ()
+        self.check_inputs({name: value for name, value in inputs.items() if name not in apart})
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raise `ValueError` if the keys of `inputs`, which the model is going to see, do not fit it."""
+        if inputs.keys() != self._checked_keys:
+            check_keys(self.accelerator.unwrap_model(self.model), inputs, type(self).__name__)
+            self._checked_keys = frozenset(inputs)

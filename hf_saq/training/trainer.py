@@ -13,12 +13,15 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from ..config import SAQConfig, SAQQuantizationConfig
 from ..conversion.forms import is_packed
 from ..conversion.swapping import quantize
+from ..hub.exporting_trainer import ExportingTrainer
 from ..hub.image_processor import SavesImageProcessor
 from ..hub.publishing_trainer import PublishingTrainer
 from ..hub.run_in_words import TellsInWords
 from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters
+from .analyses import GivesBits, MeasuresSharpness
 from .columns import KeepsColumnsOfTransforms
+from .distillation import LearnsFromTeacher
 from .fsdp import check_fsdp, skeleton_of
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbed_steps import PerturbedSteps
@@ -29,7 +32,11 @@ from .saving import SavesAndResumes
 class SAQTrainer(
     TellsInWords,
     SavesImageProcessor,
+    ExportingTrainer,
+    MeasuresSharpness,
+    LearnsFromTeacher,
     PerturbedSteps,
+    GivesBits,
     ReestimatesNorms,
     SavesAndResumes,
     KeepsColumnsOfTransforms,
@@ -43,8 +50,10 @@ class SAQTrainer(
     "stale", "previous" and "echo") logs that as `perturbed_loss`: it is no `loss` to compare with other trainings.
     Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
     images), `ascent_norm` (mean norm of the gradients that perturbations were made from), `skipped_perturbations`
-    (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). The first line of a run
-    that calibrates also has `bit_operations` (for one image) and `weight_bytes`, see [`cost`].
+    (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). `measured_sharpness` means
+    the same under every schedule and in plain training, see `SAQConfig.log_sharpness`. The first line of a run that
+    calibrates also has `bit_operations` (for one image), `float_bit_operations` and `weight_bytes`, see
+    [`cost`].
 
     Args:
         model: A quantized model, or a float one together with `quantization_config`. Activation ranges that are still
@@ -52,14 +61,19 @@ class SAQTrainer(
         args: Training arguments.
         saq_config: How to perturb. `SAQConfig(case=None)` is plain quantization-aware training. Default `SAQConfig()`.
         quantization_config: If given, `model` is float and is quantized in place.
+        teacher: A float model with the same classes, from whose answers the model learns too (arXiv:1503.02531): one
+            more forward pass for each batch. It is moved to the training device and put into evaluation mode; it is
+            not changed, and not saved. It must not be the model in training: pass a copy.
+        distill_alpha: Weight of the teacher's answers in the loss, 0 (none) to 1 (no labels).
+        distill_temperature: Softens the answers of both models, above 0; 1 leaves them as they are.
         *more: Arguments of [`transformers.Trainer`] after `args`, in its order.
         **kwargs: The same arguments by name. Without `processing_class` the image processor of the base model is
             saved, if that is in a directory or in the cache and makes images of the size that the model takes.
 
     Raises:
         ValueError: If the model is packed (it has no weights to train) or has adapters of peft, if it has no quantized
-            layer although a perturbation of weights is asked for, or if the training set-up cannot work with two
-            passes.
+            layer although a perturbation of weights is asked for, if the training set-up cannot work with two
+            passes, or if the teacher is the model itself or has other classes.
         TypeError: If an argument is of another kind, or is given twice.
     """
 
@@ -70,6 +84,9 @@ class SAQTrainer(
         *more: Any,
         saq_config: SAQConfig | None = None,
         quantization_config: SAQQuantizationConfig | None = None,
+        teacher: nn.Module | None = None,
+        distill_alpha: float = 0.5,
+        distill_temperature: float = 1.0,
         **kwargs: Any,
     ):
         kwargs |= _named(more, kwargs)
@@ -90,6 +107,7 @@ class SAQTrainer(
             self._skeleton = skeleton_of(self.model)
         self.prepare_steps()
         self.find_processor()
+        self.learn_from(teacher, distill_alpha, distill_temperature)
 
     def _check_model(self, model: nn.Module) -> None:
         quantized = any(isinstance(m, QuantizedLayer) for m in model.modules())
@@ -124,6 +142,7 @@ class SAQTrainer(
                 f"SAQTrainer: optim={optim!r} steps inside backward, so a second pass cannot be put before the step. "
                 "Use another optimizer, or SAQConfig(case=None)."
             )
+        self.check_bit_budget()
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator, self.args, self.saq_config)
 
@@ -139,8 +158,10 @@ class SAQTrainer(
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
+            self.take_bits_of(resume_from_checkpoint)
         else:
             self.calibrate_if_needed()
+            self.give_bits()
         self.tell_before_training()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -127,11 +127,33 @@ def test_card(saved, tmp_path, capsys):
     assert yaml.safe_load(text.split("---\n")[1])["tags"] == ["quantized", "saq", "w3a5", "lsq"]
     assert f"{(tmp_path / 'model.safetensors').stat().st_size / 1024:,.1f} KiB" in text
     assert 'from_pretrained("me/small")' in text
-    assert "Results" not in text and "Training" not in text and "model-index" not in text
+    assert "## Results" not in text and "## Training" not in text and "model-index" not in text
+    full = 4 * sum(p.numel() for p in vit().parameters())
+    assert f"| weights on disk | {full / 1024:,.1f} KiB |" in text
     status, _, err = run(capsys, "card", tmp_path)
     assert status == 1 and "README.md exists" in err
     assert run(capsys, "card", tmp_path, "--force")[0] == 0
     assert f'from_pretrained("{tmp_path.name}")' in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_uses_the_results_beside_the_files(tmp_path, capsys):
+    """What `Trainer.save_metrics` left there, and a picture of the landscape."""
+    pack(quantized()).save_pretrained(tmp_path)
+    results = tmp_path / "eval_results.json"
+    results.write_text('{"eval_top1": 0.8125, "eval_samples": 450, "eval_runtime": 3.25, "epoch": 2.0, "note": "x"}')
+    (tmp_path / "landscape.png").write_bytes(b"")
+    assert run(capsys, "card", tmp_path)[0] == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "Measured by whoever wrote eval_results.json beside the weights (450 images)." in text
+    assert "| top-1 accuracy | weights on disk |" in text and "| 0.8125 |" in text and "3.25" not in text
+    assert yaml.safe_load(text.split("---\n")[1])["model-index"] and "](landscape.png)" in text
+    for wrong, said in (
+        ("[1]", "holds a list; expected an object of metrics"),
+        ("{", "eval_results.json is not JSON"),
+    ):
+        results.write_text(wrong)
+        status, _, err = run(capsys, "card", tmp_path, "--force")
+        assert status == 1 and said in err and err.count("\n") == 1
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
@@ -157,7 +179,8 @@ def broken(saved, model, tmp_path) -> Path:
         (["inspect", "{}/unquantized"], "quantization_config.quant_method is None; expected 'saq'"),
         (["inspect", "{}/cut"], "model.safetensors cannot be read"),
         (["inspect", "{}/weightless"], "has no weight file"),
-        (["inspect", "{}/empty"], "has no config.json"),
+        (["inspect", "{}/empty"], "has no config.json; expected that of a saved model."),
+        (["inspect", "{}"], "has no config.json; did you mean one of its folders: "),
         (["inspect", "{}/file"], "is a file; expected the directory of a saved model or a repository"),
         (["pack", "{}/unquantized", "{}/new"], "quantization_config.quant_method is None"),
         (["pack", "{}/cut", "{}/new"], "model.safetensors"),

@@ -108,6 +108,8 @@ BAD_SAQ = [
         ("match_radius", value, f"SAQConfig.match_radius={value!r}; expected True or False.")
         for value in (1, "yes", 0.5)
     ),
+    ("log_sharpness", "yes", "SAQConfig.log_sharpness='yes'; expected True, False or None."),
+    ("bit_budget", "many", "SAQConfig.bit_budget='many'; expected a budget such as '0.8x'"),
     *(
         (
             "norm_batches",
@@ -256,7 +258,7 @@ def test_the_argument_parser_builds_it_next_to_training_arguments(tmp_path):
     assert from_json == saq
     assert parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--trigger"])[1].trigger is True
     free = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--schedule", "free"])[1]
-    assert free.perturbation_schedule() == PerturbationSchedule(reuse="previous")
+    assert free.perturbation_schedule() == PerturbationSchedule(reuse="echo", interval=2)
     assert parser.parse_dict({"output_dir": str(tmp_path), **free.to_dict()})[1] == free
 
 
@@ -276,7 +278,7 @@ def test_what_a_preset_means_is_looked_up_where_it_is_used():
     assert SAQConfig(start=0.5).perturbation_schedule() == PerturbationSchedule(start=0.5, ascent_fraction=0.125)
     defaults.schedule = "full"
     assert defaults.perturbation_schedule() == PerturbationSchedule()
-    assert dataclasses.replace(defaults, schedule="free").perturbation_schedule().reuse == "previous"
+    assert dataclasses.replace(defaults, schedule="free").perturbation_schedule().reuse == "echo"
     defaults.interval = 3
     with pytest.raises(ValueError, match="SAQConfig.schedule='full' means interval=1, but interval=3 is given"):
         defaults.perturbation_schedule()

@@ -16,9 +16,16 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from image_data import DataTrainingArguments, load_images  # noqa: E402
 from image_mistakes import unreadable_images_in_one_line  # noqa: E402
-from image_transforms import TransformedImages, UnreadableImageError, transforms, without_unreadable  # noqa: E402
+
+from hf_saq.data import (  # noqa: E402
+    DataTrainingArguments,
+    TransformedImages,
+    UnreadableImageError,
+    load_images,
+    transforms,
+    without_unreadable,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 """`datasets` leaves files open: those that it fails to decode, and metadata files."""
@@ -76,7 +83,7 @@ def test_folders_without_images(tmp_path):
     (tmp_path / "cat" / "notes.txt").write_text("none")
     with pytest.raises(ValueError, match="holds no image but 1 other files, such as 'cat/notes.txt'"):
         load(train_dir=tmp_path)
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match="there is no such directory"):
         load(train_dir=tmp_path / "none")
 
 

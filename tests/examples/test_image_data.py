@@ -17,9 +17,16 @@ from tiny_models import TRANSFORMERS_MODELS
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from image_data import AUGMENTATIONS, DataTrainingArguments, load_images  # noqa: E402
-from image_model import ModelArguments, input_size, load_model, load_processor  # noqa: E402
-from image_transforms import normalization, transforms  # noqa: E402
+from image_model import ModelArguments, load_model, load_processor  # noqa: E402
+
+from hf_saq.data import (  # noqa: E402
+    AUGMENTATIONS,
+    DataTrainingArguments,
+    input_size,
+    load_images,
+    normalization,
+    transforms,
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from tiny_models import vit
 from transformers import TrainingArguments
 
+from hf_saq import SAQQuantizationConfig, quantize
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import run_image_classification as script  # noqa: E402
-from image_data import DataTrainingArguments  # noqa: E402
-from image_mistakes import check_names  # noqa: E402
+from image_mistakes import check_is_float, check_names  # noqa: E402
 from image_model import ModelArguments, load_model, load_processor  # noqa: E402
 
 
@@ -46,15 +47,15 @@ def test_a_directory_that_is_not_there(flag, name, tmp_path, capsys):
 def test_a_name_beside_a_directory_is_a_path(tmp_path, monkeypatch):
     """`outputs/vit` can be a name on the Hub, unless there is a directory `outputs`."""
     monkeypatch.chdir(tmp_path)
-    check_names(ModelArguments(model_name_or_path="outputs/vit"), DataTrainingArguments())
+    check_names(ModelArguments(model_name_or_path="outputs/vit"))
     (tmp_path / "outputs").mkdir()
     with pytest.raises(ValueError, match="--model_name_or_path 'outputs/vit': there is no such directory. Expected a"):
-        check_names(ModelArguments(model_name_or_path="outputs/vit"), DataTrainingArguments())
+        check_names(ModelArguments(model_name_or_path="outputs/vit"))
 
 
 def test_directories_that_are_no_model(tmp_path):
     def check(path):
-        check_names(ModelArguments(model_name_or_path=str(path)), DataTrainingArguments())
+        check_names(ModelArguments(model_name_or_path=str(path)))
 
     with pytest.raises(ValueError, match="has no config.json; expected what save_pretrained or save_model wrote"):
         check(tmp_path)
@@ -122,3 +123,11 @@ def test_which_checkpoint_each_stage_goes_on_from(tmp_path):
     with pytest.raises(ValueError) as stopped:
         found(elsewhere)
     assert str(stopped.value).startswith(message + str(tmp_path / "float"))
+
+
+def test_training_from_a_quantized_model():
+    float_model = vit()
+    check_is_float(float_model, "x")
+    model = quantize(float_model, SAQQuantizationConfig())
+    with pytest.raises(ValueError, match="--model_name_or_path 'out/saq-w4a4' is quantized already; training starts"):
+        check_is_float(model, "out/saq-w4a4")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_saq import data
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import image_data  # noqa: E402
-import image_metrics  # noqa: E402
 import image_model  # noqa: E402
 import run_image_classification as script  # noqa: E402
 
@@ -124,7 +124,7 @@ def test_parquet_directory(folders, tmp_path):
     (directory / "README.md").write_text("A data set, as it comes from the Hub.")
     images = load_dataset("imagefolder", data_dir=str(folders / "train"), split="train")
     images.to_parquet(directory / "train-00000-of-00001.parquet")
-    splits = image_data.load_images(image_data.DataTrainingArguments(dataset_name=str(directory)), seed=0)
+    splits = data.load_images(data.DataTrainingArguments(dataset_name=str(directory)), seed=0)
     assert splits["train"].features["label"].names == ["dark", "light"]
     assert len(splits["train"]) == 10 and len(splits["eval"]) == 2  # held out by train_val_split
 
@@ -133,7 +133,7 @@ def test_top_k_accuracy():
     """Against counting by hand."""
     scores = np.array([[0.1, 0.9, 0, 0, 0, 0], [0.9, 0.5, 0.4, 0.3, 0.2, 0.1], [1, 2, 3, 4, 5, 6]])
     labels = np.array([1, 4, 0])
-    metric = image_metrics.TopKAccuracy(keep_in_memory=True)
+    metric = data.TopKAccuracy(keep_in_memory=True)
     assert metric.compute(predictions=scores, references=labels) == {"top1": 1 / 3, "top5": 2 / 3}
 
 

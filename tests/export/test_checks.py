@@ -15,7 +15,10 @@ from hf_saq.export import ExportCheckError, export_onnx
 from hf_saq.export.checks import sessions, verification
 from hf_saq.export.checks.sessions import integer_layers
 from hf_saq.export.checks.whole_model import Agreement, own_logits
+from hf_saq.export.extras import needed
 from hf_saq.export.integer_copy import integer_copy
+from hf_saq.export.passes import run_in_integers
+from hf_saq.export.tracing import trace
 
 FILE = "onnx/model_quantized.onnx"
 X = images(4, 8)
@@ -115,6 +118,34 @@ def test_an_engine_that_fuses_unfaithfully(exported, engine: str, monkeypatch):
     with pytest.raises(ExportCheckError, match=f"{engine} computes something else .* integer products saturate"):
         verification.verify(model, copied, content, {"0": "1", "3": "4"}, X, ["onnxruntime", "openvino"])
     verification.verify(model, copied, content, {"0": "1", "3": "4"}, X, [])
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+def test_an_input_between_two_codes_may_be_rounded_to_either(steps: int, monkeypatch):
+    """One value of a layer's input in the next code, which moves outputs by some of theirs; not in a far one."""
+    x = torch.randn(4, 20, 6)
+    model = quantized(lambda: nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)), x)
+    copied = integer_copy(model, "int8")
+    graph_model = trace(copied, x)
+    run_in_integers(graph_model)
+    content = needed("onnx_ir").to_proto(graph_model).SerializeToString()
+    run, scale = sessions.RUNS["OpenVINO"], float(model[1].activation_quantizer.grid()[0])
+    moved = []
+
+    def with_a_tie(content, inputs):
+        inputs = {name: value.copy() for name, value in inputs.items()}
+        for value in (value for name, value in inputs.items() if name.startswith("1/")):
+            moved.append(value[1, 2, 3])
+            value[1, 2, 3] -= np.sign(value[1, 2, 3]) * steps * scale
+        return run(content, inputs)
+
+    monkeypatch.setitem(sessions.RUNS, "OpenVINO", with_a_tie)
+    if steps == 1:
+        verification.verify(model, copied, content, {}, x, ["openvino"])
+    else:
+        with pytest.raises(ExportCheckError, match="OpenVINO computes something else .* 1: its output differs by"):
+            verification.verify(model, copied, content, {}, x, ["openvino"])
+    assert len(moved) == 1
 
 
 class Brittle(nn.Module):

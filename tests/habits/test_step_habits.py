@@ -20,6 +20,7 @@ from hf_saq import (
     quantize,
     reestimate_batch_norm,
 )
+from hf_saq.sharpness.rounding import RoundingCheck
 from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
 
 CASES = (1, 2, 3)
@@ -271,7 +272,7 @@ def test_a_step_inside_of_one_autocast_block_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("how", ["bfloat16_model", "autocast", "float32"])
-@pytest.mark.parametrize("rho", [0.001, 20.0])
+@pytest.mark.parametrize("rho", [1e-5, 20.0])
 def test_a_perturbation_that_low_precision_rounds_away_is_told_of(how, rho, recwarn):
     net = quantized(linear_net)
     if how == "bfloat16_model":
@@ -288,7 +289,23 @@ def test_a_perturbation_that_low_precision_rounds_away_is_told_of(how, rho, recw
     said = [str(warning.message) for warning in recwarn if "rounding to bfloat16 leaves" in str(warning.message)]
     assert len(said) == (1 if how != "float32" and rho < 1 else 0)
     if said:
-        assert "of the quantized weights where they were" in said[0] and "Train in float32" in said[0]
+        assert "of the way that the perturbation moves" in said[0] and "Train in float32" in said[0]
+
+
+@pytest.mark.parametrize(("close", "left"), [(0.0, "0%"), (0.015, "15%"), (0.06, None)])
+def test_few_weights_that_move_far_are_enough(close, left, recwarn):
+    """Closed form: all weights are pushed by a tenth of a step of bfloat16; the share `close` of them that lies at an
+    edge moves a whole step. Ten times that share of the way is left."""
+    step, count = 2.0**-7, 1000  # of bfloat16 between 1 and 2
+    w = torch.full((count,), 1.0)
+    w[: round(close * count)] += 0.45 * step  # rounds down alone, and up with a tenth of a step more
+    check = RoundingCheck()
+    with torch.autocast("cpu", torch.bfloat16):
+        check.look(w, torch.full((count,), 0.1 * step))
+    check.conclude(0.1)
+    said = [str(warning.message) for warning in recwarn if "rounding to bfloat16 leaves" in str(warning.message)]
+    assert len(said) == (left is not None)
+    assert left is None or f"leaves {left} of the way" in said[0]
 
 
 # One trainer, several trainings --------------------------------------------------------------------------------------

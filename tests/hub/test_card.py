@@ -39,7 +39,11 @@ def full_facts(**changes) -> CardFacts:
             ResultRow("never evaluated", "W2A2", {"eval_runtime": 6.5}, 999),
         ],
         method="SAQ (case 3)",
+        float_weight_bytes=61440,
         bit_operations=123456,
+        float_bit_operations=1234560,
+        evaluated_images=450,
+        labels=["tulip", "rose"],
         sharpness=[(10, 0.25), (20, 0.125)],
         hyperparameters={"learning_rate": 0.001, "optimizer": "one\nline"},
         base_model="google/vit-base-patch16-224",
@@ -101,7 +105,7 @@ def test_the_table_has_the_rows_that_were_measured():
 
 def test_bits_are_counted_per_layer():
     """A ViT of two layers: each has four projections of its attention and two of its MLP, one of which is left out."""
-    assert table(str(model_card(full_facts())), "Quantization") == [
+    assert table(str(model_card(full_facts())), "Quantization")[:4] == [
         ["weight bits", "activation bits", "layers", "left in float because"],
         ["8", "8", "2", ""],
         ["3", "5", "10", ""],
@@ -109,21 +113,42 @@ def test_bits_are_counted_per_layer():
     ]
 
 
+def test_ratios_to_float():
+    """Three times fewer bytes, ten times fewer operations; a side that is not known is left empty."""
+    both = table(str(model_card(full_facts())), "Quantization")[4:]
+    assert [row for row in both if set(row) != {"---"}] == [
+        ["", "float32", "this model", "ratio"],
+        ["weights on disk", "60.0 KiB", "20.0 KiB", "3.0 x less"],
+        ["bit operations for one image", "1,234,560", "123,456", "10.0 x less"],
+    ]
+    alone = str(model_card(facts(bit_operations=7)))
+    assert "| bit operations for one image | 7 |" in alone and "weights on disk" not in alone
+
+
 def test_text():
     text = str(model_card(full_facts()))
-    assert "- bit operations for one image (multiply-accumulates x weight bits x activation bits): 123,456" in text
+    assert "Bit operations are multiply-accumulates x weight bits x activation bits." in text
+    assert "Measured in the training run, on its evaluation data (450 images)." in text
     assert "first 0.25 at step 10, last 0.125 at step 20." in text
-    assert "- optimizer: one line\n" in text
+    details = re.findall(r"<details>\n<summary>(.*?)</summary>\n\n(.*?)\n\n</details>", text, flags=re.DOTALL)
+    assert details == [("Hyperparameters", "- learning_rate: 0.001\n- optimizer: one line")]
+    assert "## Classes\n\ntulip, rose\n" in text and "inputs unlike those are cut off" in text
+    assert "```bibtex\n@article{liu2021" in text and "arXiv:2111.12273" in text.split("```bibtex")[1]
+    assert "landscape.png" not in text
+    assert "![Loss around the weights](landscape.png)" in str(model_card(full_facts(has_landscape=True)))
+    assert "<summary>30 classes</summary>" in str(model_card(full_facts(labels=[f"kind {k}" for k in range(30)])))
     assert "[google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224)" in text
     assert "training_curve.png" not in text
     assert "![Loss and metrics over training](training_curve.png)" in str(model_card(full_facts(has_picture=True)))
 
 
 def test_what_is_not_known_is_not_there():
-    """Of numbers there remain the version and the bits of the configuration."""
+    """Of numbers there remain the version, the bits of the configuration and those of the paper."""
     text = str(model_card(facts()))
     assert set(metadata(text)) == {"library_name", "pipeline_tag", "tags"}
-    assert "##" not in text
+    assert re.findall("^## (.*)", text, flags=re.MULTILINE) == ["Limitations", "Citation"]
+    assert "How good this model is was not measured" in text
+    text = text.split("## Citation")[0]
     numbers = re.findall(r"\d+(?:\.\d+)*", text.replace("w4a4", "").replace("W4A4", ""))
     assert numbers == ["0.1.0"]
 

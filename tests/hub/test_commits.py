@@ -95,6 +95,24 @@ def published(hub, tmp_path_factory) -> SAQTrainer:
     return trainer
 
 
+@pytest.mark.slow
+def test_an_exported_graph_is_published_and_never_stays_beside_other_weights(hub, tmp_path):
+    trainer = make_trainer(tmp_path, "exported")
+    trainer.export_onnx(check=False)
+    trainer.push_to_hub()
+    files = hub.files("me/exported")
+    graph = "onnx/model_quantized.onnx"
+    assert files[graph] == (tmp_path / "outputs" / graph).read_bytes()
+    assert json.loads(files["config.json"])["hf_saq_export"]["file"] == graph
+    assert 'snapshot_download("me/exported", allow_patterns=' in files["README.md"].decode()
+    assert not load("me/exported").training  # the packed model loads, with the graph beside it
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("me/exported")
+    assert graph not in files and "Integer inference" not in files["README.md"].decode()
+    assert "hf_saq_export" not in json.loads(files["config.json"])
+
+
 def test_what_is_published(hub, published):
     files = hub.files("me/published")
     assert at_top(files) == PUBLISHED

@@ -93,13 +93,18 @@ def test_the_card_of_a_run(tmp_path):
     assert {"quantized", "saq", "w4a4", "lsq", "handwriting"} <= set(data["tags"])
     assert "| float | W32A32 | 0.5000 |" in text and "| **SAQ** | W4A4 | 1.0000 |" in text
     size = (tmp_path / "model.safetensors").stat().st_size
-    assert f"weights on disk: {size / 1024:,.1f} KiB" in text
+    full = 4 * sum(p.numel() for p in vit().parameters())
+    ratio = f"{full / 1024:,.1f} KiB | {size / 1024:,.1f} KiB | {full / size:.1f} x less"
+    assert f"| weights on disk | {ratio} |" in text
+    assert "on its evaluation data (4 images)" in text
     sharpness = [entry["sharpness"] for entry in trainer.state.log_history if "sharpness" in entry]
     assert f"first {sharpness[0]:.4g} at step 1, last {sharpness[-1]:.4g} at step 3." in text
     assert "- learning_rate: 0.0001\n" in text and "- rho: 0.1\n" in text
     assert (tmp_path / "training_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "training_curve.png" in text
-    assert "bit operations" not in text  # this run did not calibrate, so nothing counted them
+    assert (
+        "bit operations" not in text.split("## Limitations")[0]
+    )  # this run did not calibrate, so nothing counted them
     assert f'model="{tmp_path.name}"' in text
 
 
@@ -117,9 +122,11 @@ def test_bit_operations_of_a_run_that_calibrates(tmp_path):
     )
     trainer.train()
     trainer.create_model_card()
-    expected = cost(trainer.model, {"pixel_values": images(1)}).bops
+    expected = cost(trainer.model, {"pixel_values": images(1)})
     text = card(tmp_path)[1]
-    assert f"activation bits): {expected:,}\n" in text
+    assert (
+        f"| {expected.float_bops:,} | {expected.bops:,} | {expected.float_bops / expected.bops:.1f} x less |" in text
+    )
     assert "trained with QAT" in text and "Sharpness (" not in text and "- rho" not in text
     assert "weights on disk" not in text  # nothing was saved
 

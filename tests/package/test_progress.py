@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import transformers
 from tiny_models import images, vit
@@ -34,6 +36,19 @@ def test_long_work_shows_one(bars, monkeypatch, capsys):
     shown = capsys.readouterr().err
     for doing in ("first scales", "running batches", "packing"):
         assert f"{doing}:" in shown
+
+
+def test_command_lines_show_ours_on_a_terminal_alone(monkeypatch, capsys):
+    """Whatever they told transformers."""
+    monkeypatch.setattr(progress, "SECONDS_WITHOUT", 0.0)
+    with progress.bars_of_ours_alone():
+        work()
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        work()
+        assert "packing:" in capsys.readouterr().err
+    work()
+    assert capsys.readouterr().err == ""
 
 
 def test_none_where_transformers_has_none(monkeypatch, capsys):

@@ -239,6 +239,7 @@ def test_without_this_package(packed_dir: Path, tmp_path: Path):
     *said, _ = re.split(r"(?<=== loaded)\n|(?<=== RuntimeError)\n", done.stderr)
     for i, text in enumerate(said):
         assert "Unknown quantization type, got saq" in text
+        assert re.search(r"import_hf_saq_first__this_model_is_quantized +\| UNEXPECTED", text)
         if directories[i // 2].name == "float":  # the latent weights, unquantized, as the warning says
             assert text.endswith("== loaded") and "UNEXPECTED" in text
         else:  # the report of transformers says which tensors do not fit

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from forked import run_in_processes
-from training import HOW, SCHEDULES, make_trainer
+from tiny_models import TRANSFORMERS_MODELS
+from training import HOW, SCHEDULES, InOrder, make_trainer
 
 
 def all_of(*values: float) -> torch.Tensor:
@@ -47,8 +49,16 @@ def resumed_run(output: Path) -> dict:
     return {"equal": all_of(float(equal)), "kept": all_of(kept)}
 
 
+def distilled_run(output: Path) -> dict:
+    """Each process asks a teacher of its own about its own images."""
+    make = partial(InOrder, teacher=TRANSFORMERS_MODELS["vit"](seed=5).double(), distill_alpha=0.7)
+    trainer = make_trainer("vit", 3, 2, "local", output / "runs", processes=2, cls=make)
+    trainer.train()
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
 def main(output: Path) -> None:
-    results = {"schedules": scheduled_runs(output), "resumed": resumed_run(output)}
+    results = {"schedules": scheduled_runs(output), "resumed": resumed_run(output), "distilled": distilled_run(output)}
     for family, how, accumulation in torch.load(output / "runs.pt"):
         trainer = make_trainer(family, HOW[how][0], accumulation, HOW[how][1], output / "runs", processes=2)
         trainer.train()

@@ -6,8 +6,11 @@ import pytest
 import torch
 from matrices import matrix
 from processes import SUPPORT, run_python
-from reference import largest_difference
-from training import FAMILIES, HOW, SCHEDULES, reference_result, scheduled_reference
+from reference import largest_difference, train_reference
+from tiny_models import TRANSFORMERS_MODELS
+from training import FAMILIES, HOW, RHO, SCHEDULES, reference_result, reference_set_up, scheduled_reference
+
+from hf_saq.training import distillation_loss
 
 TOLERANCE = 1e-11
 MATRIX = "test_training_equals_the_reference"
@@ -63,6 +66,20 @@ def test_each_process_resumes_with_its_own_eps(results):
     assert results["resumed"]["equal"].all()
     kept = results["resumed"]["kept"].flatten()
     assert kept[0] != kept[1] and kept.min() > 0
+
+
+def test_a_teacher_teaches_each_process(results):
+    """By the formula of [`distillation_loss`], whose own test is in test_distillation.py."""
+    teacher = TRANSFORMERS_MODELS["vit"](seed=5).double().eval()
+
+    def loss_of(model, batch):
+        with torch.no_grad():
+            answers = teacher(pixel_values=batch[0]).logits
+        return distillation_loss(model(pixel_values=batch[0]).logits, answers, batch[1], 0.7, 1.0)
+
+    model, steps, optimizer = reference_set_up("vit", 2, processes=2)
+    train_reference(model, loss_of, steps, optimizer, case=3, rho=RHO, sync="local")
+    assert largest_difference(Trained(results["distilled"]), model) < TOLERANCE
 
 
 def test_local_and_global_differ(results):

@@ -55,7 +55,7 @@ def test_a_run_in_words(tmp_path, capsys, as_by_default):
     assert said[1].startswith(
         f'To load it: import hf_saq, then ViTForImageClassification.from_pretrained("{tmp_path}")'
     )
-    assert said[2].endswith("trainer.push_to_hub()")
+    assert said[2].startswith("To run it in integers") and said[3].endswith("trainer.push_to_hub()")
 
 
 def test_plain_training_and_silence(tmp_path, capsys, as_by_default):

@@ -61,7 +61,7 @@ SCHEDULES = {
     "stale": ("vit", dict(reuse="stale", interval=3)),
     "previous": ("swin", dict(reuse="previous")),
     "previous, batch norms": ("resnet", dict(reuse="previous")),
-    "echo": ("vit", dict(reuse="echo", interval=3)),
+    "echo": ("vit", dict(reuse="echo", interval=5)),
     "look": ("vit", dict(reuse="look", interval=3, sync="global")),
     "trigger": ("resnet", dict(trigger=True)),
 }
@@ -81,7 +81,7 @@ def test_resume_under_a_schedule_is_exact(name, tmp_path):
     tensors, values = whole.scheduled_step.state()
     assert_equal_states(resumed.scheduled_step.state()[0], tensors)
     assert resumed.scheduled_step.state()[1] == values
-    assert tensors or values["mean"] is not None  # there was something to remember
+    assert tensors or values.get("mean") is not None  # there was something to remember
 
 
 def test_the_state_of_a_schedule_must_be_there_and_fit(tmp_path):

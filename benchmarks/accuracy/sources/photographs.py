@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from examples.image_data import DataTrainingArguments, load_images
-
 from ...shared.images import Images
 from ...shared.stored_tensors import splits_made_once
 
@@ -25,7 +23,10 @@ def load_photographs(directory: Path, splits: Sequence[str], size: int, stored: 
 
 
 def _decode(directory: Path, split: str, size: int, cache: Path) -> Images:
+    # Decoded images are enough for a machine without the library that reads the files.
     from torchvision.transforms import v2
+
+    from hf_saq.data import DataTrainingArguments, load_images
 
     named = DataTrainingArguments(dataset_name=str(directory), eval_split="test" if split == "train" else split)
     rows = load_images(named, seed=0, cache_dir=str(cache))["train" if split == "train" else "eval"]

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from ..task import Task
-from . import caltech_vit, cifar_resnet, cifar_vit, digits, flowers, flowers_efficientnet, flowers_vit
+from . import (
+    caltech_vit,
+    cifar_resnet,
+    cifar_vit,
+    digits,
+    digits_cnn,
+    flowers,
+    flowers_efficientnet,
+    flowers_vit,
+    flowers_vit_224,
+)
 
 TASKS: dict[str, Task] = {
     "digits": digits.TASK,
+    "digits-cnn": digits_cnn.TASK,
     "flowers": flowers.TASK,
     "cifar-resnet": cifar_resnet.TASK,
     "cifar-vit": cifar_vit.TASK,
     "flowers-vit": flowers_vit.TASK,
     "caltech-vit": caltech_vit.TASK,
     "flowers-efficientnet": flowers_efficientnet.TASK,
+    "flowers-vit-224": flowers_vit_224.TASK,
 }
+USUAL = [name for name, task in TASKS.items() if task.tuned_as is None]
+"""Tasks of a sweep unless others are asked for. The rest wants a GPU and settings that another task has chosen."""

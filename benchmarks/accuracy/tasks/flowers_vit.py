@@ -18,9 +18,9 @@ FLOAT_STEPS, FLOAT_BATCH, FLOAT_WARMUP, FLOAT_LEARNING_RATE = 360, 34, 20, 2e-4
 SEED = 0
 
 
-def train_float(paths: Paths, data: Data, drawn: Images, seed: int) -> nn.Module:  # noqa: ARG001
+def train_float(paths: Paths, data: Data, drawn: Images, seed: int, size: int = SIZE) -> nn.Module:  # noqa: ARG001
     torch.manual_seed(SEED)  # of the new head
-    model = vit_tiny.pretrained(paths.vit_tiny, flowers.CLASSES, SIZE)
+    model = vit_tiny.pretrained(paths.vit_tiny, flowers.CLASSES, size)
     batches = data.training_batches(data.training, FLOAT_BATCH, SEED)
     fit(model, batches, FLOAT_STEPS, TASK.optimizer_of(model, FLOAT_LEARNING_RATE), warmup=FLOAT_WARMUP)
     return model

@@ -2,11 +2,21 @@
 
 `candidates.py` lets one operand have other bits for a moment, `estimates.py` predicts what that does to the loss, and
 `layer_sensitivity.py` measures it. `allocation.py` turns this into bits for a budget,
-by an `integer_program.py` over options with `prices.py`; `allocated.py` holds what came out.
+by an `integer_program.py` over options with `prices.py`; `allocated.py` holds what came out, and
+`changing.py` gives it to a model.
 """
 
 from .allocated import Allocation, LayerBits
 from .allocation import allocate_bits
+from .changing import change_bits
 from .layer_sensitivity import OperandSensitivity, Sensitivity, sensitivity
 
-__all__ = ["Allocation", "LayerBits", "OperandSensitivity", "Sensitivity", "allocate_bits", "sensitivity"]
+__all__ = [
+    "Allocation",
+    "LayerBits",
+    "OperandSensitivity",
+    "Sensitivity",
+    "allocate_bits",
+    "change_bits",
+    "sensitivity",
+]

@@ -9,8 +9,14 @@ from typing import Any, Literal
 from ...config import SAQQuantizationConfig
 from ...tables import text_table
 from ..results import Result, new_figure
+from .changing import with_overrides
 
-Unit = Literal["bops", "bytes"]
+Unit = Literal["bops", "bytes", "ns"]
+UNITS: dict[Unit, str] = {
+    "bops": "bit operations of the quantized layers",
+    "bytes": "bytes of the quantized weights",
+    "ns": "nanoseconds of the quantized layers",
+}
 
 
 @dataclass(frozen=True)
@@ -18,8 +24,9 @@ class LayerBits:
     """Holds the bits of one layer; `None` for an operand that has no quantizer.
 
     `chosen` names the bits that were up for choice, as fields of a configuration. `cost` is in the unit of the
-    allocation, `loss_rise` the predicted rise of the loss over a float layer (0 if there was no choice), and `why`
-    says what held the layer there.
+    allocation, `loss_rise` what was predicted of the layer (0 if there was no choice): the noise it brings to the
+    logits relative to their signal, or the rise of the loss, as `by` of [`allocate_bits`] said. `why` says what held
+    the layer there.
     """
 
     name: str
@@ -36,11 +43,12 @@ class Allocation(Result):
     """Holds what [`allocate_bits`] decides; `print` shows a table, `plot(file)` draws the curve.
 
     Attributes:
-        unit: `"bops"` (bit operations for one example) or `"bytes"` (packed weights), of the quantized layers.
+        unit: `"bops"` (bit operations for one example), `"bytes"` (packed weights) or `"ns"` (time), of the quantized
+            layers.
         budget: Most that they may cost, and in `cost` what they do, in `cost_before` what they cost in the model.
-        loss_rise: Predicted rise of the loss over the float model: the sum over the layers that had a choice.
+        loss_rise: The sum of what was predicted over the layers that had a choice.
         layers: All quantized layers, in the order of `named_modules`.
-        curve: Pairs of a budget and the smallest predicted rise within it.
+        curve: Pairs of a budget and the smallest such sum within it.
     """
 
     unit: Unit
@@ -58,17 +66,14 @@ class Allocation(Result):
 
     def applied_to(self, config: SAQQuantizationConfig) -> SAQQuantizationConfig:
         """Return a copy of `config` with these bits in its `overrides`, after those that it has: the last one wins."""
-        kept = dict(config.overrides)
-        for name, fields in self.overrides.items():
-            kept[name] = {**kept.pop(name, {}), **fields}
-        return config.replace(overrides=kept)
+        return with_overrides(config, self.overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the overrides as plain data."""
         return {**super().to_dict(), "overrides": self.overrides}
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("layer", "W", "A", "share of budget", "predicted rise", "why")]
+        rows: list[tuple[str, ...]] = [("layer", "W", "A", "share of budget", "predicted loss", "why")]
         for layer in self.layers:
             bits = ["-" if b is None else str(b) for b in (layer.weight_bits, layer.activation_bits)]
             share = f"{layer.cost / self.budget:.1%}" if self.budget else "-"
@@ -76,7 +81,7 @@ class Allocation(Result):
         return (
             f"{text_table(rows, right=(1, 2, 3, 4))}\n"
             f"{self.cost:,} of {self.budget:,} {self.unit} ({self.cost_before:,} before), "
-            f"predicted rise of the loss {self.loss_rise:.4g}"
+            f"predicted loss {self.loss_rise:.4g}"
         )
 
     def plot(self, file: str | PathLike[str]) -> None:
@@ -89,7 +94,6 @@ class Allocation(Result):
         axes: Any = figure.subplots()
         axes.plot(*zip(*self.curve, strict=True), marker=".", label="best for each budget")
         axes.plot([self.cost], [self.loss_rise], "D", label="this allocation")
-        name = "bit operations of the quantized layers" if self.unit == "bops" else "bytes of the quantized weights"
-        axes.set(title="Bits for a budget", xlabel=name, ylabel="predicted rise of the loss", xscale="log")
+        axes.set(title="Bits for a budget", xlabel=UNITS[self.unit], ylabel="predicted loss", xscale="log")
         axes.legend()
         figure.savefig(file)

@@ -71,7 +71,7 @@ def solve(
     extra = [option.cost - cheapest[k] for option, k in zip(options, owner, strict=True)]
     unit = max(math.gcd(*extra), left / LARGEST_BUDGET, 1)
     costs = np.array(extra, dtype=float) / unit
-    scale = OBJECTIVE_RANGE / max(np.abs(losses).max(), np.finfo(float).tiny)
+    scale = OBJECTIVE_RANGE / (np.abs(losses).max() or 1.0)  # all are zero where costs alone count
     limit = left / unit
     while True:
         found = milp(

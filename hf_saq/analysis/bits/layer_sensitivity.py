@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,8 @@ from .candidates import Candidates, Operand, observe_activations, observed, quan
 from .estimates import Key, activation_estimates, weight_estimates
 
 CANDIDATES = (2, 3, 4, 6, 8)
+PARTS = 2
+"""Parts of a batch that a measurement sees where there are too few batches for the passes that are allowed."""
 SHARE_OF_ESTIMATES = 0.25
 """Part of the allowed passes that the estimates may take."""
 
@@ -131,7 +134,8 @@ class Sensitivity(Result):
             panel.grid(axis="y", alpha=0.3)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].invert_yaxis()
-        panels[-1].legend()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.savefig(file)
 
 
@@ -158,14 +162,14 @@ def sensitivity(
     Args:
         model: A quantized, calibrated model.
         batches: Dicts of keyword inputs with labels, or pairs `(inputs, labels)`; with `loss`, of any type. The model
-            must return logits. Many small batches serve better than few large ones: `passes` limits how many of them
-            each measurement sees, the same for all, evenly spread.
+            must return logits. `passes` limits how many of them each measurement sees, the same for all, evenly
+            spread; where even one is too much, dicts and pairs of tensors are cut into smaller ones.
         float_model: What predictions and logits are compared with; by default `model` with all its quantizers off.
         candidates: Bits to try, each 2 to 8.
         base: `"float"`: everything else is in float, so that a rise is the cost of one operand alone. `"quantized"`:
             everything else is as it is, so that a fall is what more bits for one operand would win.
         passes: Most forward passes over all data, where a backward pass counts as two. Each measurement needs one
-            batch at least, so with few batches it may be more; the result says how many it was.
+            example at least, so with few examples it may be more; the result says how many it was.
         trace_samples: Vectors for the traces of the Hessian, >= 2.
         loss: Computes the mean loss from model and batch.
         seed: Seed of these vectors.
@@ -194,7 +198,7 @@ def sensitivity(
     others = off if base == "float" else {}
     allowed = passes * len(data)
     with left_as_it_was(model), left_as_it_was(model if float_model is None else float_model):
-        seen, spent = observe_activations(model, data)
+        seen, observed_batches = observe_activations(model, data)
         fitted = Candidates(seen)
         operands = [o for o in operands if o.operand == "weight" or all(q in seen for q in o.quantizers)]
         weights = [o for o in operands if o.operand == "weight"]
@@ -209,9 +213,13 @@ def sensitivity(
                 estimates |= weight_estimates(point, part, weights, bits, fitted, trace_samples, generator)
             if activations:
                 estimates |= activation_estimates(model, part, activations, bits, fitted)
-        spent += estimate_cost * len(part)
-        measured = data.spread(int((allowed - spent) / (len(operands) * len(bits) + 2)))
-        spent += len(measured) * (len(operands) * len(bits) + 2)
+        runs = len(operands) * len(bits) + 2
+        spent = (observed_batches + estimate_cost * len(part)) / len(data)
+        left = max(passes - spent, 0.0)
+        # Few large batches are cut into parts, so that each measurement may see less than a whole one.
+        pieces = data if left * len(data) >= runs else data.split_to(math.ceil(PARTS * runs / max(left, 1)))
+        measured = pieces.spread(int(left * len(pieces) / runs))
+        spent += runs * len(measured) / len(pieces)
         entries = []
         with progress_bar(len(operands) * len(bits), "sensitivity", progress) as bar:
             with observed(off) if float_model is None else nullcontext():
@@ -243,7 +251,7 @@ def sensitivity(
         if len(pairs) > 1:
             correlations[kind] = rank_correlation(*zip(*pairs, strict=True))
     loss_before = measured.mean(before)
-    return Sensitivity(base, loss_before, tuple(entries), len(measured), correlations, spent / len(data))
+    return Sensitivity(base, loss_before, tuple(entries), len(measured), correlations, spent)
 
 
 @torch.no_grad()

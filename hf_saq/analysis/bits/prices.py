@@ -13,6 +13,9 @@ from .integer_program import Option, solve
 FLOAT_BITS = 32
 CURVE_POINTS = 9
 
+Latencies = Mapping[tuple[int | None, int | None], float]
+"""Bits of weights and of activations, `None` for an operand in float -> nanoseconds for one example."""
+
 
 def never_rising(rises: dict[int, float]) -> dict[int | None, float]:
     """Raise what is below a value of more bits to that value: more bits never count as worse."""
@@ -24,9 +27,16 @@ def never_rising(rises: dict[int, float]) -> dict[int | None, float]:
 
 
 def cost_of_layer(
-    unit: Unit, of_layer: Mapping[str, Any], macs: int, weight: int | None, activation: int | None
+    unit: Unit, of_layer: Mapping[str, Any], work: int | Latencies, weight: int | None, activation: int | None
 ) -> int:
-    """Compute what one layer costs; an operand without a quantizer is in float."""
+    """Compute what one layer costs; an operand without a quantizer is in float.
+
+    Args:
+        work: Its multiply-accumulates, or, where the unit is time, what it takes with each pair of bits.
+    """
+    if not isinstance(work, int):
+        return round(work[weight, activation])
+    macs = work
     if unit == "bytes":
         return packed_size(of_layer["weight"].weight.numel(), weight) if "weight" in of_layer and weight else 0
     if "weight" not in of_layer and len(of_layer["activation"].quantizers) > 1:
@@ -85,3 +95,24 @@ def loss_curve(options: Sequence[Sequence[Option]], groups: Sequence[Sequence[in
         if (chosen := solve(options, budget, groups)) is not None:
             points.append((budget, sum(option.loss for option in chosen)))
     return tuple(points)
+
+
+def check_latencies(
+    latencies: Mapping[str, Latencies] | None, needed: Mapping[str, Sequence[Any]]
+) -> Mapping[str, Latencies]:
+    """Return `latencies`, if they have every layer with all the bits that it may get.
+
+    Raises:
+        ValueError: If they lack something, or a number is not positive.
+    """
+    if latencies is None:
+        raise ValueError("allocate_bits: unit='ns' needs `latencies`: layer -> (weight bits, activation bits) -> ns.")
+    for name, pairs in needed.items():
+        for pair in pairs:
+            found = latencies.get(name, {}).get(pair)
+            if found is None or not 0 < found < float("inf"):
+                raise ValueError(
+                    f"allocate_bits: latencies[{name!r}][{pair}] is {found!r}; expected nanoseconds > 0, for every "
+                    "layer and all bits that it has or may get."
+                )
+    return latencies

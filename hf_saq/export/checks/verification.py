@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import HoldsQuantizers, PackedLayer, QuantizedLayer
+from ...progress import with_progress
 from ...quantizers import Quantizer
 from ..extras import needed
 from ..integer_layers import IntegerLayer
@@ -69,7 +70,7 @@ def verify(
     recorded = record(single, norms, example[:LARGEST_BATCH])
     logits, own_noise = own_logits(model, example)
     name_of_input = graph_model.graph.inputs[0].name
-    for engine in [run for library in engines for run in ENGINES[library]]:
+    for engine in with_progress([run for library in engines for run in ENGINES[library]], "verifying on engines"):
         causes = (_CAUSE_OF_LAYER, _CAUSE_OF_MODEL) if engine == AS_IT_IS else (_CAUSE_OF_ENGINE.format(engine),) * 2
         _refuse(causes[0], wrong_layers(graph_model, used, recorded, engine))
         result = agreement(content, logits, own_noise, example, name_of_input, engine)

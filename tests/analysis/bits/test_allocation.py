@@ -22,6 +22,7 @@ from torch import nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, cost, quantize
 from hf_saq.analysis import Allocation, LayerBits, Sensitivity, allocate_bits, sensitivity
+from hf_saq.analysis.bits.allocation import LEFT_BY_TRAINING
 from hf_saq.analysis.bits.integer_program import Option, solve
 from hf_saq.analysis.bits.prices import never_rising
 from hf_saq.layers.packing import packed_size
@@ -97,19 +98,42 @@ def test_a_model_built_of_the_result_costs_what_it_says(budget):
     assert bits_of(model) == {layer.name: (layer.weight_bits, layer.activation_bits) for layer in found.layers}
 
 
+EVERY_PAIR = tuple(itertools.product((2, 3, 4, 6, 8), repeat=2))
+
+
+def latencies_of_a_machine(pairs=EVERY_PAIR):
+    """A machine on which the second layer takes no less time with fewer bits."""
+    return {name: {(w, a): 50.0 if name == "2" else 10.0 * w * a for w, a in pairs} for name in ("0", "2", "4")}
+
+
+def test_a_budget_of_time_gives_bits_where_they_cost_none():
+    net, batches = quantized_linear_net(3, 3), labelled_vectors(batches=4)
+    arguments = {"unit": "ns", "found": measured_once(), "by": "noise"}
+    found = allocate_bits(net, batches, "1x", latencies=latencies_of_a_machine(), **arguments)
+    chosen = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in found.layers}
+    assert chosen["2"] == (8, 8) and found.cost <= found.budget == found.cost_before == 2 * 90 + 50
+    with pytest.raises(ValueError, match="unit='ns' needs `latencies`"):
+        allocate_bits(net, batches, "1x", **arguments)
+    few = latencies_of_a_machine(((3, 3), (4, 4)))
+    with pytest.raises(ValueError, match=r"latencies\['0'\]\[\(3, 2\)\] is None; expected nanoseconds > 0"):
+        allocate_bits(net, batches, "1x", latencies=few, **arguments)
+
+
 def test_it_is_the_best_of_all_choices():
     """Of 3^6 allocations to three layers, by the entries of the sensitivity; tolerance 1e-8."""
     net, batches = quantized_linear_net(3, 3), labelled_vectors(batches=4)
     measured = measured_once()
     macs = {"0": 48, "2": 64, "4": 24}
-    for by in ("measured", "estimated"):
+    for by in ("noise", "measured", "estimated"):
         found = allocate_bits(net, batches, "1.5x", candidates=(2, 4, 8), found=measured, by=by)
         layers = []
         for name, count in macs.items():
             losses = {}
             for kind in ("weight", "activation"):
                 entries = {b: measured.entry(name, kind, b) for b in (2, 4, 8)}
-                rises = {b: e.loss_rise if by == "measured" else e.estimate for b, e in entries.items()}
+                share = LEFT_BY_TRAINING if kind == "weight" else 1
+                kinds = {"noise": lambda e: share * 10 ** (-e.snr / 10), "measured": lambda e: e.loss_rise}  # noqa: B023
+                rises = {b: kinds.get(by, lambda e: e.estimate)(e) for b, e in entries.items()}
                 losses[kind] = {b: max(rises[other] for other in rises if other >= b) for b in rises}
             layers.append(
                 [Option(w, a, count * w * a, losses["weight"][w] + losses["activation"][a])

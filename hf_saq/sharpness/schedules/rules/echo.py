@@ -15,8 +15,9 @@ from ...frozen_batch_norm import frozen_norm_statistics
 from ..knobs import Knobs
 from ..rule import Action, MicroBatch, Outcome, StepRule
 
-EPS, BATCHES = "eps.", "batches"
-"""Names in the stored state: what stands before the name of a tensor of `eps`, and what holds the kept batches."""
+EPS, BATCHES, VISITS = "eps.", "batches", "visits"
+"""Names in the stored state: what stands before the name of a tensor of `eps`, what holds the kept batches, and how
+often they were visited."""
 
 
 class Echo(StepRule):
@@ -25,7 +26,7 @@ class Echo(StepRule):
     The first visit is a plain step whose gradient is recorded. Each later one is a single pass displaced by the `eps`
     that the visit before recorded: the gradient of the same images, one optimizer step old. Gradients of other images
     point elsewhere, which is why `eps` of another batch (`reuse="previous"`) or of a part of it keeps less of the gain
-    (docs/schedules.md).
+    (docs/schedules.md). The last visit records nothing, and the batches are let go.
 
     Running statistics of normalization come from first visits: later ones see the same images, displaced.
     """
@@ -33,6 +34,7 @@ class Echo(StepRule):
     def forget(self) -> None:
         self.eps = Displacement()
         self.kept: list[Any] = []
+        self.visits = 0
 
     @classmethod
     def check(cls, knobs: Knobs) -> None:
@@ -58,24 +60,29 @@ class Echo(StepRule):
     def micro_batch(self, micro: MicroBatch) -> Outcome:
         batches = self.batches_of(micro.batches, micro.action)
         again = batches is self.kept
+        is_last_visit = again and self.visits + 1 >= self.knobs.interval
         eps = self.eps if again else Displacement()
         with frozen_norm_statistics(self.minimizer.model) if again else nullcontext():
-            with self.minimizer.displaced(eps), self.minimizer.recorded():
+            with self.minimizer.displaced(eps), nullcontext() if is_last_visit else self.minimizer.recorded():
                 outcome = Outcome(micro.backward(batches[micro.k]), is_clean=not eps)
-        if micro.is_last:
-            self.eps, self.kept = self.minimizer.climb(), list(batches)
+        if micro.is_last and is_last_visit:
+            self.forget()
+        elif micro.is_last:
+            self.eps, self.kept, self.visits = self.minimizer.climb(), list(batches), self.visits + 1 if again else 1
             outcome.ascent_norm = self.norm_per_sample()
         return outcome
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"{EPS}{name}": tensor for name, tensor in self.eps.named(self.minimizer.model).items()}
-        return tensors | ({BATCHES: _as_bytes(self.kept)} if self.kept else {}), {}
+        return tensors | ({BATCHES: _as_bytes(self.kept)} if self.kept else {}), {VISITS: self.visits}
 
-    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:  # noqa: ARG002
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         eps = {name.removeprefix(EPS): tensor for name, tensor in tensors.items() if name.startswith(EPS)}
         self.eps = Displacement.from_named(eps, self.minimizer.model)
         device = next(self.minimizer.model.parameters()).device
         self.kept = _from_bytes(tensors[BATCHES], device) if BATCHES in tensors else []
+        # Checkpoints of older versions do not have the number; they kept batches of a last visit too, for nothing.
+        self.visits = values.get(VISITS, min(1, len(self.kept)))
 
 
 def _as_bytes(batches: list[Any]) -> Tensor:

@@ -1,0 +1,138 @@
+"""docs/engine_accuracy.md, made of stored results and of nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...shared.markdown import head, row
+from ...shared.runs import records_in, versions_of
+from ..tasks import TASKS
+
+MODULE = "benchmarks.accuracy.engines.measure"
+ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+PLACES = {"here": "VNNI", "no-vnni": "no VNNI"}
+ALLOWED = 0.5
+"""Percentage points that an engine's accuracy may differ by from that of hf_saq."""
+
+
+def page(results: Path) -> str:
+    """docs/engine_accuracy.md from the runs stored in `results`."""
+    records = {record["name"]: record for record in records_in(results)}
+    models = [name.removesuffix("-hf_saq") for name in records if name.endswith("-hf_saq")]
+    if not models:
+        raise ValueError(f"{results} has no run of hf_saq itself; run `make engine-accuracy`.")
+    own = {name: records[f"{name}-hf_saq"] for name in models}
+    arguments = own[models[0]]["arguments"]
+    text = [
+        "# Accuracy on other engines",
+        f"Written by `python -m {MODULE}` from `{results.as_posix()}`; not edited by hand.",
+        f"Models fine-tuned on Oxford Flowers-102, exported with `export_onnx` and run on {arguments['images']} test "
+        f"images. 8-bit weights are calibrated only; 4-bit weights are trained for {arguments['steps']} steps with "
+        "plain quantization-aware training. Top-1 in percent; in brackets the difference to hf_saq on the same "
+        "images, in points.",
+        "\n".join(_table(records, own, "cpu")),
+        _summary(records, own),
+        "## A CPU without VNNI",
+        _without(records),
+        "\n".join(_table(records, own, "cpu-vnni")),
+        "## What was exported",
+        "\n".join(_exports(records, own)),
+        "## The models",
+        "\n".join(f"- {TASKS[task].title}: {TASKS[task].description}" for task in _tasks(own)),
+        f"Versions: {'; '.join(versions_of(own.values()))}.",
+    ]
+    return "\n\n".join(part for part in text if part) + "\n"
+
+
+def _tasks(own: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(record["arguments"]["task"] for record in own.values()))
+
+
+def _title(record: dict[str, Any]) -> str:
+    quantization = record["arguments"]["quantization"]
+    bits = f"W{quantization['weight_bits']}A{quantization['activation_bits']}"
+    return f"{TASKS[record['arguments']['task']].title.split(', ')[-1]}, {bits}"
+
+
+def _runs(records: dict[str, Any], name: str, target: str) -> dict[tuple[str, str], dict[str, Any]]:
+    keys = {(engine, place): f"{name}-{target}-{engine}-{place}" for engine in ENGINES for place in PLACES}
+    return {key: records[run] for key, run in keys.items() if run in records}
+
+
+def _table(records: dict[str, Any], own: dict[str, Any], target: str) -> list[str]:
+    columns = [f"{ENGINES[engine]}, {PLACES[place]}" for place in PLACES for engine in ENGINES]
+    columns.append(f"{ENGINES['onnxruntime']}, biases in float")
+    rows = []
+    for name, record in own.items():
+        runs = _runs(records, name, target)
+        if runs:
+            cells = [_cell(runs.get((engine, place))) for place in PLACES for engine in ENGINES]
+            cells.append(_cell(records.get(f"{name}-{target}-onnxruntime-exact-bias-here")))
+            cells.insert(0, _cell(records.get(f"{name}-float64")))
+            top1 = record["outcome"]
+            rows.append(row(_title(record), f"{100 * top1['float']:.1f}", f"{100 * top1['top1']:.1f}", *cells))
+    return [*head("model", "float", "hf_saq", "hf_saq in float64", *columns), *rows]
+
+
+def _cell(run: dict[str, Any] | None) -> str:
+    return "not run" if run is None else f"{100 * run['outcome']['top1']:.1f} ({_points(run['outcome']):+.1f})"
+
+
+def _points(outcome: dict[str, Any]) -> float:
+    return round(100 * (outcome["top1"] - outcome["hf_saq"]), 6)
+
+
+def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
+    runs = [run for name in own for run in _runs(records, name, "cpu").values()]
+    far = [run["name"] for run in runs if abs(_points(run["outcome"])) > ALLOWED]
+    verdict = (
+        f"all {len(runs)} runs are within {ALLOWED} points of hf_saq"
+        if not far
+        else f"{len(runs) - len(far)} of {len(runs)} runs are within {ALLOWED} points of hf_saq; not {', '.join(far)}"
+    )
+    lines = [f'With `target="cpu"`, {verdict}. Images whose class is that of hf_saq, in percent:']
+    for name, record in own.items():
+        same = {
+            ENGINES[e]: f"{100 * run['outcome']['same']:.1f}" for (e, _), run in _runs(records, name, "cpu").items()
+        }
+        exact = records.get(f"{name}-cpu-onnxruntime-exact-bias-here")
+        if exact is not None:
+            same["ONNX Runtime with biases in float"] = f"{100 * exact['outcome']['same']:.1f}"
+        if same:
+            lines.append(f"- {_title(record)}: {', '.join(f'{engine} {share}' for engine, share in same.items())}")
+    lines.append(
+        "\nONNX Runtime rounds the bias of an integer convolution to the product of its two scales "
+        "(`WeightBiasQuantization`). With few bits that is a part of a step, roundings behind it flip, and what they "
+        "flip grows from layer to layer. Without that optimizer biases stay in float, and so do convolutions."
+    )
+    return "\n".join(lines)
+
+
+def _without(records: dict[str, Any]) -> str:
+    said = []
+    for probe in (record for name, record in records.items() if name.startswith("saturation-")):
+        engine, place, found = probe["arguments"]["engine"], probe["arguments"]["place"], probe["outcome"]
+        verb = "saturates" if found["saturates"] else "is exact"
+        sums = f"{found['found']:,.0f} of {found['expected']:,.0f}"
+        said.append(f"- {ENGINES[engine]}, {PLACES[place]}: a sum of the largest products {verb}, {sums}")
+    return (
+        "The CPU of these runs has VNNI. Without it, in these columns, the CPU is the same, and the instruction by "
+        "which engines ask for its features (CPUID) leaves out AVX-512, VNNI and AMX, so that they run their code for "
+        "AVX2 (`benchmarks/accuracy/engines/without_vnni.c`):\n\n"
+        + "\n".join(said)
+        + '\n\nWith `target="cpu-vnni"` nothing is split, and a CPU without VNNI gets it wrong:'
+    )
+
+
+def _exports(records: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, record in own.items():
+        for target in ("cpu", "cpu-vnni"):
+            export = records.get(f"{name}-{target}-export")
+            if export is not None:
+                found = export["outcome"]
+                integers = found["checks"].get("integers", "").split(" layers run")[0] or "not counted"
+                cells = [f"{found['bytes'] / 2**20:.2f} MiB", f"{len(found['split'])}", integers]
+                rows.append(row(_title(record), f"`{target}`", *cells, found["refused"] or "passed"))
+    return [*head("model", "target", "file", "layers in two halves", "in integers", "verification"), *rows]

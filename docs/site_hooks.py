@@ -1,0 +1,38 @@
+"""What the site does with its pages: README.md is its front page, formulas become MathML, names in docstrings code."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
+REFERENCE = re.compile(r"\[(<code[^>]*>[^<]*</code>)\](?!\()")
+"""A name as docstrings write it, in brackets."""
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Make the front page from README.md."""
+    files.append(File.generated(config, "index.md", content=front_page((ROOT / "README.md").read_text("utf-8"))))
+    return files
+
+
+def front_page(readme: str) -> str:
+    """README.md as a page of `docs/`: links to other files of the repository become plain text."""
+    pages = re.sub(r"(?<!!)\[([^\]]*)\]\((?!docs/|https?://)[^)]*\)", r"\1", readme)
+    return pages.replace("](docs/", "](")
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Turn formulas into MathML, which browsers draw without scripts, and names in brackets into code."""
+    return REFERENCE.sub(r"\1", FORMULA.sub(_to_mathml, content))
+
+
+def _to_mathml(found: re.Match[str]) -> str:
+    display = "block" if found[2] == "[" else "inline"
+    return convert(html.unescape(found[3].strip()), display=display)

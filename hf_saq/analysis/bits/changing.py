@@ -1,0 +1,70 @@
+"""Give the layers of a quantized model other bits, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import SAQQuantizationConfig
+from ...conversion.report import ConversionReport
+from ...layers import HoldsQuantizers
+from ...quantizers import Quantizer
+
+
+@torch.no_grad()
+def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) -> None:
+    """Give layers new quantizers of other bits, and note it in the report and the configuration of `model`.
+
+    Weight quantizers are fitted to the weights at once. New ones of activations wait for `calibrate`. What is saved
+    from then on loads with these bits.
+
+    Args:
+        model: A quantized model that can be trained.
+        overrides: Name of a layer -> `weight_bits`, `activation_bits` or both, as [`Allocation.overrides`] has them.
+
+    Raises:
+        ValueError: If a name is no quantized layer, or the layer does not quantize that operand.
+    """
+    changes: dict[tuple[nn.Module, str], Quantizer] = {}
+    for name, fields in overrides.items():
+        layer = dict(model.named_modules()).get(name)
+        if not isinstance(layer, HoldsQuantizers):
+            raise ValueError(f"change_bits: {name} is no quantized layer of {type(model).__name__}.")
+        for field, bits in fields.items():
+            role = field.removesuffix("_bits")
+            own = [(child, q) for child, q in layer.named_children() if isinstance(q, Quantizer) and q.role == role]
+            if not own:
+                raise ValueError(f"change_bits: {name} does not quantize its {role}; it has no {field} to change.")
+            for child, quantizer in own:
+                if quantizer.bits != bits:
+                    changes[layer, child] = _with_bits(quantizer, bits, getattr(layer, "weight", None))
+    for (layer, child), quantizer in changes.items():
+        setattr(layer, child, quantizer)
+    report = getattr(model, "quantization_report", None)
+    for planned in report.layers if isinstance(report, ConversionReport) else []:
+        planned.settings.update(overrides.get(planned.name, {}))
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(config, SAQQuantizationConfig):
+        model.config.quantization_config = with_overrides(config, overrides)  # type: ignore[union-attr]
+
+
+def with_overrides(config: SAQQuantizationConfig, overrides: Mapping[str, Mapping[str, Any]]) -> SAQQuantizationConfig:
+    """Return a copy of `config` with these overrides after those that it has: the last one wins."""
+    kept = dict(config.overrides)
+    for name, fields in overrides.items():
+        kept[name] = {**kept.pop(name, {}), **fields}
+    return config.replace(overrides=kept)
+
+
+def _with_bits(quantizer: Quantizer, bits: int, weight: Any) -> Quantizer:
+    new = type(quantizer)(replace(quantizer.settings, bits=bits))
+    new.to(quantizer.range_state.device).to(next(quantizer.parameters()).dtype)
+    new.path = quantizer.path
+    new.train(quantizer.training)
+    if quantizer.role == "weight":
+        new.initialize(weight)
+    return new

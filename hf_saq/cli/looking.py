@@ -1,0 +1,148 @@
+"""Carry out the commands that run a saved model on images: `eval`, `compare` and `analyze`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..analysis import Landscape, compare, landscape, sensitivity, sharpness
+from ..analysis.html_report import Section, html_report
+from ..conversion import calibrate, quantize
+from ..layers import HoldsQuantizers
+from ..progress import with_progress
+from ..sharpness import default_rho
+from ..tables import text_table
+from ..version import __version__
+from .arguments import PARTS
+from .saved_images import Images, load_images, load_model
+
+CALIBRATION_BATCHES = 4
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    """Return loss and accuracy of a saved model."""
+    from ..data import top_k
+
+    model, processor = load_model(args.source, args)
+    images = load_images(model, processor, args)
+    device = next(iter(model.parameters()), next(iter(model.buffers()), torch.zeros(()))).device
+    begin, losses, scores = time.perf_counter(), 0.0, []
+    with torch.inference_mode():
+        for batch in with_progress(images.batches, "evaluating"):
+            outputs = model(**{name: value.to(device) for name, value in batch.items()})
+            losses += outputs.loss.item() * len(batch["labels"])
+            scores.append(outputs.logits.float().cpu())
+    seconds = time.perf_counter() - begin
+    labels = torch.cat([batch["labels"] for batch in images.batches])
+    found: dict[str, Any] = {**top_k(torch.cat(scores), labels), "loss": losses / len(images)}
+    found |= {"images": len(images), "images_per_second": len(images) / seconds}
+    if args.json:
+        return json.dumps({"model": args.source, "data": args.data, **found}, indent=2)
+    rows = [(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}") for name, value in found.items()]
+    return f"{args.source} on {images.where}\n{text_table(rows, right=(1,))}"
+
+
+def compare_two(args: argparse.Namespace) -> str:
+    """Return where two saved models part, layer by layer."""
+    first, processor = load_model(args.first, args)
+    images = load_images(first, processor, args)
+    second = load_model(args.second, args)[0]
+    _check_same_classes(args, first, second)
+    found = compare(first, second, images.batches)
+    if args.plot is not None:
+        found.plot(args.plot)
+    if args.json:
+        return json.dumps({"first": args.first, "second": args.second, **found.to_dict()}, indent=2)
+    return f"{args.first} and {args.second} on {images.where}\n{found}"
+
+
+def analyze(args: argparse.Namespace) -> str:
+    """Measure what was asked for, write the report, and return what was found as text."""
+    output = Path(args.output)
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {args.output}: expected the name of an HTML file, such as analysis.html.")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no directory {str(output.absolute().parent)!r}.")
+    model, processor = load_model(args.source, args, trainable=True)
+    if not any(isinstance(module, HoldsQuantizers) for module in model.modules()):
+        raise ValueError(f"{args.source} is a float model; expected one that hf_saq has quantized.")
+    images = load_images(model, processor, args)
+    models: dict[str, Any] = {Path(args.source).name: model}
+    if args.beside is not None:
+        other = load_model(args.beside, args, trainable=True)[0]
+        _check_same_classes(argparse.Namespace(first=args.source, second=args.beside), model, other)
+        models[args.beside if Path(args.beside).name in models else Path(args.beside).name] = other
+    sections = [section for part in PARTS if part in args.parts for section in _sections(part, args, models, images)]
+    about = [f"{args.source}, a {type(model).__name__}, on {images.where}.", f"Made with hf_saq {__version__}."]
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(html_report(f"Analysis of {Path(args.source).name}", about, sections), encoding="utf-8")
+    os.replace(partial, output)
+    if args.json:
+        found = {section.title: section.result.to_dict() for section in sections}
+        return json.dumps({"model": args.source, "data": args.data, "images": len(images), **found}, indent=2)
+    text = [f"{section.title}\n{section.result}" for section in sections]
+    return "\n\n".join([f"{args.source} on {images.where}", *text, f"{output}: report with pictures"])
+
+
+def _sections(part: str, args: argparse.Namespace, models: dict[str, Any], images: Images) -> list[Section]:
+    name, model = next(iter(models.items()))
+    if part == "sharpness":
+        rho = default_rho(model)[0] if args.rho is None else args.rho
+        about = (
+            f"How much the loss rises within a radius of {rho:g} around the quantized weights, in the steepest and in "
+            "random directions, and its curvature there."
+        )
+        return [
+            Section(f"Sharpness of {other}", about, sharpness(each, images.batches, rho, adaptive_rho=10 * rho))
+            for other, each in models.items()
+        ]
+    if part == "landscape":
+        line = landscape(models, images.batches, places=("quantized", "latent"), points=args.points)
+        fewer = max(3, args.points // 4 * 2 + 1)
+        plane = landscape(models, images.batches, dimensions=2, points=fewer)
+        if args.landscape is not None:
+            plane.plot(args.landscape)
+        about = "The loss along random directions that move every filter by a share of its own norm"
+        return [
+            Section("Landscape along a line", f"{about}: {_took(line)}", line),
+            Section("Landscape over a plane", f"{about}: {_took(plane)}", plane),
+        ]
+    about = "What quantizing one operand of one layer alone costs, everything else in float; most sensitive first."
+    if args.float_model is not None:
+        model, name = _quantized_anew(args, model, images), Path(args.float_model).name
+    elif model.config.quantization_config.storage == "packed":
+        about += " Weights were stored as integers: more bits than they have bring nothing back, see --float."
+    found = sensitivity(model, images.batches, passes=args.passes)
+    return [Section(f"Sensitivity of the layers of {name}", about, found)]
+
+
+def _quantized_anew(args: argparse.Namespace, model: Any, images: Images) -> nn.Module:
+    """Quantize and calibrate the float model as the other one is quantized."""
+    plain = load_model(args.float_model, args)[0]
+    if any(isinstance(module, HoldsQuantizers) for module in plain.modules()):
+        raise ValueError(f"--float {args.float_model} is quantized; expected a float model.")
+    _check_same_classes(argparse.Namespace(first=args.source, second=args.float_model), model, plain)
+    device = next(plain.parameters()).device
+    shown = [batch["pixel_values"].to(device) for batch in images.batches[:CALIBRATION_BATCHES]]
+    return calibrate(quantize(plain, model.config.quantization_config.replace(storage="float")), shown).eval()
+
+
+def _took(found: Landscape) -> str:
+    points = " x ".join([str(len(found.steps))] * found.dimensions)
+    return f"{points} points in {found.seconds:.0f} seconds."
+
+
+def _check_same_classes(args: argparse.Namespace, first: Any, second: Any) -> None:
+    names = [[str(name) for _, name in sorted(model.config.id2label.items())] for model in (first, second)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"{args.first} and {args.second} have different classes ({len(names[0])}, such as {names[0][0]!r}, and "
+            f"{len(names[1])}, such as {names[1][0]!r}); expected two models of the same task."
+        )

@@ -1,0 +1,118 @@
+"""Load a saved model, and the images that a command line names as batches for it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..conversion import unpack
+from ..conversion.forms import is_packed
+from ..installing import how_to_install
+from ..progress import with_progress
+from ..storage.saved_directory import load_any_saved
+
+NEEDED = ("datasets", "torchvision", "PIL")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Holds batches for a model: dicts with `pixel_values` `(n, 3, H, W)` and `labels` `(n,)`."""
+
+    batches: list[dict[str, Any]]
+    where: str
+
+    def __len__(self) -> int:
+        return sum(len(batch["labels"]) for batch in self.batches)
+
+
+def load_model(source: str, args: argparse.Namespace, trainable: bool = False) -> tuple[nn.Module, Any]:
+    """Load a saved model, float or quantized, to the device that was asked for, with its image processor.
+
+    Args:
+        trainable: Whether packed integers are to become latent float weights, which have gradients.
+
+    Raises:
+        ValueError: If it is no saved model, has no image processor, or the device is unknown.
+    """
+    model, processor = load_any_saved(source)
+    if processor is None:
+        raise ValueError(
+            f"{source} has no image processor (preprocessor_config.json), which says how its images are made. Save "
+            "the one of the base model into it: AutoImageProcessor.from_pretrained(...).save_pretrained(...)."
+        )
+    if trainable and is_packed(model):
+        model = unpack(model)
+    try:
+        return model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device!r}: {error}") from error
+
+
+def load_images(model: nn.Module, processor: Any, args: argparse.Namespace) -> Images:
+    """Read and transform the images that the arguments name, as the evaluation of the example script does.
+
+    Raises:
+        ImportError: If a library is missing.
+        ValueError: If there are no such images, or their classes are not those of the model.
+    """
+    for name, value in (("--batch-size", args.batch_size), ("--max-samples", args.max_samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}; expected 1 or more.")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} must be installed to read images: {how_to_install('data')}.")
+    from ..data import DataTrainingArguments, TransformedImages, input_size, load_split, transforms, without_unreadable
+
+    is_digits = args.data == "digits"
+    where = DataTrainingArguments(
+        dataset_name=None if is_digits else args.data,
+        dataset_config_name=args.dataset_config_name,
+        eval_split=args.split,
+        max_eval_samples=args.max_samples,
+        image_column_name=args.image_column_name,
+        label_column_name=args.label_column_name,
+        skip_corrupt=args.skip_corrupt,
+        augmentation=args.augmentation or ("none" if is_digits else "crop_flip"),
+    )
+    try:
+        split, found = load_split(where, args.seed)
+    except ValueError as error:  # names arguments as the example script calls them
+        raise ValueError(str(error).replace("--dataset_name", "--data").replace("--eval_split", "--split")) from error
+    if args.skip_corrupt:
+        found = without_unreadable(found, split)
+    numbers = numbers_of_classes(found.features["label"].names, model, args.data)
+    dataset = TransformedImages(found, transforms(processor, input_size(processor), where.augmentation)[1])
+    batches = []
+    for start in with_progress(range(0, len(dataset), args.batch_size), "reading images"):
+        rows = [dataset[k] for k in range(start, min(start + args.batch_size, len(dataset)))]
+        labels = torch.tensor([numbers[row["labels"]] for row in rows])
+        batches.append({"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels})
+    return Images(batches, f"{len(dataset):,} images of {args.data}, split {split}")
+
+
+def numbers_of_classes(names: Sequence[str], model: Any, data: str) -> list[int]:
+    """Return the number that each class of the data has in the model.
+
+    By name; a model whose classes have no names of their own (`LABEL_0`, ...) has them in the order of the data.
+
+    Raises:
+        ValueError: If the model lacks a class of the data.
+    """
+    known = {str(name): int(number) for number, name in getattr(model.config, "id2label", {}).items()}
+    unnamed = all(name.startswith("LABEL_") for name in known)
+    if unnamed and len(known) == len(names):
+        return list(range(len(names)))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"--data {data}: {len(unknown)} of its {len(names)} classes are none of the model's, such as "
+            f"{unknown[0]!r}; the model has {len(known)}: {list(known)[:3]}... Give data with the classes that "
+            "it was trained on."
+        )
+    return [known[name] for name in names]

@@ -1,0 +1,59 @@
+"""Read labelled images as the example scripts and the command line take them: by name, from folders, from tables.
+
+Comes in: a name on the Hub, a directory of image folders or parquet files, or nothing for scikit-learn's handwritten
+digits; an image processor. Goes out: splits with the columns `image` and `label`, inputs of a model, accuracy; errors
+of one sentence that name the argument. Must not know: models, quantization. Needs `hf-saq[data]`.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .image_checks import is_a_path
+    from .image_data import AUGMENTATIONS, DataTrainingArguments, load_images, load_split
+    from .image_metrics import TopKAccuracy, make_compute_metrics
+    from .image_transforms import (
+        TransformedImages,
+        UnreadableImageError,
+        input_size,
+        normalization,
+        transforms,
+        without_unreadable,
+    )
+    from .top_accuracy import top_k
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "image_checks": ("is_a_path",),
+        "image_data": ("AUGMENTATIONS", "DataTrainingArguments", "load_images", "load_split"),
+        "image_metrics": ("TopKAccuracy", "make_compute_metrics"),
+        "image_transforms": (
+            "TransformedImages",
+            "UnreadableImageError",
+            "input_size",
+            "normalization",
+            "transforms",
+            "without_unreadable",
+        ),
+        "top_accuracy": ("top_k",),
+    },
+)
+
+__all__ = [
+    "AUGMENTATIONS",
+    "DataTrainingArguments",
+    "TopKAccuracy",
+    "TransformedImages",
+    "UnreadableImageError",
+    "input_size",
+    "is_a_path",
+    "load_images",
+    "load_split",
+    "make_compute_metrics",
+    "normalization",
+    "top_k",
+    "transforms",
+    "without_unreadable",
+]

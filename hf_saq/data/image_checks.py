@@ -1,0 +1,163 @@
+"""Check what image folders and tables of images hold. Errors say what was found where, and what to do."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import ClassLabel, Image, Value
+from datasets import Dataset as HFDataset
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+logger = logging.getLogger(__name__)
+
+METADATA = (".csv", ".jsonl", ".parquet")
+"""Endings of the `metadata` file that an image folder may have in place of folders for classes."""
+
+
+def check_places(args: Any) -> None:
+    """Raise `ValueError` for directories that are not there, which the Hub would be asked for otherwise."""
+    for flag in ("dataset_name", "train_dir", "validation_dir"):
+        name = getattr(args, flag)
+        if name is not None and not Path(name).is_dir() and (flag != "dataset_name" or is_a_path(name)):
+            raise ValueError(f"--{flag} {name!r}: there is no such directory.")
+
+
+def is_a_path(name: str) -> bool:
+    """Say whether `name` can only be a directory, or lies in one that exists; Hub names have one slash at most."""
+    inside = name.count("/") == 1 and Path(name).parent.is_dir()
+    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1 or inside
+
+
+def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bool:
+    """Refuse folders that `datasets` would read as other classes than meant, or without classes.
+
+    Returns:
+        Whether the names of folders are the labels; otherwise a metadata file has them.
+    """
+    where = f"{flag} {str(directory)!r}"
+    files = []
+    for parent, folders, names in os.walk(directory, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # `datasets` skips them too
+        files += [Path(parent, name).relative_to(directory) for name in names]
+    if any(file.stem == "metadata" and file.suffix in METADATA for file in files):
+        return False
+    images = sorted(file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS)
+    expected = (
+        "Expected one folder for each class with its images inside, such as "
+        f"{directory.name}/cat/1.jpg and {directory.name}/dog/2.jpg"
+    )
+    if not images:
+        instead = f"{len(files)} other files, such as {str(files[0])!r}" if files else "no file at all"
+        raise ValueError(f"{where} holds no image but {instead}. {expected}.")
+    loose = next((file for file in images if len(file.parts) == 1), None)
+    nested = next((file for file in images if len(file.parts) > 2), None)
+    classes = sorted({file.parts[0] for file in images if len(file.parts) > 1})
+    if not classes:
+        raise ValueError(f"{where} has no classes: {str(loose)!r} lies in no folder. {expected}.")
+    if loose is not None:
+        raise ValueError(
+            f"{where}: {str(loose)!r} lies beside the folders of the classes {classes[:3]}. {expected}; move it into "
+            "the folder of its class, or remove it."
+        )
+    if nested is not None and len(classes) == 1:
+        raise ValueError(f"{where} has only the folder {classes[0]!r} in it; name {str(directory / classes[0])!r}.")
+    if nested is not None:
+        raise ValueError(
+            f"{where}: {str(nested)!r} lies {len(nested.parts) - 1} folders deep, so its class could be "
+            f"{nested.parts[0]!r} or {nested.parts[-2]!r}. {expected}; move images into the folder of their class."
+        )
+    if len(classes) < least_classes:
+        raise ValueError(f"{where} has a single class, {classes[0]!r}; a classifier needs two. {expected}.")
+    return True
+
+
+def checked_rows(dataset: HFDataset, split: str, args: Any) -> HFDataset:
+    """Return `dataset`, as it was loaded, if each row has an image and a label that is in range.
+
+    With `skip_corrupt` rows that lack one of them are left out.
+    """
+    image = find_column(dataset, args.image_column_name, "--image_column_name", Image)
+    label = find_column(dataset, args.label_column_name, "--label_column_name", ClassLabel)
+    dataset = _as_images(dataset, split, image)
+    images, labels = dataset.data.column(image).combine_chunks(), dataset.data.column(label)
+    no_image = pc.and_(pc.is_null(pc.struct_field(images, "bytes")), pc.is_null(pc.struct_field(images, "path")))
+    empty = {image: no_image.to_numpy(zero_copy_only=False), label: pc.is_null(labels).to_numpy()}
+    for column, rows in empty.items():
+        if rows.any() and not args.skip_corrupt:
+            raise ValueError(
+                f"Split {split!r}: {rows.sum():,} of {len(rows):,} rows have nothing in the column {column!r}, the "
+                f"first is row {rows.argmax()}. Remove them, or leave them out with --skip_corrupt."
+            )
+    kept = ~np.logical_or(*empty.values())
+    if not kept.all():
+        logger.warning("Split %r: %s rows without image or label are left out.", split, f"{(~kept).sum():,}")
+        dataset = dataset.select(np.flatnonzero(kept))
+    if len(dataset) == 0:
+        raise ValueError(f"Split {split!r} has no rows. Give another one, or data with images and labels.")
+    feature = dataset.features[label]
+    if isinstance(feature, ClassLabel):
+        numbers = np.asarray(dataset.with_format("numpy", columns=[label])[label])
+        wrong = np.flatnonzero((numbers < 0) | (numbers >= feature.num_classes))
+        if wrong.size and split in (*args.train_split.split("+"), args.eval_split or split):
+            hint = "Benchmarks hide labels as -1: take another split" if numbers[wrong[0]] == -1 else "Correct them"
+            raise ValueError(
+                f"Split {split!r}: the column {label!r} has {numbers[wrong[0]]} in row {wrong[0]}, and {wrong.size:,} "
+                f"of {len(numbers):,} rows are out of range; expected 0 to {feature.num_classes - 1} for "
+                f"{feature.num_classes} classes. {hint}."
+            )
+    return dataset
+
+
+def _as_images(dataset: HFDataset, split: str, column: str) -> HFDataset:
+    """Return `dataset` with images in `column`, which may have their paths or their bytes."""
+    feature = dataset.features[column]
+    if isinstance(feature, Image):
+        return dataset
+    if feature in (Value("string"), Value("binary")) or set(feature if isinstance(feature, dict) else ()) == {
+        "bytes",
+        "path",
+    }:
+        return dataset.cast_column(column, Image())
+    raise ValueError(
+        f"Split {split!r}: the column {column!r} holds {feature}; expected images, their paths or their bytes. Name "
+        "another one with --image_column_name."
+    )
+
+
+def check_can_be_split(training: HFDataset, args: Any) -> None:
+    """Raise `ValueError` where a share of each class cannot be held out."""
+    names = training.features["label"].names
+    counts = np.bincount(training["label"], minlength=len(names))
+    least = int(counts.argmin())
+    held_out = math.ceil(args.train_val_split * len(training))  # as `train_test_split` counts
+    if counts[least] < 2 or held_out < len(names):
+        raise ValueError(
+            f"--train_val_split {args.train_val_split} of {len(training):,} images cannot be held out with each of "
+            f"{len(names)} classes: {names[least]!r} has {counts[least]}. Give held-out images (--validation_dir, "
+            "--eval_split), more images, or another share."
+        )
+
+
+def find_column(dataset: HFDataset, name: str | None, flag: str, kind: type) -> str:
+    """Return `name` if there is such a column, or find one that holds images or labels.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name is None:
+        typed = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
+        guesses = ("image", "img") if kind is Image else ("label", "labels")
+        name = typed[0] if typed else next((g for g in guesses if g in dataset.column_names), None)
+    if name is None or name not in dataset.column_names:
+        what = "images" if kind is Image else "labels"
+        asked = f"no column of {what} was recognised" if name is None else f"there is no column {name!r}"
+        raise ValueError(
+            f"{flag}: {asked}; the dataset has {dataset.column_names}. Name the one that holds the {what}."
+        )
+    return name

@@ -1,0 +1,112 @@
+"""Read images, and turn them into the inputs of a model: normalized squares, with augmentation for training."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset as HFDataset
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+def normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel that `processor` normalizes with, for values from 0 to 1."""
+    if hasattr(processor, "data_config"):  # of a timm model
+        return list(processor.data_config["mean"]), list(processor.data_config["std"])
+    return list(processor.image_mean), list(processor.image_std)
+
+
+def transforms(processor: Any, image_size: int, augmentation: str) -> tuple[v2.Transform, v2.Transform]:
+    """Make training and evaluation transforms from a PIL image to `(3, image_size, image_size)`, normalized alike."""
+    mean, std = normalization(processor)
+    normalize = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(mean=mean, std=std),
+    ]
+    resize = [v2.Resize((image_size, image_size))]
+    crops = augmentation in ("crop_flip", "rand_augment")
+    if crops:
+        train = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+        train += [v2.RandAugment()] if augmentation == "rand_augment" else []
+    elif augmentation == "pad_crop_flip":
+        # An eighth on each side, as the customary 4 of 32 pixels.
+        train = [*resize, v2.RandomCrop(image_size, padding=image_size // 8), v2.RandomHorizontalFlip()]
+    elif augmentation == "shift":
+        train = [*resize, v2.RandomCrop(image_size, padding=1)]
+    else:
+        train = resize
+    evaluation = [v2.Resize(round(image_size / 0.875)), v2.CenterCrop(image_size)] if crops else resize
+    return v2.Compose([*train, *normalize]), v2.Compose([*evaluation, *normalize])
+
+
+def input_size(processor: Any) -> int:
+    """Return the side of the square input that `processor` makes, in pixels."""
+    if hasattr(processor, "data_config"):  # of a timm model
+        return processor.data_config["input_size"][-1]
+    size = getattr(processor, "crop_size", None) or processor.size
+    return size["height"] if "height" in size else size["shortest_edge"]
+
+
+class UnreadableImageError(ValueError):
+    """Names an image that cannot be read, and why. The last line of its text says all."""
+
+
+class TransformedImages(torch.utils.data.Dataset):
+    """Holds a dataset of images with a transform: `{"pixel_values": (3, H, W), "labels": int}`."""
+
+    def __init__(self, dataset: HFDataset, transform: v2.Transform):
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        row = readable_row(self.dataset, int(index))
+        return {"pixel_values": self.transform(row["image"]), "labels": row["label"]}
+
+
+def readable_row(dataset: HFDataset, index: int) -> dict:
+    """Return row `index` with its `image` in RGB.
+
+    Raises:
+        UnreadableImageError: If the image cannot be read.
+    """
+    try:
+        row = dataset[index]
+        return {**row, "image": row["image"].convert("RGB")}
+    except Exception as error:  # decoders raise errors of any kind
+        stored = dataset.cast_column("image", datasets.Image(decode=False))[index]["image"]
+        name = f"image {index}" if stored["path"] is None else stored["path"]
+        raise UnreadableImageError(
+            f"{name} cannot be read as an image ({' '.join(str(error).split())}). Replace or remove it, or leave out "
+            "all such images with --skip_corrupt."
+        ) from error
+
+
+def without_unreadable(dataset: HFDataset, split: str) -> HFDataset:
+    """Return `dataset` without the rows whose image cannot be read, which a warning names; it reads every image."""
+    kept, reasons = [], []
+    for index in tqdm(range(len(dataset)), desc=f"reading images ({split})", delay=2, disable=None):
+        try:
+            readable_row(dataset, index)
+            kept.append(index)
+        except UnreadableImageError as error:
+            reasons.append(str(error).split(". Replace")[0])
+    if not kept:
+        raise ValueError(f"Split {split!r}: none of {len(dataset):,} images can be read. The first: {reasons[0]}.")
+    if reasons:
+        logger.warning(
+            "Split %r: %s of %s images are left out:\n%s",
+            split,
+            f"{len(reasons):,}",
+            f"{len(dataset):,}",
+            "\n".join(reasons[:20]),
+        )
+    return dataset.select(kept) if reasons else dataset

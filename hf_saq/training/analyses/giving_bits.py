@@ -1,0 +1,85 @@
+"""Give layers bits for a budget from the training data, before training starts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ...analysis import Allocation, allocate_bits
+from ...analysis.bits import change_bits
+from ...config import SAQConfig, SAQQuantizationConfig
+from ...config.bit_budget import read_bit_budget
+from ...conversion import calibrate
+from ...storage.same_quantization import stored_quantization
+from ..calibrating import CALIBRATION_BATCHES, Calibrating, unchanged_rng
+
+BUDGET_BATCHES = 16
+"""Training batches that sensitivities are measured on."""
+
+
+class GivesBits(Calibrating):
+    """Gives layers bits for `SAQConfig.bit_budget`, for [`SAQTrainer`].
+
+    Attributes:
+        allocation: What each layer got and why; `None` without a budget, and in a run that goes on from a checkpoint,
+            which takes the bits of that.
+    """
+
+    saq_config: SAQConfig
+    model: nn.Module
+    allocation: Allocation | None = None
+
+    def check_bit_budget(self) -> None:
+        """Raise `ValueError` if there is a budget, and a set-up that it does not go with."""
+        if self.saq_config.bit_budget is None:
+            return
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "SAQTrainer: SAQConfig.bit_budget does not go with FSDP; find the bits on one process with "
+                "hf_saq.analysis.allocate_bits, and quantize with allocation.applied_to(config)."
+            )
+        if self.optimizer is not None:
+            raise ValueError(
+                "SAQTrainer: SAQConfig.bit_budget gives layers new quantizers, whose values the optimizer passed in "
+                "would not have; expected no optimizer, or no bit_budget."
+            )
+
+    def give_bits(self) -> None:
+        """Give the layers of the calibrated model their bits, once, and calibrate it anew; alike on every process."""
+        if self.saq_config.bit_budget is None or self.allocation is not None:
+            return
+        amount, unit = read_bit_budget("SAQConfig.bit_budget", self.saq_config.bit_budget)
+        if self.train_dataset is None:
+            raise ValueError("SAQTrainer: SAQConfig.bit_budget needs a train_dataset, which losses are measured on.")
+        with unchanged_rng():
+            with self.fresh_loader() as loader:
+                batches = list(itertools.islice(loader, BUDGET_BATCHES))
+            found = allocate_bits(
+                self.model,
+                [self._prepare_inputs(batch) for batch in batches],
+                amount,
+                unit=unit,  # type: ignore[arg-type]
+                loss=self._loss_of,
+                progress=self.is_world_process_zero() and logging.is_progress_bar_enabled(),
+            )
+            (self.allocation,) = broadcast_object_list([found])  # each process has measured on batches of its own
+            change_bits(self.model, self.allocation.overrides)
+            calibrate(self.model, batches[:CALIBRATION_BATCHES], run=self.run_forward)
+            self._count_cost(batches[0])
+
+    def take_bits_of(self, checkpoint: str) -> None:
+        """Give layers the bits that those of a checkpoint have, whose run gave them for a budget."""
+        config = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        found = stored_quantization(checkpoint)
+        if self.saq_config.bit_budget is None or not isinstance(config, SAQQuantizationConfig) or not found:
+            return
+        stored = SAQQuantizationConfig.from_dict(found).overrides
+        own = {name: fields for name, fields in stored.items() if config.overrides.get(name) != fields}
+        change_bits(self.model, own)
+
+    def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.compute_loss(model, dict(batch))  # type: ignore[return-value]

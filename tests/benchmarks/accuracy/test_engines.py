@@ -1,0 +1,118 @@
+"""The comparison of engines: what it stores, what its page says of it, and that CPUID answers as it is made to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from benchmarks.accuracy.engines import elsewhere, measure, models
+from benchmarks.accuracy.engines.page import ENGINES, page
+from benchmarks.accuracy.tasks import TASKS
+
+
+def record(name: str, outcome: dict, **arguments) -> dict:
+    about = {"task": "flowers", "quantization": {"weight_bits": 8, "activation_bits": 8}, "steps": 5, "images": 200}
+    return {"name": name, "arguments": {**about, **arguments}, "outcome": outcome, "versions": {"python": "3"}}
+
+
+def run(name: str, target: str, engine: str, place: str, top1: float) -> dict:
+    outcome = {"top1": top1, "hf_saq": 0.8, "same": 0.97, "difference": 0.01}
+    return record(f"{name}-{target}-{engine}-{place}", outcome, engine=engine, place=place, target=target)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    export = {
+        "bytes": 2**20,
+        "layers": 9,
+        "split": ["a", "b"],
+        "checks": {"integers": "8 of 9 layers run in"},
+        "refused": "",
+    }
+    records = [
+        record("m-hf_saq", {"top1": 0.8, "float": 0.81}),
+        record("m-float64", {"top1": 0.795, "hf_saq": 0.8, "same": 0.99, "difference": 0.001}),
+        record("m-cpu-export", export),
+        record("m-cpu-vnni-export", {**export, "split": [], "checks": {}, "refused": "export not written, because."}),
+        *(
+            run("m", "cpu", engine, place, 0.805)
+            for engine in ("onnxruntime", "openvino")
+            for place in elsewhere.PLACES
+        ),
+        run("m", "cpu", "onnxruntime-exact-bias", "here", 0.79),
+        run("m", "cpu-vnni", "openvino", "no-vnni", 0.4),
+    ]
+    for engine in ENGINES:
+        found = {"expected": 2072640.0, "found": 1048544.0, "saturates": True}
+        records.append(record(f"saturation-{engine}-no-vnni", found, engine=engine, place="no-vnni"))
+    for entry in records:
+        (tmp_path / f"{entry['name']}.json").write_text(json.dumps(entry))
+    return tmp_path
+
+
+def test_the_page_says_what_is_stored(stored):
+    text = page(stored)
+    assert (
+        "| MobileNetV2, W8A8 | 81.0 | 80.0 | 79.5 (-0.5) | 80.5 (+0.5) | 80.5 (+0.5) | 80.5 (+0.5) | 80.5 (+0.5) |"
+        in text
+    )
+    assert "all 4 runs are within 0.5 points of hf_saq" in text
+    assert "- MobileNetV2, W8A8: ONNX Runtime 97.0, OpenVINO 97.0, ONNX Runtime with biases in float 97.0" in text
+    assert (
+        "| MobileNetV2, W8A8 | 81.0 | 80.0 | 79.5 (-0.5) | not run | not run | not run | 40.0 (-40.0) | not run |"
+        in text
+    )
+    assert "- OpenVINO, no VNNI: a sum of the largest products saturates, 1,048,544 of 2,072,640" in text
+    assert "| `cpu` | 1.00 MiB | 2 | 8 of 9 | passed |" in text
+    assert "| `cpu-vnni` | 1.00 MiB | 0 | not counted | export not written, because. |" in text
+
+
+def test_an_engine_that_is_further_off_is_named(stored):
+    entry = run("m", "cpu", "openvino", "here", 0.79)
+    (stored / f"{entry['name']}.json").write_text(json.dumps(entry))
+    assert "3 of 4 runs are within 0.5 points of hf_saq; not m-cpu-openvino-here." in page(stored)
+
+
+def test_a_page_needs_results(tmp_path):
+    with pytest.raises(ValueError, match="no run of hf_saq itself; run `make engine-accuracy`"):
+        page(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_features_that_are_hidden_are_not_found(tmp_path):
+    """Products of the largest codes saturate where engines find AVX2 and no VNNI, and only there."""
+    from benchmarks.accuracy.engines.probe import saturates
+
+    try:
+        without = saturates("onnxruntime", elsewhere.WITHOUT_VNNI, tmp_path)
+    except ValueError as error:
+        if "compiled" in str(error) or "cannot be made to fault" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert without["found"] < without["expected"] == 64 * 255 * 127 and without["saturates"]
+
+
+@pytest.mark.slow
+def test_a_small_run_and_what_a_restart_skips(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.LEARNING_RATES, "digits", 4e-3)
+    monkeypatch.setattr(models, "BITS", ((8, 8), (4, 4)))
+    monkeypatch.setattr(elsewhere, "PLACES", ("here",))
+    monkeypatch.setattr(measure, "PLACES", ("here",))
+    monkeypatch.setitem(TASKS, "digits", dataclasses.replace(TASKS["digits"], images_per_class=3))
+    arguments = ["--tasks", "digits", "--steps", "2", "--images", "40", "--results", str(tmp_path / "results")]
+    arguments += ["--document", str(tmp_path / "page.md"), "--cache", str(tmp_path / "cache")]
+    measure.main(arguments)
+    stored = {path.stem: json.loads(path.read_text())["outcome"] for path in (tmp_path / "results").iterdir()}
+    assert {f"digits-{bits}-cpu-{e}-here" for bits in ("w8a8", "w4a4") for e in ("onnxruntime", "openvino")} < set(
+        stored
+    )
+    assert "digits-w4a4-cpu-vnni-export" not in stored and "digits-w8a8-cpu-vnni-export" in stored
+    for name, outcome in stored.items():
+        if name.endswith("-here") and "saturation" not in name:
+            assert abs(outcome["top1"] - outcome["hf_saq"]) <= 1 / 40 and outcome["difference"] < 0.2
+    monkeypatch.setattr(measure, "model_of", None)  # a restart must not need it
+    measure.main(arguments)
+    assert "W4A4" in (tmp_path / "page.md").read_text()

@@ -1,0 +1,162 @@
+"""`hf-saq eval`, `compare` and `analyze`: what they measure on images from disk, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets.utils.logging import disable_progress_bar
+from PIL import Image
+from tiny_models import VIT_SIZES
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
+from hf_saq.analysis import sharpness
+from hf_saq.cli import main
+from hf_saq.cli.data_arguments import AUGMENTATIONS
+from hf_saq.cli.saved_images import numbers_of_classes
+from hf_saq.data import AUGMENTATIONS as OF_THE_SCRIPT
+from hf_saq.storage.saved_directory import load_any_saved, load_saved
+
+CLASSES = ("ant", "bee", "cat")
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Four images of each class in the split `val`."""
+    disable_progress_bar()
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for k in range(4):
+                pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """`float`, `latent` and `packed`: one model, whose classes are numbered in another order than the data's."""
+    directory, model = (
+        tmp_path_factory.mktemp("saved"),
+        ViTForImageClassification(ViTConfig(**{**VIT_SIZES, "num_labels": 3})),
+    )
+    model.config.id2label = {0: "cat", 1: "ant", 2: "bee"}
+    model.config.label2id = {name: number for number, name in model.config.id2label.items()}
+    model.save_pretrained(directory / "float")
+    model = quantize(model, SAQQuantizationConfig(weight_bits=3, activation_bits=4))
+    calibrate(model, [torch.randn(4, 3, SIZE, SIZE)])
+    model.save_pretrained(directory / "latent")
+    pack(model).save_pretrained(directory / "packed")
+    processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    for name in ("float", "latent", "packed"):
+        processor.save_pretrained(directory / name)
+    return directory
+
+
+def batch_of(images: Path) -> dict[str, torch.Tensor]:
+    """The split `val`, read and normalized by hand, with the numbers that the model gives to its classes."""
+    files = sorted((images / "val").glob("*/*.png"))
+    pixels = torch.stack([pil_to_tensor(Image.open(file)) for file in files]).float() / 255
+    numbers = {"cat": 0, "ant": 1, "bee": 2}
+    return {"pixel_values": pixels * 2 - 1, "labels": torch.tensor([numbers[file.parent.name] for file in files])}
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in argv])
+    out, err = capsys.readouterr()
+    return status, out, err.splitlines()[-1] if err else ""
+
+
+def on(images: Path) -> tuple:
+    return ("--data", images, "--augmentation", "none", "--batch-size", 5, "--device", "cpu")
+
+
+@pytest.mark.parametrize("form", ["float", "packed"])
+def test_eval_is_the_accuracy_of_the_model(form, saved, images, capsys):
+    model, batch = load_any_saved(str(saved / form))[0], batch_of(images)
+    with torch.no_grad():
+        outputs = model(**batch)
+    status, out, _ = run(capsys, "eval", saved / form, *on(images), "--json")
+    found = json.loads(out)
+    assert status == 0 and found["images"] == 12 and found["top5"] == 1
+    assert found["top1"] == pytest.approx((outputs.logits.argmax(1) == batch["labels"]).double().mean().item())
+    assert found["loss"] == pytest.approx(outputs.loss.item(), rel=1e-4)
+    assert "12 images of" in run(capsys, "eval", saved / form, *on(images))[1]
+
+
+def test_compare(saved, images, capsys, tmp_path):
+    status, out, _ = run(capsys, "compare", saved / "latent", saved / "packed", *on(images), "--json")
+    assert status == 0 and json.loads(out)["agreement"] == 1
+    picture = tmp_path / "layers.svg"
+    out = run(capsys, "compare", saved / "float", saved / "packed", *on(images), "--plot", picture)[1]
+    assert "of 12 predictions agree" in out and picture.stat().st_size > 1000
+
+
+def test_analyze_writes_one_page(saved, images, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    argv = ("analyze", saved / "packed", *on(images), "--output", page, "--json", "--parts")
+    status, out, _ = run(capsys, *argv, "sharpness", "--rho", 0.1)
+    assert status == 0 and page.read_text().count("<img") == 1
+    model, batch = load_saved(str(saved / "latent"))[0], batch_of(images)
+    alone = sharpness(model, [{k: v[i : i + 5] for k, v in batch.items()} for i in (0, 5, 10)], 0.1, progress=False)
+    assert json.loads(out)["Sharpness of packed"]["steepest"]["mean"] == pytest.approx(alone.steepest.mean, rel=1e-3)
+    picture = ("--landscape", saved / "latent" / "landscape.png")
+    found = json.loads(run(capsys, *argv, "landscape", "--points", 3, "--beside", saved / "latent", *picture)[1])
+    assert [s["name"] for s in found["Landscape over a plane"]["surfaces"]] == ["packed", "latent"]
+    assert picture[1].stat().st_size > 1000
+    assert page.read_text().count("<img") == 2 and [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_sensitivities_keep_to_their_passes(saved, images, capsys, tmp_path):
+    argv = ("analyze", saved / "packed", *on(images), "--parts", "sensitivity", "--passes", 60)
+    argv += ("--output", tmp_path / "page.html", "--json")
+    of_packed = json.loads(run(capsys, *argv)[1])["Sensitivity of the layers of packed"]
+    of_float = json.loads(run(capsys, *argv, "--float", saved / "float")[1])["Sensitivity of the layers of float"]
+    for found in (of_packed, of_float):
+        assert found["passes"] <= 60 and {entry["bits"] for entry in found["entries"]} == {2, 3, 4, 6, 8}
+    gained = [
+        {e["name"]: e["loss_rise"] for e in found["entries"] if e["operand"] == "weight" and e["bits"] == 8}
+        for found in (of_packed, of_float)
+    ]
+    assert max(map(abs, gained[0].values())) < 1e-6 < max(map(abs, gained[1].values()))  # no values between codes
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("eval", "{saved}/packed", "--data", "{saved}/nowhere/"), "--data '{saved}/nowhere/': there is no such dir"),
+        (("eval", "{saved}/packed", "--data", "{images}", "--split", "dev"), "--split 'dev'; the dataset has the spl"),
+        (("eval", "{saved}/packed", "--data", "digits"), "--data digits: 10 of its 10 classes are none of the model"),
+        (("eval", "{saved}/packed", "--data", "digits", "--batch-size", "0"), "--batch-size 0; expected 1 or more"),
+        (("eval", "{saved}/packed", "--data", "digits", "--device", "abacus"), "--device 'abacus': "),
+        (("eval", "{saved}", "--data", "digits"), "{saved} has no config.json"),
+        (("analyze", "{saved}/float", "--data", "{images}"), "{saved}/float is a float model; expected one that"),
+        (("analyze", "{saved}/packed", "--data", "digits", "--output", "a.pdf"), "--output a.pdf: expected the name"),
+        (("analyze", "{saved}/packed", "--data", "digits", "--output", "no/a.html"), "there is no directory"),
+    ],
+)
+def test_mistakes_in_one_line(argv, message, saved, images, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *(text.format(saved=saved, images=images) for text in argv))
+    assert (status, out) == (1, "") and message.format(saved=saved) in err and not list(tmp_path.iterdir())
+
+
+def test_classes_without_names_have_the_order_of_the_data():
+    class Model:
+        class config:
+            id2label = {0: "LABEL_0", 1: "LABEL_1"}
+
+    assert numbers_of_classes(["b", "a"], Model, "x") == [0, 1]
+    with pytest.raises(ValueError, match="3 of its 3 classes are none of the model's, such as 'a'"):
+        numbers_of_classes(["a", "b", "c"], Model, "x")
+
+
+def test_augmentations_are_those_of_the_script():
+    assert AUGMENTATIONS == OF_THE_SCRIPT
