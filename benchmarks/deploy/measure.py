@@ -25,7 +25,7 @@ class Options:
     """What is measured."""
 
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "some of the models alone"})
-    rounds: int = field(default=10, metadata={"help": "how often all forms take turns"})
+    rounds: int = field(default=8, metadata={"help": "how often all forms take turns"})
     clock: str = field(default="process", metadata={"help": "process, or wall on a quiet machine"})
     results: Path = field(default=Path(RESULTS) / "deploy", metadata={"help": "where outcomes are stored"})
     document: Path = field(default=Path("docs/deploy.md"), metadata={"help": "the page whose tables are written"})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..export.example_inputs import example_inputs
 from ..export.extras import needed
 
-IMAGES = 32
+IMAGES = 16
 """Images that predictions are compared on."""
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 

@@ -12,7 +12,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from quantized_models import codes, quantized
 from test_integer_layers import HAVE_PRODUCTS, MODELS, inputs_of
-from tiny_models import images, linear_net, vectors, vit
+from tiny_models import images, linear_net, resnet, vectors, vit
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
 
@@ -181,3 +181,15 @@ def test_a_library_that_is_missing(monkeypatch):
     monkeypatch.setattr("hf_saq.export.extras.EXTRA_OF", {"no_such_library": "onnx"})
     with pytest.raises(ImportError, match=r"no_such_library is needed .* pip install '\.\[onnx\]'"):
         needed("no_such_library")
+
+
+def test_a_residual_model_runs_in_integers_where_it_is_tuned_for_the_engine(tmp_path):
+    """All but the first layer, whose windows have three channels."""
+    model = quantized(resnet, weight_granularity="channel")
+    plain, tuned = (
+        export_onnx(model, tmp_path / str(engine), tuned_for=engine, example=images()).checks["integers"].split()
+        for engine in (None, "onnxruntime")
+    )
+    assert int(plain[0]) < int(tuned[0]) >= int(tuned[2]) - 1
+    with pytest.raises(ValueError, match="tuned_for='tensorrt'; expected one of"):
+        export_onnx(model, tmp_path / "x", tuned_for="tensorrt")
