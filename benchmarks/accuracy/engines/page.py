@@ -111,7 +111,9 @@ def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
 
 def _without(records: dict[str, Any]) -> str:
     said = []
-    for probe in (record for name, record in records.items() if name.startswith("saturation-")):
+    for name, probe in records.items():
+        if not name.startswith("saturation-") or probe["arguments"]["engine"] not in ENGINES:
+            continue
         engine, place, found = probe["arguments"]["engine"], probe["arguments"]["place"], probe["outcome"]
         verb = "saturates" if found["saturates"] else "is exact"
         sums = f"{found['found']:,.0f} of {found['expected']:,.0f}"
