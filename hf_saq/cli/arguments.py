@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--rho", type=float, help="radius of the sharpness; default: that of the model family")
     command.add_argument("--points", type=int, default=21, help="odd number of steps along a line; half in a plane")
-    command.add_argument("--passes", type=float, default=20.0, help="over the images, at most, for sensitivities")
+    command.add_argument("--passes", type=float, default=16.0, help="over the images, at most, for sensitivities")
     command.add_argument("--json", action="store_true", help="print machine-readable numbers")
     add_data_arguments(command, most=256)
 

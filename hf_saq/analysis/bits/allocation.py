@@ -40,7 +40,7 @@ def allocate_bits(
     alike: Iterable[Sequence[str]] | None = None,
     inputs: Any = None,
     loss: Loss | None = None,
-    passes: float = 20.0,
+    passes: float = 16.0,
     progress: bool = True,
 ) -> Allocation:
     """Choose bits for every quantized layer so that the predicted loss is smallest within a budget.

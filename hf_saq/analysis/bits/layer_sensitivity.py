@@ -146,7 +146,7 @@ def sensitivity(
     *,
     candidates: Sequence[int] = CANDIDATES,
     base: Literal["float", "quantized"] = "float",
-    passes: float = 20.0,
+    passes: float = 16.0,
     trace_samples: int = 4,
     loss: Loss | None = None,
     seed: int = 0,
