@@ -13,7 +13,7 @@ from hf_saq.sharpness.schedules import KNOBS, PRESETS
 from ..shared.markdown import head
 from ..shared.markdown import row as table_row
 from ..shared.runs import records_in, versions_of
-from ..shared.schedule_variants import FULL, QAT, VARIANTS
+from ..shared.schedule_variants import ECHOED, FULL, QAT, VARIANTS
 from .plot import draw_plot
 from .rows import Row, share_of, table_rows
 
@@ -87,7 +87,8 @@ def preset_methods() -> dict[str, str]:
     found = {}
     for name, knobs in PRESETS.items():
         for method, config in VARIANTS.items():
-            if {**PRESETS["full"], **config} == {key: knobs[key] for key in KNOBS}:
+            # The control shares the knobs of what it controls, at radius 0.
+            if method != ECHOED and {**PRESETS["full"], **config} == {key: knobs[key] for key in KNOBS}:
                 found[name] = method
     return found
 

@@ -25,6 +25,7 @@ def test_costs_that_follow_from_others():
 
 def test_presets_are_among_what_is_compared():
     assert preset_methods()["full"] == "full"
+    assert preset_methods()["free"] == "echo 2"
     assert set(preset_methods()) == {"full", "balanced", "free"}
 
 
