@@ -8,6 +8,7 @@
 - `quantizers`: what do quantizers keep of the float model's accuracy at 4, 3 and 2 bits?
 - `gpu_campaign`: what does one GPU say: tests, costs of steps, a few minutes of training?
 - `float_function`: what do conversion and training keep of the float model's function?
+- `deploy`: what do the forms of a quantized model cost in time, memory and size?
 - `packed_size`: what does a packed file take on disk, in memory and to load?
 - `shared`: parts that several rooms use.
 

@@ -106,7 +106,7 @@ class SAQConfig:
         default=None,
         metadata={
             "help": "Log measured_sharpness, the rise of the loss at distance rho from the quantized weights, every "
-            "50 steps or more: at most 2.7 % of plain training. Not set: where training perturbs."
+            "50 steps or more: at most 2.7 percent of plain training. Not set: where training perturbs."
         },
     )
     bit_budget: str | None = field(

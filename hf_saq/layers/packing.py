@@ -74,7 +74,10 @@ def unpack_as_float(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor
 
     It takes `packed` for checked.
     """
-    stored = _one_byte_each(packed, bits)[: torch.Size(shape).numel()].reshape(shape).view(torch.int8)
+    stored = _one_byte_each(packed, bits)[: torch.Size(shape).numel()].reshape(shape)
+    if torch.jit.is_tracing():
+        return stored.to(torch.float32) - 2 ** (bits - 1)
+    stored = stored.view(torch.int8)
     # Subtracted in bytes, which is a quarter of the work; at 8 bits that wraps around to the right code.
     return (stored - (2 ** (bits - 1) if bits < 8 else -128)).to(torch.float32)
 
@@ -86,6 +89,8 @@ def _one_byte_each(packed: Tensor, bits: int) -> Tensor:
     """
     if bits == 8:
         return packed
+    if torch.jit.is_tracing():
+        return _one_byte_each_traced(packed, bits)
     if bits in _WORDS:
         words = packed.to(_WORDS[bits])
     else:
@@ -101,6 +106,16 @@ def _one_byte_each(packed: Tensor, bits: int) -> Tensor:
         words = (words & low).bitwise_or_(moved)
         half //= 2
     return _lowest_byte_first(words.view(torch.uint8).view(-1, words.element_size())).reshape(-1)
+
+
+def _one_byte_each_traced(packed: Tensor, bits: int) -> Tensor:
+    """Do what [`_one_byte_each`] does without reading memory as another type, which graphs of `torch.jit` cannot."""
+    stream = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).to(torch.int64)
+    word = stream[:, 0]
+    for i in range(1, bits):
+        word = word | stream[:, i] << 8 * i
+    codes = [(word >> bits * i) & 2**bits - 1 for i in range(CODES_PER_GROUP)]
+    return torch.stack(codes, dim=1).to(torch.uint8).reshape(-1)
 
 
 _WORDS = {2: torch.int32, 4: torch.int16}

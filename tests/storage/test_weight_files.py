@@ -106,7 +106,7 @@ def test_the_state_of_a_schedule_is_no_weights(tmp_path: Path):
     scales = {layer.name: layer.scale_min for layer in found.layers}
     for name, scale in scales.items():
         assert scale == trainer.model.get_submodule(name).weight_quantizer.scale.min().item()
-    assert f"- weights on disk: {kibibytes(size)}\n" in write_card(checkpoint).read_text()
+    assert f"| {kibibytes(size)} |" in write_card(checkpoint).read_text()
     assert what_is_missing(checkpoint) is None
     (checkpoint / "model.safetensors").unlink()
     assert what_is_missing(checkpoint) == "it holds no weights"

@@ -32,6 +32,7 @@ def saved(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow  # a process for each form
 def test_forms_are_measured_side_by_side(saved):
     """In processes of their own: one form of torch and one of an engine."""
     said: list[str] = []

@@ -329,6 +329,7 @@ def test_resuming_is_exact(knobs, tmp_path):
     assert all(torch.equal(expected[name], value) for name, value in found.items())
 
 
+@pytest.mark.slow
 def test_the_example_distils_with_both_methods(tmp_path):
     small = ["--float_epochs=1", "--num_train_epochs=1", "--max_train_samples=64", "--max_eval_samples=32"]
     small += ["--disable_tqdm=true", "--use_cpu", "--weight_bits=3", "--warmup_steps=0", "--logging_steps=1000"]

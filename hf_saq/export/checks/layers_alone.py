@@ -27,7 +27,8 @@ FLIPPED = 0.02
 """Share of outputs that may be quantized to a neighbouring code: an engine may be off by a hundredth of a step, and by
 what rounding the bias of a convolution to the product of its two scales makes."""
 AT_EDGES = 1e-3
-"""Share of outputs that may differ by more than a step, by what one input at an edge between two codes can change."""
+"""Share of outputs that may differ by more than a step, by what one input at an edge between two codes can change;
+those that a single input feeds may in any case."""
 FEW = 4
 """How many may in any case, in layers of few outputs."""
 
@@ -159,7 +160,7 @@ class _Part:
         worst = float(errors.max())
         # Inputs next to an edge may be rounded to the other side, which counts for more where weights are large.
         beyond = int((errors > allowed * 1.001 + rounding).sum())
-        few = max(FEW, AT_EDGES * found.size) if self.following is not None else 0
+        few = max(FEW, AT_EDGES * found.size, self._fed_by_one_input()) if self.following is not None else 0
         if not worst <= (allowed + of_input if few else allowed) * 1.001 + rounding or beyond > few:  # NaN is not
             return f"its output differs by up to {worst:.3g}; one step is {allowed:.3g}"
         flipped = int((errors > rounding).sum())
@@ -175,6 +176,12 @@ class _Part:
         weight = np.abs(whole_codes(self.span).astype(np.float64)).max()
         step = float(constant(self.span.quantize.inputs[1]))  # type: ignore[arg-type]
         return step * weight * float(np.max(constant(self.span.weight.inputs[1])))  # type: ignore[arg-type]
+
+    def _fed_by_one_input(self) -> int:
+        """Return how many outputs one input goes into."""
+        codes = whole_codes(self.span)
+        groups = self.span.product.attributes.get_int("group", 1)
+        return codes.size // codes.shape[1 - self.span.channel_axis] // groups
 
     def _rounded_bias(self, step: float) -> float:
         """Return the share of outputs that cross an edge when a bias is rounded: half a unit of it, in steps."""
