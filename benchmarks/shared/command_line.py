@@ -29,7 +29,13 @@ def parsed(
     given = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(kind, description=about.splitlines()[0])  # type: ignore[arg-type]
     (options,) = parser.parse_args_into_dataclasses(given)
-    return options, shlex.join([*launcher.split(), "-m", module, *given])
+    return options, shlex.join([*launcher.split(), "-m", module, *map(of_no_machine, given)])
+
+
+def of_no_machine(word: str) -> str:
+    """Shorten an absolute path to its name: where a machine has it is nothing to store for all."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def page_paths(argv: Sequence[str] | None, about: str, results: str, document: str) -> tuple[Path, Path]:

@@ -25,6 +25,14 @@ def test_the_stored_command_runs_the_same_again():
     assert shlex.split(command) == ["python", "-m", "benchmarks.some.sweep", "--methods", "qat", "case 3"]
 
 
+def test_the_stored_command_says_nothing_of_one_machine(tmp_path):
+    given = ["--methods", str(tmp_path / "cache"), f"{tmp_path}/a=b", "some/place"]
+    options, command = parsed(Some, given, "a.b", "About.")
+    assert options.methods == given[1:]
+    assert command == "python -m a.b --methods cache a=b some/place"
+    assert parsed(Some, [f"--methods={tmp_path}/c"], "a.b", "About.")[1] == "python -m a.b --methods=c"
+
+
 def test_options_of_the_process_and_another_launcher(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--methods", "full"])
     options, command = parsed(Some, None, "a.b", "About.", "torchrun --nproc_per_node 2")
