@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_saq.timing import benchmark
+from hf_saq.timing.inputs import IMAGES
 
 from ..shared.command_line import parsed
 from ..shared.places import RESULTS
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, command = parsed(Options, argv, "benchmarks.deploy.measure", __doc__)
     runs = Runs(options.results, command)
     for name in options.models:
-        arguments = {"model": name, "rounds": options.rounds, "clock": options.clock}
+        arguments = {"model": name, "rounds": options.rounds, "clock": options.clock, "images": IMAGES}
         runs.once(name, arguments, lambda name=name: measured(name, options.rounds, options.clock))  # type: ignore[misc]
     write_page(options.results, options.document)
 

@@ -1,17 +1,16 @@
 """Try ExecuTorch with the integer form of a model, and store what came out; it needs `executorch` beside the project.
 
-python -m benchmarks.deploy.other_exits      # writes benchmarks/results/other_exits.json
+python -m benchmarks.deploy.other_exits      # writes benchmarks/results/other_exits
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from hf_saq.storage.saved_directory import load_saved
 
 from ..shared.command_line import parsed
 from ..shared.places import RESULTS
+from ..shared.runs import Runs, version_of
 from .models import IMAGE_SIZE, save_quantized
 
 
@@ -32,7 +32,7 @@ class Options:
 
     model: str = "vit-tiny"
     calls: int = 10
-    output: Path = Path(RESULTS) / "other_exits.json"
+    results: Path = Path(RESULTS) / "other_exits"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,35 +41,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         save_quantized(options.model, Path(directory))
         model = load_saved(directory)[0]
-        outcome = tried(model, options.calls)
-    record = {"model": options.model, "command": command, "versions": _versions(), **outcome}
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=1))
-
-
-def tried(model: Any, calls: int) -> dict[str, Any]:
-    """Export the model with `torch.export`, lower it to ExecuTorch, run both, and compare with the model."""
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime
-
     x = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     expected = model(x).logits.detach()
     program = torch.export.export(LogitsOnly(integer_copy(model, "int8")).eval(), (x,))
-    operators = sum("hf_saq" in str(node.target) for node in program.graph.nodes)
     plain = program.run_decompositions({**torch.export.default_decompositions(), **in_aten()})
-    found = {
-        "operators_of_ours": operators,
-        "model": _ran(lambda: model(x).logits, expected, calls),
-        "torch.export": _ran(lambda: plain.module()(x), expected, calls),
-    }
+    runs = Runs(options.results, command)
+    arguments: dict[str, Any] = {name: version_of(name) for name in ("torch", "executorch")}
+    arguments |= {"model": options.model, "calls": options.calls}
+
+    def exported() -> dict[str, Any]:
+        run = plain.module()
+        return {
+            "operators_of_ours": sum("hf_saq" in str(node.target) for node in program.graph.nodes),
+            "model": _ran(lambda: model(x).logits, expected, options.calls),
+            "exported": _ran(lambda: run(x), expected, options.calls),
+        }
+
+    runs.once(f"{options.model}-torch-export", arguments, exported)
+    if find_spec("executorch") is None:
+        print("executorch is not installed: it was not tried.", flush=True)
+        return
+    runs.once(f"{options.model}-executorch", arguments, lambda: lowered(plain, x, expected, options.calls))
+
+
+def lowered(plain: Any, x: Tensor, expected: Tensor, calls: int) -> dict[str, Any]:
+    """Lower a program to ExecuTorch, run it, and compare with the model."""
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
     # XNNPACK alone: without it ExecuTorch has plain loops, which are no way to run a model of this size.
     content = to_edge_transform_and_lower(plain, partitioner=[_xnnpack()]).to_executorch().buffer
     with tempfile.NamedTemporaryFile(suffix=".pte") as file:
         file.write(content)
         file.flush()
         method = Runtime.get().load_program(file.name).load_method("forward")
-        found["executorch"] = {**_ran(lambda: method.execute([x])[0], expected, calls), "file_bytes": len(content)}
-    return found
+        return {**_ran(lambda: method.execute([x])[0], expected, calls), "file_bytes": len(content)}
 
 
 def in_aten() -> dict[Callable, Callable]:
@@ -103,10 +109,6 @@ def _ran(run: Callable[[], Tensor], expected: Tensor, calls: int) -> dict[str, f
         run()
         seconds.append(time.process_time() - start)
     return {"milliseconds": 1000 * statistics.median(seconds), "largest_difference": largest}
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "executorch", "torchao")}
 
 
 if __name__ == "__main__":

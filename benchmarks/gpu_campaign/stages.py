@@ -36,7 +36,7 @@ def module(name: str, *options: str) -> list[str]:
 
 
 def stages(results: Path, cache: Path, file: Path, rehearsal: bool, with_data: bool) -> list[Stage]:
-    """List the stages in their order. Their limits add up to less than nine minutes on a card.
+    """List the stages in their order. Each has a limit of its own; `campaign.ENOUGH` ends them all.
 
     Args:
         results: Directory that they write below.

@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of a form; default: 1")
     command.add_argument("--rounds", type=int, default=10, help="how often all forms take turns; default: 10")
     command.add_argument("--forms", nargs="+", help="some forms alone: float, packed, onnx-int8 and so on")
-    command.add_argument("--images", help="folder of pictures to compare predictions on; default: noise")
+    command.add_argument("--images", metavar="FOLDER", help="pictures to compare predictions on; default: noise")
     command.add_argument("--image-size", type=int, nargs="+", help="pixels, or height and width, if not stored")
     command.add_argument("--target", default="cpu", help="what is exported for: cpu (any), cpu-vnni or gpu")
     command.add_argument("--clock", default="wall", help="wall, or process for processor time; default: wall")

@@ -36,7 +36,8 @@ def read_bit_budget(where: str, text: Any) -> BitBudget:
     if found is not None and float(found[1]) > 0:
         kind, unit = (found[2] or "").lower(), (found[3] or "").lower()
         if kind == "x":
-            return BitBudget(f"{found[1]}x", unit or UNITS[0])
+            # Write powers of ten out: what comes after reads plain factors.
+            return BitBudget(f"{float(found[1]):.12f}".rstrip("0").rstrip(".") + "x", unit or UNITS[0])
         if kind == "bits" and found[1].isdigit():
             return BitBudget(f"{found[1]} bits", unit or UNITS[0])
         if not kind and unit:

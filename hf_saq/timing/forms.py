@@ -65,7 +65,9 @@ class StoredForms:
         check_target(target)
         self.directory, self.stage, self.target = local_directory(source), stage, target
         config = self.directory / CONFIG_FILE
-        if config.is_file() and RECORD in read_json_object(config):
+        # A packed model may have its exported graph beside it, and then says so too; an export alone has no weights.
+        is_named = config.is_file() and RECORD in read_json_object(config)
+        if is_named and weight_file_bytes(self.directory) is None:
             raise ValueError(f"{source} is an export; benchmark the saved model that it was made from.")
         self.model, self.processor = load_saved(source)
         self._written: dict[str, tuple[Path, int]] = {}
@@ -120,7 +122,7 @@ def _onnx_float(forms: StoredForms, path: Path, example: Tensor) -> tuple[Path, 
     return path / "model.onnx", len(content)
 
 
-def _exported(weights: str, tuned_for: str | None = None) -> Callable[[StoredForms, Path, Tensor], tuple[Path, int]]:
+def _exported(weights: str) -> Callable[[StoredForms, Path, Tensor], tuple[Path, int]]:
     def write(forms: StoredForms, path: Path, example: Tensor) -> tuple[Path, int]:
         # Not checked here: what it predicts is compared in any case, and reported.
         report = export_onnx(
@@ -128,7 +130,6 @@ def _exported(weights: str, tuned_for: str | None = None) -> Callable[[StoredFor
             path,
             weights=weights,
             target=forms.target,
-            tuned_for=tuned_for,
             example=example[:2],
             check=False,
         )
@@ -147,6 +148,5 @@ WRITERS: dict[str, Callable[[StoredForms, Path, Tensor], tuple[Path, int]]] = {
     "packed": _packed,
     "onnx-float": _onnx_float,
     "onnx-int8": _exported("int8"),
-    "onnx-int8-tuned": _exported("int8", tuned_for="onnxruntime"),
     "onnx-int4": _exported("int4"),
 }

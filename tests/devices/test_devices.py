@@ -29,6 +29,8 @@ from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+LIKE_CPU = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
+"""For comparisons with the CPU, which it passes for certain: there only the code of the test is tried."""
 FAMILIES = ["vit", "resnet"]
 SCHEDULES = {
     "full": dict(),
@@ -87,7 +89,7 @@ def some_steps(model: nn.Module, device: str, knobs: dict | None, case: int = 3)
     return {name: value.cpu() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]])  # equal to itself
+@pytest.mark.parametrize("device", LIKE_CPU)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["none", *SCHEDULES])
 def test_steps_are_those_of_the_cpu(name, family, device):
@@ -97,7 +99,7 @@ def test_steps_are_those_of_the_cpu(name, family, device):
         torch.testing.assert_close(found[key], expected, atol=1e-9, rtol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", LIKE_CPU)
 @pytest.mark.parametrize("case", [1, 2])
 def test_cases_are_those_of_the_cpu(case, device):
     model = quantized_model("vit")
@@ -106,7 +108,7 @@ def test_cases_are_those_of_the_cpu(case, device):
         torch.testing.assert_close(found[key], expected, atol=1e-9, rtol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", LIKE_CPU)
 @pytest.mark.parametrize("quantizer", ["lsq", "lsq_plus", "liq", "pact", "dorefa"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_quantizers_are_those_of_the_cpu(quantizer, granularity, device):
@@ -145,7 +147,7 @@ def test_packed_models_answer_alike(family, device):
     assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", LIKE_CPU)
 def test_statistics_are_estimated_where_the_model_is(device):
     model = quantized_model("resnet").to(device)
     reestimate_batch_norm(model, [batch_of(0, device)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from transformers import ViTImageProcessor
 from hf_saq import pack
 from hf_saq.cli import main
 from hf_saq.export import export_onnx
+from hf_saq.export.onnx_export import RECORD
 from hf_saq.timing import FORMS, benchmark
-from hf_saq.timing.forms import WRITERS
+from hf_saq.timing.forms import WRITERS, StoredForms
 from hf_saq.timing.loading import LOADERS
 from hf_saq.timing.machine import cores
 from hf_saq.timing.processes import Worker, WorkerError
@@ -135,6 +137,17 @@ def test_an_export_is_no_saved_model(tmp_path, capsys):
     export_onnx(quantized(vit, activation_bits=8), tmp_path, check=False)
     assert main(["benchmark", str(tmp_path)]) == 1
     assert "is an export; benchmark the saved model that it was made from" in capsys.readouterr().err
+
+
+def test_a_model_with_its_export_beside_it_is_a_saved_model(saved, tmp_path):
+    """`SAQTrainer.export_onnx` leaves both in one directory, and names the graph in the model's configuration."""
+    both = tmp_path / "both"
+    shutil.copytree(saved, both)
+    export_onnx(quantized(vit, activation_bits=8), tmp_path / "alone", check=False)
+    record = json.loads((tmp_path / "alone" / "config.json").read_text())[RECORD]
+    config = json.loads((both / "config.json").read_text())
+    (both / "config.json").write_text(json.dumps({**config, RECORD: record}))
+    assert StoredForms(str(both), tmp_path / "stage", "cpu").model is not None
 
 
 def test_every_form_says_what_it_is():

@@ -127,6 +127,8 @@ def test_changed_bits_are_those_of_a_model_quantized_so():
         ("3 bits", ("3 bits", "bops")),
         ("3bits bytes", ("3 bits", "bytes")),
         ("1.5e9 bops", (1.5e9, "bops")),
+        ("8e0x", ("8x", "bops")),
+        ("10x", ("10x", "bops")),
         ("250000 Bytes", (250000.0, "bytes")),
     ],
 )

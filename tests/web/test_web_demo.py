@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -36,8 +37,8 @@ def build():
     needs_node("onnxruntime-web", "puppeteer-core")
     if node("drive.mjs", "http://127.0.0.1").stderr.startswith("drive: error: no Chromium"):
         pytest.skip("there is no Chromium: `apt-get install chromium`, or name one with $CHROMIUM")
-    sys.path.append(str(WEB))
-    yield pytest.importorskip("build")
+    sys.path.insert(0, str(WEB))
+    yield importlib.import_module("build")
     sys.path.remove(str(WEB))
 
 

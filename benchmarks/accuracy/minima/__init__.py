@@ -2,5 +2,5 @@
 
 `make flatness` runs `flatness` (is the minimum of SAQ flatter than that of QAT, and does that predict accuracy?) and
 `make mixed-precision` runs `bit_budget` (bits for a budget against the same bits everywhere). `measured` trains one
-model and looks at it. `findings` draws conclusions, `pages` writes docs/flatness.md from them.
+model and looks at it. `findings` draws conclusions, `page` writes docs/flatness.md from them.
 """

@@ -151,7 +151,8 @@ def mixed_of(records: Sequence[dict[str, Any]]) -> list[Mixed]:
     by_name = {record["name"]: record for record in records}
     found = []
     for task, bits in sorted({(r["arguments"]["task"], r["arguments"]["bits"]) for r in records if is_mixed(r)}):
-        mixed = {r["arguments"]["seed"]: r for r in records if is_mixed(r) and r["arguments"]["task"] == task}
+        of_these = [r for r in records if is_mixed(r) and r["arguments"]["task"] == task]
+        mixed = {r["arguments"]["seed"]: r for r in of_these if r["arguments"]["bits"] == bits}
         uniform = {seed: by_name.get(f"{task}-w{bits}-{QAT}-seed{seed}") for seed in mixed}
         allocations = {seed: by_name[f"{task}-w{bits}-allocation-seed{seed}"]["outcome"] for seed in mixed}
         found.append(

@@ -6,7 +6,7 @@
 Every method starts from the float model of its seed, with the learning rate and radius that the accuracy sweep chose
 on validation images. At each minimum `hf_saq.analysis.sharpness` looks at the training loss around `Q(w)`, on training
 images without augmentation and with one radius for all methods of a task. For the first seed, landscapes of QAT and
-SAQ are walked over as well. One JSON for each run; `pages` makes docs/flatness.md of them.
+SAQ are walked over as well. One JSON for each run; `page` makes docs/flatness.md of them.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def write_page(results: Path, document: Path) -> None:
         f"![Ratios]({ratios})\n" if draw_ratios(several, POSITIVE, SAQ, document.with_name(ratios)) else "",
         *(table(setting) for setting in settings),
         "\n".join(["## Landscapes\n", *(f"![Landscape]({name})\n" for name in pictures.values())]) if pictures else "",
-        does_it_predict(settings),
+        does_it_predict(several) if several else "",  # two points always have a rank correlation of one
         f"![Accuracy and sharpness]({accuracies})\n"
         if draw_accuracies(several, "steepest rise", document.with_name(accuracies))
         else "",
@@ -100,8 +100,7 @@ def is_it_flatter(settings: Sequence[Minima]) -> str:
 def answer(signs: Sequence[int]) -> str:
     """Count tasks whose interval lies below 1 (flatter), above it, or contains it."""
     flatter, sharper = (sum(sign == s for sign in signs) for s in (-1, 1))
-    words = {len(signs): "yes"} if flatter else {}
-    verdict = words.get(flatter, "no" if not flatter else "not everywhere")
+    verdict = "no" if not flatter else "yes" if flatter == len(signs) else "not everywhere"
     return (
         f"**{verdict}**; flatter in {flatter} of {len(signs)} tasks, sharper in {sharper}, no difference was seen in "
         f"{len(signs) - flatter - sharper}."

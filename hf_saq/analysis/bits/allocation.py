@@ -21,8 +21,7 @@ from .shared_inputs import layers_that_share_inputs, merged
 KINDS = ("weight", "activation")
 LEFT_BY_TRAINING = 0.1
 """What counts of the noise of weights: training moves them so that their errors cancel, while those of activations
-come anew with each image. The best of six rules on validation images of one seed (ResNet-20 on CIFAR-10, 100 steps),
-by less than a standard error: docs/flatness.md has what came out on other seeds."""
+come anew with each image. A judgement, not a measurement: docs/flatness.md has what came of it."""
 
 
 def allocate_bits(

@@ -81,7 +81,7 @@ def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
 
 def stored_codes(span: LayerSpan) -> np.ndarray:
     """Return the integers of the weight as the graph multiplies them: those it stores, or halves of them."""
-    return _computed(span.weight.inputs[0]).astype(np.int32)
+    return computed(span.weight.inputs[0]).astype(np.int32)
 
 
 def whole_codes(span: LayerSpan) -> np.ndarray:
@@ -92,19 +92,23 @@ def whole_codes(span: LayerSpan) -> np.ndarray:
     return np.add(*np.split(codes, 2, axis=0 if span.product.op_type == "MatMul" else 1))
 
 
-def _computed(value: Any) -> np.ndarray:
+def computed(value: Any) -> np.ndarray:
     """Evaluate what the graph makes of stored codes."""
     found = constant(value)
     if found is not None:
         return found
     node = value.producer()
-    inputs = [_computed(one) for one in node.inputs]
+    inputs = [computed(one) for one in node.inputs]
     if node.op_type == "Concat":
         return np.concatenate(inputs, axis=node.attributes.get_int("axis", 0))
     return _OPERATORS[node.op_type](*inputs)
 
 
-_OPERATORS: dict[str, Any] = {"Cast": lambda x: x.astype(np.int32), "Div": lambda x, y: x // y, "Sub": np.subtract}
+_OPERATORS: dict[str, Any] = {
+    "Cast": lambda x: x.astype(np.int32),
+    "Div": lambda x, y: np.trunc(x / y).astype(np.int32),  # ONNX rounds quotients of integers towards zero
+    "Sub": np.subtract,
+}
 """What `split_saturating_layers` writes between codes and product."""
 
 

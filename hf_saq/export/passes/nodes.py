@@ -96,5 +96,5 @@ def insert_behind(node: Any, op_type: str, other: Any) -> None:
     ir.convenience.replace_all_uses_with(value, result, replace_graph_outputs=True)
     new.replace_input_with(0, value)
     result.shape, result.type = value.shape, value.type
-    value.name = f"{name}.without_bias"
+    value.name = f"{name}.before"
     result.name = name

@@ -14,6 +14,7 @@ def distillation_loss(
     alpha: float,
     temperature: float,
     label_smoothing: float = 0.0,
+    taught_logits: Tensor | None = None,
 ) -> Tensor:
     """Compute `(1 - alpha) * cross entropy + alpha * T^2 * KL(teacher || student)`, mean over images.
 
@@ -26,6 +27,7 @@ def distillation_loss(
         alpha: Weight of what the teacher says, 0 to 1; with 0 the teacher is not looked at.
         temperature: Above 0. Both distributions are softened by it in the second term.
         label_smoothing: Of the first term, 0 to 1.
+        taught_logits: `(N, classes)` of a head of its own that learns from the teacher; `None`: the student's.
 
     Returns:
         A scalar.
@@ -35,11 +37,11 @@ def distillation_loss(
     """
     check_distillation(alpha, temperature)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student_logits = student_logits.to(dtype)
-    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    hard = F.cross_entropy(student_logits.to(dtype), labels, label_smoothing=label_smoothing)
     if alpha == 0:
         return hard
-    return (1 - alpha) * hard + alpha * soft_loss(student_logits, teacher_logits, temperature)
+    taught = student_logits if taught_logits is None else taught_logits
+    return (1 - alpha) * hard + alpha * soft_loss(taught.to(dtype), teacher_logits, temperature)
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from ...conversion.observing import check_keys
-from .distillation_loss import check_distillation, soft_loss
+from .distillation_loss import check_distillation, distillation_loss
 
 TEACHER_LOGITS = "teacher_logits"
 """Key in a training batch. Schedules that take a part of a batch, or come back to it, take these rows along."""
@@ -110,9 +110,15 @@ class LearnsFromTeacher(Trainer):
             loss = F.cross_entropy(_logits(outputs), labels, label_smoothing=smoothing)
         else:
             class_logits, taught_logits = _heads(outputs)
-            hard = F.cross_entropy(class_logits, labels, label_smoothing=smoothing)
-            soft = soft_loss(taught_logits, teacher_logits, self.distill_temperature)
-            loss = (1 - self.distill_alpha) * hard + self.distill_alpha * soft
+            loss = distillation_loss(
+                class_logits,
+                teacher_logits,
+                labels,
+                self.distill_alpha,
+                self.distill_temperature,
+                smoothing,
+                taught_logits,
+            )
         # `Trainer` expects the loss first in a tuple.
         return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
 
