@@ -11,7 +11,9 @@
 #SBATCH --requeue
 set -euo pipefail
 GPUS="${SLURM_GPUS_ON_NODE:-8}"
-FIRST="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+# Cut here, not by `head`: it may close the pipe before scontrol has written, which `pipefail` takes for a failure.
+FIRST="${NODES%%$'\n'*}"
 # Each node fills in its own rank, which only `srun` knows.
 srun bash -c 'accelerate launch --multi_gpu --mixed_precision bf16 \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * '"$GPUS"'))" \

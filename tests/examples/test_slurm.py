@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_what_the_second_of_two_nodes_runs(tmp_path):
     programs = {
-        "scontrol": '[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"',
+        # More names than a pipe holds: a script that stops reading after the first would break it.
+        "scontrol": '[ "$*" = "show hostnames n[1-2]" ] && printf "n%d\\n" {1..20000}',
         "srun": 'SLURM_NODEID=1 exec "$@"',
         "accelerate": 'printf "%s\\n" "$@"',
     }
