@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size architectures quantizers float-function fake-quant deploy-benchmark step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
+.PHONY: install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
 
 install: $(STAMP)
 
@@ -49,6 +49,9 @@ fuzz: $(STAMP)  ## 10,000 damaged packed checkpoints, some minutes
 
 packed-size: $(STAMP)  ## file, memory and loading time of a packed ViT-B/16, written to benchmarks/results
 	$(TEST_ENV) $(BIN)/python -m benchmarks.packed_size.measure
+
+sensitivity-cost: $(STAMP)  ## what `sensitivity` of ResNet-18 costs in evaluation passes, a few minutes of one core
+	$(TEST_ENV) $(BIN)/python -m benchmarks.sensitivity_cost.measure
 
 architectures: $(STAMP)  ## write docs/architectures.md from a run over every architecture, about ten minutes
 	$(TEST_ENV) $(BIN)/python tests/support/write_architectures.py docs/architectures.md

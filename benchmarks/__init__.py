@@ -10,6 +10,7 @@
 - `float_function`: what do conversion and training keep of the float model's function?
 - `deploy`: what do the forms of a quantized model cost in time, memory and size?
 - `packed_size`: what does a packed file take on disk, in memory and to load?
+- `sensitivity_cost`: what does it cost to find the sensitive layers of a model, in evaluation passes?
 - `shared`: parts that several rooms use.
 
 Scripts run from the root of the repository: `python -m benchmarks.<room>.<script>`. In a room, `sweep` or `measure`
