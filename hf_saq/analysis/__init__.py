@@ -11,6 +11,8 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .bits import Allocation, LayerBits, OperandSensitivity, Sensitivity, allocate_bits, sensitivity
+    from .bits.latency_table import LatencyTable, LayerLatency
+    from .bits.measured_latency import measure_latencies
     from .comparison import Comparison, LayerDifference, compare
     from .costs import Cost, LayerCost, cost
     from .loss_landscape import Landscape, Surface, landscape
@@ -29,6 +31,8 @@ __getattr__, __dir__ = lazy_exports(
             "allocate_bits",
             "sensitivity",
         ),
+        "bits.latency_table": ("LatencyTable", "LayerLatency"),
+        "bits.measured_latency": ("measure_latencies",),
         "costs": ("Cost", "LayerCost", "cost"),
         "loss_landscape": ("Landscape", "Surface", "landscape"),
         "oscillation": ("OscillationCounter",),
@@ -41,9 +45,11 @@ __all__ = [
     "Comparison",
     "Cost",
     "Landscape",
+    "LatencyTable",
     "LayerBits",
     "LayerCost",
     "LayerDifference",
+    "LayerLatency",
     "OperandSensitivity",
     "OscillationCounter",
     "Rise",
@@ -54,6 +60,7 @@ __all__ = [
     "compare",
     "cost",
     "landscape",
+    "measure_latencies",
     "sensitivity",
     "sharpness",
 ]

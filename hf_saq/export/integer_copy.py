@@ -26,7 +26,7 @@ def integer_copy(model: nn.Module, weights: str) -> nn.Module:
             f"{type(model).__name__} has no quantized layer; expected a model made by `quantize`, `pack` or "
             "`from_pretrained` of a quantized checkpoint."
         )
-    _check_ready(model)
+    check_ready(model)
     replacements: dict[nn.Module, nn.Module] = {
         layer: IntegerLayer(layer, name, weights) for name, layer in layers.items() if _is_quantized(layer)
     }
@@ -44,7 +44,8 @@ def _is_quantized(layer: QuantizedLayer | PackedLayer) -> bool:
     return isinstance(layer, PackedLayer) or bool(layer.own_quantizers())
 
 
-def _check_ready(model: nn.Module) -> None:
+def check_ready(model: nn.Module) -> None:
+    """Raise `ValueError` if `model` has no values or is not calibrated."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ValueError(f"{type(model).__name__}: {name} has no values (device='meta'); load the weights first.")

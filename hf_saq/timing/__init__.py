@@ -5,7 +5,7 @@ table and as plain values. Must not know: training, the Hub, the command line.
 
 `forms` lists what is measured and writes it; `worker` runs one form in a process of its own, as `loading` and
 `memory` say; `processes` talks to it; `measuring` lets them take turns; `inputs` makes images, `machine` names the
-processor, `results` holds what was found.
+processor, `results` holds what was found. `nodes/` times single nodes of exports, for `hf_saq.analysis`.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Give each layer the bits that lose least within a budget of bit operations or bytes."""
+"""Give each layer the bits that lose least within a budget of bit operations, bytes or time."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def allocate_bits(
             layers in float, is not counted, because bits do not change it.
         unit: `"bops"` for bit operations (multiply-accumulates x weight bits x activation bits, one example),
             `"bytes"` for packed weights; activations then keep their bits; `"ns"` for the time in `latencies`.
-        latencies: Nanoseconds of every layer for one example, by bits of weights and of activations, as they were
-            measured on the machine that the model is for. Integer kernels of CPUs take 2 to 8 bits alike, so that
-            only other engines have something to choose from.
+        latencies: Nanoseconds of every layer for one example, by bits of weights and of activations, as
+            [`measure_latencies`] finds them on the machine that the model is for. Kernels of CPUs take 2 to 8 bits
+            alike, which leaves little to choose from there.
         candidates: Bits to choose from, each 2 to 8.
         by: What is added up and kept small. `"noise"`: noise to signal of the logits, the least uncertain of the
             three, and a tenth of it for weights, since training takes most of theirs back; `"measured"` or

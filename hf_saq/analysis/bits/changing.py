@@ -41,7 +41,7 @@ def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) ->
                 raise ValueError(f"change_bits: {name} does not quantize its {role}; it has no {field} to change.")
             for child, quantizer in own:
                 if quantizer.bits != bits:
-                    changes[layer, child] = _with_bits(quantizer, bits, getattr(layer, "weight", None))
+                    changes[layer, child] = with_bits(quantizer, bits, getattr(layer, "weight", None))
     for (layer, child), quantizer in changes.items():
         setattr(layer, child, quantizer)
     report = getattr(model, "quantization_report", None)
@@ -60,7 +60,8 @@ def with_overrides(config: SAQQuantizationConfig, overrides: Mapping[str, Mappin
     return config.replace(overrides=kept)
 
 
-def _with_bits(quantizer: Quantizer, bits: int, weight: Any) -> Quantizer:
+def with_bits(quantizer: Quantizer, bits: int, weight: Any) -> Quantizer:
+    """Make a quantizer like `quantizer` with other bits; one of weights is fitted to `weight`, others wait."""
     new = type(quantizer)(replace(quantizer.settings, bits=bits))
     new.to(quantizer.range_state.device).to(next(quantizer.parameters()).dtype)
     new.path = quantizer.path

@@ -106,13 +106,16 @@ def check_latencies(
         ValueError: If they lack something, or a number is not positive.
     """
     if latencies is None:
-        raise ValueError("allocate_bits: unit='ns' needs `latencies`: layer -> (weight bits, activation bits) -> ns.")
+        raise ValueError(
+            "allocate_bits: unit='ns' needs `latencies`: layer -> (weight bits, activation bits) -> ns, as "
+            "hf_saq.analysis.measure_latencies returns them."
+        )
     for name, pairs in needed.items():
         for pair in pairs:
             found = latencies.get(name, {}).get(pair)
             if found is None or not 0 < found < float("inf"):
                 raise ValueError(
                     f"allocate_bits: latencies[{name!r}][{pair}] is {found!r}; expected nanoseconds > 0, for every "
-                    "layer and all bits that it has or may get."
+                    "layer and all bits that it has or may get. Measure with the same candidates."
                 )
     return latencies
