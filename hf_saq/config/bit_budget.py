@@ -44,8 +44,8 @@ def read_bit_budget(where: str, text: Any) -> BitBudget:
             return BitBudget(float(found[1]), unit)
     if isinstance(text, str) and re.fullmatch(rf"{number}\s*x?\s*(ns|us|ms|s)", text.strip(), re.IGNORECASE):
         raise ValueError(
-            f"{where}={text!r} is a budget of time, which needs a table of the machine that the model is for. Measure it "
-            "with hf_saq.analysis.measure_latencies, give bits by allocate_bits(unit='ns', latencies=...), and quantize "
-            "with allocation.applied_to(config)."
+            f"{where}={text!r} is a budget of time, which needs a table of the machine that the model is for. Measure "
+            "it with hf_saq.analysis.measure_latencies, give bits by allocate_bits(unit='ns', latencies=...), and "
+            "quantize with allocation.applied_to(config)."
         )
     raise ValueError(f"{where}={text!r}; expected a budget {_FORMS}, or a number of bytes, '250000 bytes'.")

@@ -29,5 +29,7 @@ def test_the_page_quotes_the_stored_record():
     record = json.loads((ROOT / RESULTS / "sensitivity_cost" / "resnet18.json").read_text())
     arguments, passes = record["arguments"], record["outcome"]["evaluation_passes"]
     assert (arguments["model"], arguments["images"], arguments["candidates"]) == ("resnet18", 128, [2, 3, 4, 6, 8])
-    quoted = re.search(r"([\d.]+) times the processor\s+time of one evaluation pass", (ROOT / "docs/analysis.md").read_text())
+    quoted = re.search(
+        r"([\d.]+) times the processor\s+time of one evaluation pass", (ROOT / "docs/analysis.md").read_text()
+    )
     assert quoted is not None and float(quoted[1]) == round(passes, 1) and passes <= 20

@@ -109,6 +109,7 @@ BAD_SAQ = [
         for value in (1, "yes", 0.5)
     ),
     ("log_sharpness", "yes", "SAQConfig.log_sharpness='yes'; expected True, False or None."),
+    ("bit_budget", "0.8x ns", "SAQConfig.bit_budget='0.8x ns' is a budget of time, which needs a table"),
     ("bit_budget", "many", "SAQConfig.bit_budget='many'; expected a budget such as '0.8x'"),
     *(
         (

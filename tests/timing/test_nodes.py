@@ -65,7 +65,15 @@ def test_nodes_belong_to_the_layers_whose_work_they_do(graph, tmp_path, monkeypa
     owners = owners_of_nodes(graph, found.nodes, layers, scales)
     assert {layer for of_node in owners.values() for layer in of_node} == {*layers, *scales}
     kinds = {node.op_type for node in found.nodes if node.name not in owners}
-    multiply = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMul", "FullyConnected", "Convolution", "Conv", "FusedConv"}
+    multiply = {
+        "MatMulIntegerToFloat",
+        "QLinearMatMul",
+        "MatMul",
+        "FullyConnected",
+        "Convolution",
+        "Conv",
+        "FusedConv",
+    }
     assert not kinds & multiply  # every product in this model is quantized
     assert kinds & {"LayerNormalization", "MVN"}
     if engine == "onnxruntime":

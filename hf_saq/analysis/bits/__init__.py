@@ -3,8 +3,8 @@
 `candidates.py` lets one operand have other bits for a moment, `estimates.py` predicts what that does to the loss, and
 `layer_sensitivity.py` measures it. `allocation.py` turns this into bits for a budget,
 by an `integer_program.py` over options with `prices.py`; `allocated.py` holds what came out, and
-`changing.py` gives it to a model. `measured_latency.py` fills a `latency_table.py` with the prices of an export, by the
-forms in `export_forms.py`; it loads what exports, so this package does not import it.
+`changing.py` gives it to a model. `measured_latency.py` fills a `latency_table.py` with the prices of an export, by
+the forms in `export_forms.py`; it loads what exports, so this package does not import it.
 """
 
 from .allocated import Allocation, LayerBits

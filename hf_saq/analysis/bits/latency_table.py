@@ -82,7 +82,7 @@ class LatencyTable(Result, Mapping[str, Latencies]):
             rows.append((name, *_bits_of(entries), form, f"{entries[0].ns / 1000:.1f}"))
         return (
             f"{text_table(rows, right=(4,))}\n"
-            f"{self.attributed:.0%} of the time is that of these layers; the rest takes {self.other_ns / 1000:,.1f} us\n"
+            f"{self.attributed:.0%} of the time is that of these layers, {self.other_ns / 1000:,.1f} us are not\n"
             f"{self.engine}, weights {self.weights}, for {self.target}, batch {self.batch_size}, threads "
             f"{self.threads}; {self.machine['cpu']}"
         )

@@ -34,6 +34,8 @@ from .layer_sensitivity import CANDIDATES
 MEASURED_TARGETS = ("cpu", "cpu-vnni")
 LEAST_NS = 500.0
 """What a layer takes at least: half of the microsecond that the profiler counts in."""
+NUDGE = 2.0**-14
+"""What ranges of activations are made to differ by, relative to their size: enough to be told apart in float32."""
 Plan = list[dict[str, tuple[Pair, LayerForm]]]
 """For each export the bits of every layer, and the form that it has with them."""
 
@@ -57,13 +59,14 @@ def measure_latencies(
     The model is exported into a temporary directory and run with the engine's own profiler. A node counts for the
     layer whose stored codes, values or scale it works on; what the engine fuses with a layer, such as an activation
     function or the quantization of what follows, counts for that layer, and a node that several layers share counts
-    for each in equal parts. What is left, such as normalizations and sums, is told apart as `other_ns`.
+    for each in equal parts. What is left, such as normalizations and sums, is told apart as `other_ns`. Each layer
+    quantizes its own input here, as after training: layers that were only calibrated may share that.
 
     Integer kernels take codes of 2 to 8 bits alike. Bits that give the same operators and stored types share one
     measurement, so that noise makes no difference between them. These differ: weights and inputs of 8 bits, whose
     products `target="cpu"` splits into two halves; inputs of 8 bits, whose codes need no clipping; weights of up to 4
-    bits with `weights="int4"`; and, for quantizers on half steps, weights of 8 bits, whose offset becomes a term of its
-    own. There are as many exports as a layer has forms. They take turns, and medians over all turns count.
+    bits with `weights="int4"`; and, for quantizers on half steps, weights of 8 bits, whose offset becomes a term of
+    its own. There are as many exports as a layer has forms. They take turns, and medians over all turns count.
 
     Args:
         model: A quantized, calibrated model, not packed; it is left as it was.
@@ -91,20 +94,15 @@ def measure_latencies(
     operands = _operands(model)
     images = _images(model, inputs)
     pairs = {name: pairs_of(of_layer, candidates) for name, of_layer in operands.items()}
-    forms = {
-        name: forms_of(model.get_submodule(name), name, pairs[name], weights, target)
-        for name in operands
-    }
+    forms = {name: forms_of(model.get_submodule(name), name, pairs[name], weights, target) for name in operands}
     plan = _plan(forms)
     bar = progress_bar(len(plan) + rounds + 1, "measuring exports", progress)
     with bar, left_as_it_was(model), tempfile.TemporaryDirectory(prefix="hf_saq_latencies_") as directory:
-        contents, found_halves = {}, {}
+        contents, split = {}, {}
+        how: dict[str, Any] = {"weights": weights, "target": target, "tuned_for": tuned_for}
         for number, of_layers in enumerate(plan):
             name = str(number)
-            export_dir = Path(directory) / name
-            contents[name], found_halves[name] = _exported(
-                model, of_layers, images, export_dir, weights=weights, target=target, tuned_for=tuned_for
-            )
+            contents[name], split[name] = _exported(model, of_layers, images, Path(directory) / name, **how)
             bar.update()
         batch = images[torch.arange(batch_size) % len(images)].numpy()
         times = time_nodes(
@@ -116,7 +114,7 @@ def measure_latencies(
     for (name, content), of_layers in zip(contents.items(), plan, strict=True):
         owners = owners_of_nodes(content, times[name].nodes, *_constants(model, operands))
         for layer, (_, form) in of_layers.items():
-            actual[layer, form] = form._replace(halves=layer in found_halves[name])
+            actual[layer, form] = form._replace(halves=layer in split[name])
         for turn in times[name].turns:
             by_layer, other = layer_times(turn, owners)
             others.append(other / batch_size)
@@ -125,7 +123,9 @@ def measure_latencies(
                 ns = max(by_layer.get(layer, 0.0), LEAST_NS) / batch_size
                 measured[layer, actual[layer, form]].append(ns)
     entries = [
-        LayerLatency(name, *pair, str(form := actual[name, forms[name][pair]]), statistics.median(measured[name, form]))
+        LayerLatency(
+            name, *pair, str(form := actual[name, forms[name][pair]]), statistics.median(measured[name, form])
+        )
         for name in operands
         for pair in pairs[name]
     ]
@@ -206,19 +206,14 @@ def _images(model: nn.Module, inputs: Any) -> Tensor:
 
 def _plan(forms: Mapping[str, Mapping[Pair, LayerForm]]) -> Plan:
     """Choose bits for as few exports as show every form of every layer: by the first pair that has it."""
-    first = {
-        name: sorted(((form, pair) for pair, form in reversed(of_layer.items())), key=lambda entry: entry[0])
-        for name, of_layer in forms.items()
-    }
-    by_form = {name: dict(entries) for name, entries in first.items()}
-    count = max(len(of_layer) for of_layer in by_form.values())
-    plan: Plan = []
-    for number in range(count):
-        plan.append({})
-        for name, of_layer in by_form.items():
-            form = list(of_layer)[min(number, len(of_layer) - 1)]
-            plan[-1][name] = (of_layer[form], form)
-    return plan
+    shown: dict[str, list[tuple[Pair, LayerForm]]] = {}
+    for name, of_layer in forms.items():
+        first: dict[LayerForm, Pair] = {}
+        for pair, form in of_layer.items():
+            first.setdefault(form, pair)
+        shown[name] = [(first[form], form) for form in sorted(first)]
+    exports = range(max(map(len, shown.values())))
+    return [{name: of_layer[min(k, len(of_layer) - 1)] for name, of_layer in shown.items()} for k in exports]
 
 
 def _exported(
@@ -230,8 +225,22 @@ def _exported(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a graph that nobody gets would be warned of
         calibrate(copied, [images])
+        _tell_apart(copied)
         report = export_onnx(copied, directory, example=images[:2], check=False, **fields)
     return (directory / MODEL_FILE).read_bytes(), {layer.name for layer in report.layers if layer.notes}
+
+
+@torch.no_grad()
+def _tell_apart(model: nn.Module) -> None:
+    """Give every quantizer of activations a range of its own, as training will.
+
+    Layers that read the same tensor are calibrated to the same range. An export has one quantization for them then,
+    and one constant for equal ranges anywhere, under the name of one layer.
+    """
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
+    for number, quantizer in enumerate(quantizers):
+        for parameter in quantizer.parameters():
+            parameter.mul_(1 + number * NUDGE)
 
 
 def _fields(pair: Pair) -> dict[str, int]:
@@ -253,5 +262,7 @@ def _constants(
         elif isinstance(module, QuantizedLayer):
             scales[name] = [f"{name}.activation.scale"]
         else:
-            scales[name] = [f"{name}.{k}.scale" for k, child in module.named_children() if isinstance(child, Quantizer)]
+            scales[name] = [
+                f"{name}.{k}.scale" for k, child in module.named_children() if isinstance(child, Quantizer)
+            ]
     return layers, scales

@@ -5,12 +5,12 @@ node belongs, by the first of these that says anything, to the layers
 
 1. whose product it computes, or whose stored weight it reads, whatever was made of its codes;
 2. whose values it computes;
-3. whose inner values it reads, such as the product that a bias is added to;
+3. which another node began, whose result it reads: such as the product that a bias is added to;
 4. whose scale it quantizes with;
 5. to whose nodes it only moves or clips what comes from a node of this or another layer.
 
-What prepares an input belongs to all the layers that read it, also where the engine has merged what the export does for
-each of them.
+What prepares an input belongs to all the layers that read it, also where the engine has merged what the export does
+for each of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ from ...export.extras import needed
 from ...export.passes.nodes import constant
 from .profilers import RunningNode
 
-MOVING = ("Clip", "Transpose", "Reshape", "Concat", "Gather", "Slice", "Pad", "Squeeze", "Unsqueeze", "Cast", "Reorder")
+MOVING = (
+    "Clip",
+    "Transpose",
+    "Reshape",
+    "Concat",
+    "Gather",
+    "Slice",
+    "Pad",
+    "Squeeze",
+    "Unsqueeze",
+    "Cast",
+    "Reorder",
+)
 PREPARING = (*MOVING, "QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Clamp")
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 Owners = dict[str, tuple[str, ...]]
@@ -39,6 +51,7 @@ class _Values:
     weights: dict[str, list[str]] = field(default_factory=dict)
     computed: dict[str, list[str]] = field(default_factory=dict)
     inner: dict[str, list[str]] = field(default_factory=dict)
+    last: dict[str, list[str]] = field(default_factory=dict)
     scales: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, layer: str, nodes: list[Any]) -> None:
@@ -61,8 +74,7 @@ class _Values:
         for value in outputs:
             if id(value) not in fixed:
                 _note(self.computed, value, layer)
-                if id(value) in consumed:
-                    _note(self.inner, value, layer)
+                _note(self.inner if id(value) in consumed else self.last, value, layer)
 
 
 def _note(found: dict[str, list[str]], value: Any, layer: str) -> None:
@@ -96,7 +108,14 @@ def owners_of_nodes(
             values.add(name, nodes_between(span.input, span.output))
     for name, of_layer in scales.items():
         values.add(name, _fed_by(graph_model, of_layer))
-    found = {node.name: owners for node in running if (owners := _by_values(node, values))}
+    begun: dict[str, tuple[str, ...]] = {}  # name of a value inside a layer, whose work is not done there -> layers
+    found: Owners = {}
+    for node in running:
+        if owners := _by_values(node, values, begun):
+            found[node.name] = owners
+        done = {layer for name in node.outputs for layer in values.last.get(name, ())}
+        inside = dict.fromkeys(layer for name in node.outputs for layer in values.inner.get(name, ()))
+        begun.update(dict.fromkeys(node.outputs, tuple(layer for layer in inside if layer not in done)))
     return found | _prepared(running, found)
 
 
@@ -115,15 +134,16 @@ def _fed_by(graph_model: Any, scales: Collection[str]) -> list[Any]:
     return [node for node in graph_model.graph if id(node) in found]
 
 
-def _by_values(node: RunningNode, values: _Values) -> tuple[str, ...]:
+def _by_values(node: RunningNode, values: _Values, begun: Mapping[str, Collection[str]]) -> tuple[str, ...]:
     scale = node.inputs[1:2] if node.op_type == "QuantizeLinear" else ()
-    for names, known in (
+    rules: tuple[tuple[tuple[str, ...], Mapping[str, Collection[str]]], ...] = (
         (node.outputs, values.products),
         (node.inputs, values.weights),
         (node.outputs, values.computed),
-        (node.inputs, values.inner),
+        (node.inputs, begun),
         (scale, values.scales),
-    ):
+    )
+    for names, known in rules:
         if owners := dict.fromkeys(layer for name in names for layer in known.get(name, ())):
             return tuple(owners)
     return ()

@@ -1,9 +1,10 @@
-"""`measure_latencies`: every layer with every pair of bits, the same time where an export is the same, and no traces."""
+"""`measure_latencies`: every layer with every pair of bits, equal times where exports are equal, and no traces."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -123,19 +124,22 @@ def wide_net(count: int, quantizer: str) -> nn.Module:
     return calibrate(quantize(net, config), [vectors(16, seed=1)])
 
 
-@pytest.mark.parametrize(("quantizer", "weights"), [("lsq", "int8"), ("dorefa", "int4")])
+@pytest.mark.parametrize(
+    ("quantizer", "weights"), [("lsq", "int8"), pytest.param("dorefa", "int4", marks=pytest.mark.slow)]
+)
 def test_forms_are_what_exports_hold(quantizer, weights, tmp_path):
     """Layers have the same form exactly if their nodes and stored types in a real export are the same."""
     onnx, ir = pytest.importorskip("onnx"), pytest.importorskip("onnx_ir")
-    pairs = list(itertools.product((2, 4, 7, 8), (7, 8)))
+    pairs = list(itertools.product((4, 8), (7, 8)))
     net = wide_net(len(pairs), quantizer)
     names = list(_operands(net))
-    assert set(pairs_of(_operands(net)["0"], (2, 7, 8))) == set(itertools.product((4, 2, 7, 8), repeat=2))
+    assert set(pairs_of(_operands(net)["0"], (2, 8))) == set(itertools.product((4, 2, 8), repeat=2))
     forms = {
         name: forms_of(net.get_submodule(name), name, [pair], weights, "cpu")[pair]
         for name, pair in zip(names, pairs, strict=True)
     }
-    change_bits(net, {n: dict(zip(("weight_bits", "activation_bits"), p, strict=True)) for n, p in zip(names, pairs, strict=True)})
+    fields = [{"weight_bits": weight, "activation_bits": activation} for weight, activation in pairs]
+    change_bits(net, dict(zip(names, fields, strict=True)))
     calibrate(net, [vectors(16, seed=1)])
     export_onnx(net, tmp_path, weights=weights, example=vectors(2), check=False)
     graph = ir.from_proto(onnx.load(tmp_path / "onnx/model_quantized.onnx"))
@@ -185,8 +189,8 @@ def test_models_without_grids_are_refused():
 
 
 def test_a_missing_library_says_what_installs_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"onnxruntime is needed .*hf.saq\[onnx\]|onnxruntime is needed .*\[onnx\]"):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"onnxruntime is needed .*\[onnx\]"):
         measure_latencies(quantized_linear_net(), vectors(4))
 
 
