@@ -4,7 +4,7 @@
 `layer_sensitivity.py` measures it. `allocation.py` turns this into bits for a budget,
 by an `integer_program.py` over options with `prices.py`; `allocated.py` holds what came out, and
 `changing.py` gives it to a model. `measured_latency.py` fills a `latency_table.py` with the prices of an export, by
-the forms in `export_forms.py`; it loads what exports, so this package does not import it.
+the forms in `export_forms.py` and without the `noise.py`; it loads what exports, so this package does not import it.
 """
 
 from .allocated import Allocation, LayerBits

@@ -15,7 +15,8 @@ from .prices import Latencies
 class LayerLatency:
     """Holds the nanoseconds of one layer for one example with one pair of bits, `None` for an operand in float.
 
-    `form` says how the export holds the layer then; pairs of the same form share one measurement.
+    `form` says how the export holds the layer then; pairs of the same form share one measurement,
+    and so do forms whose times cannot be told apart.
     """
 
     name: str

@@ -6,7 +6,6 @@ import copy
 import statistics
 import tempfile
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from .changing import change_bits
 from .export_forms import LayerForm, Pair, forms_of, pairs_of
 from .latency_table import LatencyTable, LayerLatency
 from .layer_sensitivity import CANDIDATES
+from .noise import medians_apart
 
 MEASURED_TARGETS = ("cpu", "cpu-vnni")
 LEAST_NS = 500.0
@@ -66,7 +66,8 @@ def measure_latencies(
     measurement, so that noise makes no difference between them. These differ: weights and inputs of 8 bits, whose
     products `target="cpu"` splits into two halves; inputs of 8 bits, whose codes need no clipping; weights of up to 4
     bits with `weights="int4"`; and, for quantizers on half steps, weights of 8 bits, whose offset becomes a term of
-    its own. There are as many exports as a layer has forms. They take turns, and medians over all turns count.
+    its own. There are as many exports as a layer has forms. They take turns, and medians over all turns count. Two
+    forms share one as well, unless the sign of their difference is the same in nine of ten rounds.
 
     Args:
         model: A quantized, calibrated model, not packed; it is left as it was.
@@ -108,24 +109,27 @@ def measure_latencies(
         times = time_nodes(
             contents, batch, Path(directory), engine=engine, threads=threads, rounds=rounds, tell=bar.update
         )
-    measured: dict[tuple[str, LayerForm], list[float]] = defaultdict(list)
+    measured: dict[str, dict[LayerForm, list[list[float]]]] = {name: {} for name in operands}
     actual: dict[tuple[str, LayerForm], LayerForm] = {}
     others, shares = [], []
     for (name, content), of_layers in zip(contents.items(), plan, strict=True):
         owners = owners_of_nodes(content, times[name].nodes, *_constants(model, operands))
         for layer, (_, form) in of_layers.items():
             actual[layer, form] = form._replace(halves=layer in split[name])
-        for turn in times[name].turns:
+        for number, turn in enumerate(times[name].turns):
             by_layer, other = layer_times(turn, owners)
             others.append(other / batch_size)
             shares.append(sum(by_layer.values()) / (sum(by_layer.values()) + other))
             for layer, (_, form) in of_layers.items():
                 ns = max(by_layer.get(layer, 0.0), LEAST_NS) / batch_size
-                measured[layer, actual[layer, form]].append(ns)
+                in_rounds = measured[layer].setdefault(actual[layer, form], [[] for _ in range(rounds)])
+                in_rounds[number].append(ns)
+    medians = {
+        name: medians_apart({form: list(map(statistics.median, in_rounds)) for form, in_rounds in of_layer.items()})
+        for name, of_layer in measured.items()
+    }
     entries = [
-        LayerLatency(
-            name, *pair, str(form := actual[name, forms[name][pair]]), statistics.median(measured[name, form])
-        )
+        LayerLatency(name, *pair, str(form := actual[name, forms[name][pair]]), medians[name][form])
         for name in operands
         for pair in pairs[name]
     ]

