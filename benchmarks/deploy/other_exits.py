@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = torch.export.export(LogitsOnly(integer_copy(model, "int8")).eval(), (x,))
     plain = program.run_decompositions({**torch.export.default_decompositions(), **in_aten()})
     runs = Runs(options.results, command)
-    arguments: dict[str, Any] = {name: version_of(name) for name in ("torch", "executorch")}
-    arguments |= {"model": options.model, "calls": options.calls}
+    arguments: dict[str, Any] = {"torch": version_of("torch"), "model": options.model, "calls": options.calls}
 
     def exported() -> dict[str, Any]:
         run = plain.module()
@@ -61,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if find_spec("executorch") is None:
         print("executorch is not installed: it was not tried.", flush=True)
         return
+    arguments["executorch"] = version_of("executorch")
     runs.once(f"{options.model}-executorch", arguments, lambda: lowered(plain, x, expected, options.calls))
 
 

@@ -286,6 +286,30 @@ def test_names_between_nodes_are_dropped():
     assert np.array_equal(evaluate(model), before)
 
 
+@pytest.mark.parametrize("sum_", ["Add (h, bias)", "Add (bias, h)"])
+def test_a_bias_before_a_gelu_is_subtracted(sum_: str):
+    constants = {"w": RNG.normal(size=(5, 3)).astype(np.float32), "bias": RNG.normal(size=3).astype(np.float32)}
+    model = graph_of(f"h = MatMul (x, w) b = {sum_} y = Gelu (b)", "4, 5", **constants)
+    x = RNG.normal(size=(2, 4, 5)).astype(np.float32)
+    before = evaluate(model, x)
+    assert passes.subtract_biases_before_gelus(model) == 1 and kinds(model) == ["MatMul", "Sub", "Gelu"]
+    assert np.array_equal(evaluate(model, x), before)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = MatMul (x, w) b = Add (h, bias) g = Gelu (b) y = Add (g, b)",
+        "h = MatMul (x, w) b = Add (h, h) y = Gelu (b)",
+        "h = MatMul (x, w) b = Add (h, bias) y = Relu (b)",
+    ],
+    ids=["used otherwise", "no constant", "no Gelu"],
+)
+def test_other_sums_stay(body: str):
+    constants = {"w": RNG.normal(size=(5, 3)).astype(np.float32), "bias": RNG.normal(size=3).astype(np.float32)}
+    assert passes.subtract_biases_before_gelus(graph_of(body, "4, 5", **constants)) == 0
+
+
 # Windows -------------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +334,29 @@ def test_convolutions_become_products(kernel: int, attributes: str, zero_point: 
     assert passes.convolutions_to_products(model) == 1 and "Conv" not in kinds(model)
     np.testing.assert_allclose(evaluate(model, x), before, rtol=1e-5, atol=1e-5)
     assert model.graph.initializers["layer.codes"].const_value.shape == (8 * kernel**2, 6)
+
+
+@pytest.mark.parametrize("patches_only", [True, False])
+def test_patches_are_cut_out_by_reshaping(patches_only: bool):
+    codes = RNG.integers(-8, 8, (6, 3, 2, 3)).astype(np.int8)  # too few channels for windows that overlap
+    x = RNG.normal(size=(2, 3, 6, 9)).astype(np.float32)
+    body = QUANTIZED_X + WEIGHT + "h = Conv <strides = [2, 3]> (x_q, w, bias) y = Relu (h)"
+    model = graph_of(body, "3, 6, 9", **GRID, **{**CONVOLUTION, "layer__codes": codes})
+    before = evaluate(model, x)
+    assert passes.convolutions_to_products(model, patches_only) == 1 and "Slice" not in kinds(model)
+    np.testing.assert_allclose(evaluate(model, x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size"),
+    [("strides = [2, 2]", "8, 6, 7"), ("strides = [2, 2], pads = [1, 1, 1, 1]", "8, 6, 6"), ("group = 1", "8, 6, 6")],
+    ids=["a column left over", "padded", "overlapping"],
+)
+def test_other_windows_are_no_patches(attributes: str, size: str):
+    codes = RNG.integers(-8, 8, (6, 8, 2, 2)).astype(np.int8)
+    body = QUANTIZED_X + WEIGHT + f"h = Conv <{attributes}> (x_q, w, bias) y = Relu (h)"
+    model = graph_of(body, size, **GRID, **{**CONVOLUTION, "layer__codes": codes})
+    assert passes.convolutions_to_products(model, patches_only=True) == 0
 
 
 @pytest.mark.parametrize(

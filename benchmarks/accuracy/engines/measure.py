@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import norm
 from torch import Tensor, nn
 
 from hf_saq.export import ExportCheckError, export_onnx
@@ -31,7 +32,7 @@ from ..training import float_state, images_of
 from . import run_graph
 from .elsewhere import HERE, PLACES, run_elsewhere
 from .models import LEARNING_RATES, Quantized, calibration_batches, model_of, quantized_models
-from .page import MODULE, page
+from .page import FIRST, MODULE, page
 from .probe import saturates
 
 EXAMPLES = 16
@@ -45,7 +46,7 @@ class EngineArguments:
     tasks: list[str] = field(default_factory=lambda: list(LEARNING_RATES), metadata={"help": "Tasks of `accuracy`."})
     steps: int = field(default=128, metadata={"help": "Of training with 4-bit weights."})
     seed: int = field(default=0, metadata={"help": "Of the order of images, their augmentation, and dropout."})
-    images: int = field(default=300, metadata={"help": "How many test images."})
+    images: int = field(default=2000, metadata={"help": "How many test images."})
     threads: int = field(default=1, metadata={"help": "Of torch."})
     results: str = field(default=f"{RESULTS}/engine_accuracy", metadata={"help": "Where the JSON results go."})
     document: str = field(default="docs/engine_accuracy.md", metadata={"help": "The page to write."})
@@ -145,7 +146,14 @@ class Comparison:
             refused = str(error)
             report = export_onnx(model, self.directory / target, check=False, **arguments)
         split = [layer.name for layer in report.layers if layer.notes]
-        found = {"bytes": report.size, "layers": len(report.layers), "split": split, "checks": dict(report.checks)}
+        narrow = export_onnx(model, self.directory / f"{target}-int4", weights="int4", check=False, **arguments)
+        found = {
+            "bytes": report.size,
+            "int4_bytes": narrow.size,
+            "layers": len(report.layers),
+            "split": split,
+            "checks": dict(report.checks),
+        }
         return {**found, "refused": refused}
 
     def predict(self, target: str, engine: str, place: str) -> dict[str, Any]:
@@ -172,12 +180,20 @@ def engines_at(place: str) -> list[str]:
 
 
 def compared(logits: np.ndarray, own: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Compare logits with hf_saq's own: accuracies, the share of equal classes, and the relative difference."""
+    """Compare logits with hf_saq's own: accuracies, the share of equal classes, and the relative difference.
+
+    `margin` is half of a 95 % interval around the difference of the accuracies, from the images' own differences;
+    `first` has the accuracies on the first of them alone.
+    """
+    right, right_own = logits.argmax(1) == labels, own.argmax(1) == labels
+    differences = right.astype(float) - right_own
     return {
         "top1": top1(logits, labels),
         "hf_saq": top1(own, labels),
+        "margin": float(norm.ppf(0.975) * differences.std() / np.sqrt(len(labels))),
         "same": float((logits.argmax(1) == own.argmax(1)).mean()),
         "difference": float(np.sqrt(np.mean((logits - own) ** 2) / np.mean(own**2))),
+        "first": {"top1": float(right[:FIRST].mean()), "hf_saq": float(right_own[:FIRST].mean())},
     }
 
 

@@ -23,6 +23,7 @@ class LayerSpan:
         input: The value that is quantized, or that goes into the product.
         output: The value that the layer computes, bias and other terms included.
         pads: Zeros that it pads around its input, as ONNX lists them; `None` if it is no convolution.
+        in_patches: Whether it is a convolution over patches, written as a product over channels, then places.
     """
 
     weight: Any
@@ -33,6 +34,7 @@ class LayerSpan:
     input: Any
     output: Any
     pads: list[int] | None
+    in_patches: bool = False
 
 
 def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
@@ -57,13 +59,14 @@ def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
         x = node.inputs[0]
     dequantize = producer(x, "DequantizeLinear")
     clip = quantize = None
-    output, pads = _end(product.outputs[0]), None
+    output, pads, in_patches = _end(product.outputs[0]), None, False
     if product.op_type == "Conv":
         pads = list(product.attributes.get_ints("pads", [0] * 2 * (len(product.attributes.get_ints("kernel_shape")))))
     if dequantize is not None:
         codes_of_x = dequantize.inputs[0]
-        while (node := producer(codes_of_x, "Concat", "Gather", "Slice", "Pad", "Transpose")) is not None:
+        while (node := producer(codes_of_x, "Concat", "Gather", "Slice", "Pad", "Transpose", "Reshape")) is not None:
             codes_of_x = node.inputs[0]
+            in_patches = in_patches or node.op_type == "Reshape"
             if node.op_type == "Pad":
                 pads = [int(constant(node.inputs[1])[i]) for i in (1, 2, 5, 6)]  # type: ignore[index]
             elif node.op_type == "Transpose":  # a convolution, written as a product with its channels last
@@ -76,7 +79,7 @@ def find_span(model: Any, name: str, affine: bool) -> LayerSpan | None:
             shift = producer(x, "Sub")
             assert shift is not None, f"{name}: no offset is subtracted"
             x = shift.inputs[0]
-    return LayerSpan(weight, product, channel_axis, quantize, clip, x, output, pads)
+    return LayerSpan(weight, product, channel_axis, quantize, clip, x, output, pads, in_patches)
 
 
 def stored_codes(span: LayerSpan) -> np.ndarray:

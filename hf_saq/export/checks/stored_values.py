@@ -33,7 +33,7 @@ def wrong_weight(layer: QuantizedLayer | PackedLayer, span: LayerSpan, norm: nn.
         offset = offset if layer.weight_quantizer.has_offset else None
     axis = layer._functional.channel_axis if isinstance(layer, PackedLayer) else layer.channel_axis
     codes = codes.movedim(axis, 0)
-    if span.product.op_type == "MatMul":
+    if span.product.op_type == "MatMul" and not span.in_patches:
         codes = codes.movedim(1, -1)  # a convolution that is written as a product goes over places, then channels
     code = codes.flatten(1).cpu().numpy().astype(np.int64)
     step = np.broadcast_to(scale.double().cpu().numpy().reshape(-1), len(code))

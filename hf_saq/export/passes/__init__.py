@@ -8,7 +8,7 @@ from typing import Any
 from .batch_norms import fold_batch_norms
 from .codes import narrow_codes, widen_codes
 from .masks import drop_open_masks
-from .matmuls import gemms_to_matmuls, transpose_stored_weights
+from .matmuls import gemms_to_matmuls, subtract_biases_before_gelus, transpose_stored_weights
 from .pads import move_pads_behind_codes
 from .relus import fold_relus_into_codes
 from .saturation import may_saturate, saturating_layers, split_saturating_layers
@@ -30,6 +30,7 @@ __all__ = [
     "saturating_layers",
     "split_saturating_layers",
     "store",
+    "subtract_biases_before_gelus",
     "transpose_stored_weights",
     "widen_codes",
 ]
@@ -43,10 +44,12 @@ def run_in_integers(model: Any) -> dict[str, str]:
     """
     transpose_stored_weights(model)
     gemms_to_matmuls(model)
+    subtract_biases_before_gelus(model)
     folded = fold_batch_norms(model)
     move_pads_behind_codes(model)
     fold_relus_into_codes(model)
     drop_open_masks(model)
+    convolutions_to_products(model, patches_only=True)
     return folded
 
 

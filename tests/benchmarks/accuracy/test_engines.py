@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import vit
@@ -24,14 +25,16 @@ def record(name: str, outcome: dict, **arguments) -> dict:
 
 
 def run(name: str, target: str, engine: str, place: str, top1: float) -> dict:
-    outcome = {"top1": top1, "hf_saq": 0.8, "same": 0.97, "difference": 0.01}
+    first = {"top1": 0.81, "hf_saq": 0.8}
+    outcome = {"top1": top1, "hf_saq": 0.8, "margin": 0.012, "same": 0.97, "difference": 0.01, "first": first}
     return record(f"{name}-{target}-{engine}-{place}", outcome, engine=engine, place=place, target=target)
 
 
 @pytest.fixture
 def stored(tmp_path):
     export = {
-        "bytes": 2**20,
+        "bytes": 5_900_000,
+        "int4_bytes": 3_304_000,
         "layers": 9,
         "split": ["a", "b"],
         "checks": {"integers": "8 of 9 layers run in"},
@@ -39,7 +42,7 @@ def stored(tmp_path):
     }
     records = [
         record("m-hf_saq", {"top1": 0.8, "float": 0.81}),
-        record("m-float64", {"top1": 0.795, "hf_saq": 0.8, "same": 0.99, "difference": 0.001}),
+        record("m-float64", {"top1": 0.795, "hf_saq": 0.8, "margin": 0.002, "same": 0.99, "difference": 0.001}),
         record("m-cpu-export", export),
         record("m-cpu-vnni-export", {**export, "split": [], "checks": {}, "refused": "export not written, because."}),
         *(
@@ -60,25 +63,33 @@ def stored(tmp_path):
 
 def test_the_page_says_what_is_stored(stored):
     text = page(stored)
-    assert (
-        "| MobileNetV2, W8A8 | 81.0 | 80.0 | 79.5 (-0.5) | 80.5 (+0.5) | 80.5 (+0.5) | 80.5 (+0.5) | 80.5 (+0.5) |"
-        in text
-    )
-    assert "all 4 runs are within 0.5 points of hf_saq" in text
+    near = "80.5 (+0.50 ± 1.20)"
+    assert f"| MobileNetV2, W8A8 | 81.0 | 80.0 | 79.5 (-0.50 ± 0.20) | {near} | {near} | {near} | {near} |" in text
+    assert "all 4 runs are within 0.5 points of hf_saq. No difference is larger than its interval." in text
+    assert "On the first 300 images alone, 0 of 4 runs are within 0.5 points of hf_saq; not m-cpu-" in text
     assert "- MobileNetV2, W8A8: ONNX Runtime 97.0, OpenVINO 97.0, ONNX Runtime with biases in float 97.0" in text
     assert (
-        "| MobileNetV2, W8A8 | 81.0 | 80.0 | 79.5 (-0.5) | not run | not run | not run | 40.0 (-40.0) | not run |"
-        in text
+        "| MobileNetV2, W8A8 | 81.0 | 80.0 | 79.5 (-0.50 ± 0.20) | not run | not run | not run "
+        "| 40.0 (-40.00 ± 1.20) | not run |" in text
     )
     assert "- OpenVINO, no VNNI: a sum of the largest products saturates, 1,048,544 of 2,072,640" in text
-    assert "| `cpu` | 1.00 MiB | 2 | 8 of 9 | passed |" in text
-    assert "| `cpu-vnni` | 1.00 MiB | 0 | not counted | export not written, because. |" in text
+    assert "| `cpu` | 5.90 MB | 3.30 MB | 2 | 8 of 9 | passed |" in text
+    assert "| `cpu-vnni` | 5.90 MB | 3.30 MB | 0 | not counted | export not written, because. |" in text
 
 
 def test_an_engine_that_is_further_off_is_named(stored):
-    entry = run("m", "cpu", "openvino", "here", 0.79)
+    entry = run("m", "cpu", "openvino", "here", 0.785)
     (stored / f"{entry['name']}.json").write_text(json.dumps(entry))
-    assert "3 of 4 runs are within 0.5 points of hf_saq; not m-cpu-openvino-here." in page(stored)
+    text = page(stored)
+    assert "3 of 4 runs are within 0.5 points of hf_saq; not m-cpu-openvino-here." in text
+    assert "Differences larger than their interval: m-cpu-openvino-here." in text
+
+
+def test_the_margin_is_that_of_paired_differences():
+    own, labels = np.eye(4)[[0, 1, 2, 3]], np.array([0, 1, 2, 0])
+    found = measure.compared(np.eye(4)[[0, 1, 3, 0]], own, labels)  # one better, one worse
+    assert found["top1"] == found["hf_saq"] == 0.75 and found["same"] == 0.5
+    assert found["margin"] == pytest.approx(1.96 * np.std([0, 0, -1, 1]) / 2, rel=1e-4)
 
 
 def test_a_page_needs_results(tmp_path):
