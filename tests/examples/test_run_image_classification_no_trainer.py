@@ -55,6 +55,7 @@ def test_a_run(tmp_path, monkeypatch):
     assert any(isinstance(module, PackedLayer) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     script_of_two = EXAMPLES / "run_image_classification_no_trainer.py"
     done = run_python(script_of_two, *SMALL, f"--output_dir={tmp_path}", processes=2)
@@ -63,6 +64,7 @@ def test_two_processes(tmp_path):
     assert results["quantized"] == results["reloaded"]
 
 
+@pytest.mark.slow
 def test_the_second_pass_changes_the_result(tmp_path):
     """Radius 0 is plain quantization-aware training."""
     states = {}

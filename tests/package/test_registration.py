@@ -253,6 +253,7 @@ def check_orders(saved: Path, orders: dict[str, str]) -> None:
     assert failed == dict.fromkeys(orders, False), outcome.stderr
 
 
+@pytest.mark.slow
 def test_a_quantized_model_loads_after_imports_in_any_order(saved):
     check_orders(saved, ORDERS)
 

@@ -42,6 +42,7 @@ def arguments(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*one weight scale for a whole tensor")
 def test_a_run_and_what_a_restart_skips(arguments, tmp_path, monkeypatch):
     script.main(arguments)

@@ -10,6 +10,7 @@ import torch
 from benchmarks.step_cost import sweep as script
 
 
+@pytest.mark.slow
 def test_a_run_and_what_a_restart_skips(small, tmp_path, monkeypatch, capsys):
     given = ["--models", "small", "--batch_sizes", "2", "--rounds", "1", "--steps", "1", "--results", str(tmp_path)]
     script.main(given)
