@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ REFERENCES = ("onnx-float", "float")
 """What ratios are to: the first of these that was measured, or whatever was."""
 SECONDS = 0.1
 """How long a turn takes at least."""
+
+
+class _Cell(NamedTuple):
+    """Holds what the forms answered with one number of threads and one batch size, round by round."""
+
+    threads: int
+    batch: int
+    turns: dict[str, list[dict[str, Any]]]
 
 
 def benchmark(
@@ -74,11 +82,9 @@ def benchmark(
         skipped: dict[str, str] = {}
         requests = _written(stored, inputs, [form for form in FORMS if forms is None or form in forms], skipped, tell)
         found: dict[str, FormResult] = {}
-        timings: list[Timing] = []
+        cells: list[_Cell] = []
         for count in threads:
-            timings += _timings(
-                stored.stage, requests, count, batch_sizes, rounds, clock, expected, found, skipped, tell
-            )
+            cells += _measured(stored.stage, requests, count, batch_sizes, rounds, expected, found, skipped, tell)
         names = [name for name in FORMS if name in found and name not in skipped]
         if not names:
             listed = "; ".join(f"{form}: {reason}" for form, reason in skipped.items())
@@ -87,13 +93,13 @@ def benchmark(
             model=type(stored.model).__name__,
             bits=_bits(stored.model),
             images=f"{told}, {' x '.join(map(str, inputs.shape[1:]))}",
-            reference=_reference(names),
+            reference=(reference := _reference(names)),
             clock=clock,
             rounds=rounds,
             machine=machine(),
             versions=versions(),
             forms=tuple(found[name] for name in names),
-            timings=tuple(timing for timing in timings if timing.form in names),
+            timings=tuple(timing for cell in cells for timing in _timings(cell, names, reference, clock)),
             skipped=skipped,
             count=len(inputs),
         )
@@ -138,20 +144,19 @@ def _written(
     return requests
 
 
-def _timings(
+def _measured(
     stage: Path,
     requests: dict[str, dict[str, Any]],
     threads: int,
     batch_sizes: Sequence[int],
     rounds: int,
-    clock: str,
     expected: np.ndarray,
     found: dict[str, FormResult],
     skipped: dict[str, str],
     tell: Callable[[str], None],
-) -> list[Timing]:
+) -> list[_Cell]:
     """Start the forms with so many threads and time them; add to `found` and `skipped`."""
-    timings: list[Timing] = []
+    cells = []
     with ExitStack() as on_exit:
         workers: dict[str, Worker] = {}
         for name, request in requests.items():
@@ -168,8 +173,8 @@ def _timings(
             workers[name] = worker
             found[name] = _compared(name, request["size"], np.load(stage / f"{name}.npy"), expected)
         for batch in batch_sizes:
-            timings += _in_turns(workers, threads, batch, rounds, clock, skipped, tell)
-    return timings
+            cells.append(_in_turns(workers, threads, batch, rounds, skipped, tell))
+    return cells
 
 
 def _in_turns(
@@ -177,10 +182,9 @@ def _in_turns(
     threads: int,
     batch: int,
     rounds: int,
-    clock: str,
     skipped: dict[str, str],
     tell: Callable[[str], None],
-) -> list[Timing]:
+) -> _Cell:
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers if name not in skipped}
     for turn in range(-1, rounds):  # the first one warms up
         tell(f"threads {threads}, batch {batch}: " + (f"round {turn + 1} of {rounds}" if turn >= 0 else "warming up"))
@@ -193,27 +197,28 @@ def _in_turns(
                 continue
             if turn >= 0:
                 turns[name].append(answer)
-    if not turns:
-        return []
+    return _Cell(threads, batch, turns)
+
+
+def _timings(cell: _Cell, names: Sequence[str], reference: str, clock: str) -> list[Timing]:
+    """Evaluate the forms called `names`: those that nothing happened to, in this cell or in another."""
     own = CLOCKS[clock]
-    medians = {name: [statistics.median(answer[own]) for answer in answers] for name, answers in turns.items()}
-    reference = medians[_reference(list(turns))]
+    medians = {name: [statistics.median(answer[own]) for answer in cell.turns[name]] for name in names}
     return [
-        _timing(name, threads, batch, answers, own, [a / b for a, b in zip(medians[name], reference, strict=True)])
-        for name, answers in turns.items()
+        _timing(name, cell, own, [a / b for a, b in zip(medians[name], medians[reference], strict=True)])
+        for name in names
     ]
 
 
-def _timing(
-    name: str, threads: int, batch: int, answers: list[dict[str, Any]], clock: str, ratios: list[float]
-) -> Timing:
+def _timing(name: str, cell: _Cell, clock: str, ratios: list[float]) -> Timing:
+    answers = cell.turns[name]
     seconds = {key: [one for answer in answers for one in answer[key]] for key in ("wall", "cpu")}
     lower, median, upper = (float(value) for value in np.quantile(seconds[clock], (0.25, 0.5, 0.75)))
     memory = [answer["memory"] for answer in answers if answer["memory"] is not None]
     return Timing(
         form=name,
-        threads=threads,
-        batch=batch,
+        threads=cell.threads,
+        batch=cell.batch,
         median=median,
         lower_quartile=lower,
         upper_quartile=upper,

@@ -18,7 +18,7 @@ from hf_saq import pack
 from hf_saq.cli import main
 from hf_saq.export import export_onnx
 from hf_saq.export.onnx_export import RECORD
-from hf_saq.timing import FORMS, benchmark
+from hf_saq.timing import FORMS, benchmark, measuring
 from hf_saq.timing.forms import WRITERS, StoredForms
 from hf_saq.timing.loading import LOADERS
 from hf_saq.timing.machine import cores
@@ -78,6 +78,30 @@ def test_a_form_that_ends_says_why(tmp_path):
     request = {"name": "x", "loader": "onnxruntime", "threads": 1, "images": str(tmp_path / "images.npy")}
     with pytest.raises(WorkerError, match="InvalidProtobuf"):
         Worker({**request, "path": str(tmp_path / "damaged.onnx")}, tmp_path)
+
+
+class Scripted:
+    """Answers as a worker whose calls take `seconds` each, and ends at batches of `ends_at`."""
+
+    def __init__(self, seconds: float, ends_at: int = 0):
+        self.seconds, self.ends_at = seconds, ends_at
+
+    def ask(self, request: dict) -> dict:
+        if request["batch"] == self.ends_at:
+            raise WorkerError("it ran out of memory")
+        return {"wall": [self.seconds], "cpu": [self.seconds], "memory": None}
+
+
+def test_ratios_are_to_a_form_that_was_measured_throughout():
+    """Where the reference fails at the second batch size, ratios of the first are to another one too."""
+    workers: dict = {"onnx-float": Scripted(1.0, ends_at=8), "float": Scripted(2.0), "packed": Scripted(6.0)}
+    skipped: dict[str, str] = {}
+    cells = [measuring._in_turns(workers, 1, batch, 3, skipped, lambda _: None) for batch in (1, 8)]
+    assert skipped == {"onnx-float": "batch 8: it ran out of memory"}
+    for cell in cells:
+        found = {timing.form: timing for timing in measuring._timings(cell, ["float", "packed"], "float", "wall")}
+        assert {name: timing.ratio for name, timing in found.items()} == {"float": 1.0, "packed": 3.0}
+        assert found["packed"].batch == cell.batch and found["packed"].calls == 3
 
 
 def test_a_turn_repeats_one_batch_for_as_long_as_it_is_told():
