@@ -38,22 +38,25 @@ class ExportedClassifier(nn.Module):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
-    def __init__(self, content: bytes, config: Any, engine: str, threads: int | None = None):
+    def __init__(self, content: bytes, config: Any, engine: str, threads: int | None = None, exact: bool = False):
         super().__init__()
         check_engine(engine)
         self.config, self.engine = config, engine
-        self._run = ENGINES[engine](content, threads)
+        self._run = ENGINES[engine](content, threads, exact)
         self.eval()
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, engine: str = "onnxruntime", threads: int | None = None
+        cls, directory: str | Path, engine: str = "onnxruntime", threads: int | None = None, exact: bool = False
     ) -> ExportedClassifier:
         """Load what `export_onnx` wrote.
 
         Args:
             engine: `"onnxruntime"` or `"openvino"`.
             threads: Threads of the engine; `None` leaves it to the engine.
+            exact: Whether ONNX Runtime keeps biases of convolutions in float. By default it rounds them, which flips
+                the class of some images where activations have few bits, for better and for worse; without that, it
+                runs these convolutions in float, slower than a float model. OpenVINO never rounds them.
 
         Raises:
             ValueError: If there is no such engine, if `directory` is no export, or if its graph is not the one that
@@ -65,7 +68,7 @@ class ExportedClassifier(nn.Module):
         content = _graph_of(directory)
         has_model_type = "model_type" in json.loads((directory / CONFIG_FILE).read_text())
         config = AutoConfig.from_pretrained(directory) if has_model_type else None
-        return cls(content, config, engine, threads)
+        return cls(content, config, engine, threads, exact)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
         """Compute logits `(batch, labels)` of `pixel_values` `(batch, channels, height, width)`."""

@@ -13,16 +13,23 @@ RunFunction = Callable[[np.ndarray], np.ndarray]
 """Computes logits from inputs, both float32."""
 
 
-def _onnxruntime(content: bytes, threads: int | None) -> RunFunction:
+ROUNDS_BIASES = "WeightBiasQuantization"
+"""The optimizer of ONNX Runtime that rounds the bias of a convolution to the product of its two scales."""
+
+
+def _onnxruntime(content: bytes, threads: int | None, exact: bool = False) -> RunFunction:
     runtime: Any = needed("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    without = [ROUNDS_BIASES] if exact else []
+    session = runtime.InferenceSession(
+        content, options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+    )
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0]
 
 
-def _openvino(content: bytes, threads: int | None) -> RunFunction:
+def _openvino(content: bytes, threads: int | None, exact: bool = False) -> RunFunction:  # noqa: ARG001 (it always is)
     core: Any = needed("openvino").Core()
     properties: dict[str, Any] = dict(OPENVINO_PROPERTIES)
     if threads is not None:
@@ -31,4 +38,4 @@ def _openvino(content: bytes, threads: int | None) -> RunFunction:
     return lambda x: compiled(x)[0]
 
 
-ENGINES: dict[str, Callable[[bytes, int | None], RunFunction]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+ENGINES: dict[str, Callable[..., RunFunction]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
