@@ -41,6 +41,15 @@ def test_its_figures_are_those_of_the_results():
     assert table().count("\n") > 5
 
 
+def test_what_bits_by_budget_gain_is_what_their_page_says():
+    page = (ROOT / "docs" / "flatness.md").read_text()
+    gains = re.findall(r"\| [^|]*, the bit operations of W3A3 \|.*\| \**([-+][^*|]*\])\** \|", page)
+    quoted = re.findall(
+        r"[-+]\d+\.\d+ \[[^]]*\]", README.partition("**Bits where they matter**")[2].partition("- **")[0]
+    )
+    assert len(gains) == 2 and sorted(gains) == sorted(quoted)
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(?:examples|docs)/[\w./]+\.\w+", README))))
 def test_files_that_it_names_exist(path):
     assert (ROOT / path).exists()
