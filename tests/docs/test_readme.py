@@ -44,9 +44,8 @@ def test_its_figures_are_those_of_the_results():
 def test_what_bits_by_budget_gain_is_what_their_page_says():
     page = (ROOT / "docs" / "flatness.md").read_text()
     gains = re.findall(r"\| [^|]*, the bit operations of W3A3 \|.*\| \**([-+][^*|]*\])\** \|", page)
-    quoted = re.findall(
-        r"[-+]\d+\.\d+ \[[^]]*\]", README.partition("**Bits where they matter**")[2].partition("- **")[0]
-    )
+    bullet = README.partition("**Bits where they matter**")[2].partition("- **")[0]
+    quoted = re.findall(r"[-+]\d+\.\d+ \[[^]]*\]", bullet)
     assert len(gains) == 2 and sorted(gains) == sorted(quoted)
 
 
