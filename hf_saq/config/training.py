@@ -48,8 +48,8 @@ class SAQConfig:
         default=None,
         metadata={
             "help": "Preset for the knobs below: full perturbs with whole batches, in two passes a step; "
-            "balanced (the default if no knob is given) takes 1.125 passes, free one. Knobs given one by one are "
-            "completed by those of full."
+            "balanced (the default if no knob is given) takes 1.125 passes, free one, for long training alone: it "
+            "sees half as many batches. Knobs given one by one are completed by those of full."
         },
     )
     interval: int | None = field(
