@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
+.PHONY: install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
 
 install: $(STAMP)
 
@@ -64,6 +64,9 @@ float-function: $(STAMP)  ## write docs/float_function.md: what conversion and t
 
 deploy-benchmark: $(STAMP)  ## docs/deploy.md: every form of five models; what is in benchmarks/results/deploy is done
 	$(TEST_ENV) $(BIN)/python -m benchmarks.deploy.measure
+
+deploy-operators: $(STAMP)  ## docs/deploy.md: where the time of ViT-tiny goes, in float and in integers
+	$(TEST_ENV) $(BIN)/python -m benchmarks.deploy.operators
 
 FAKE_QUANT := OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.fake_quant
 fake-quant: $(STAMP)  ## quantized layers and steps against float and other libraries, on a quiet machine

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.command_line import page_paths
-from ..shared.markdown import head, row
+from ..shared.markdown import head, row, write_between
 from ..shared.places import RESULTS
 from ..shared.runs import records_in
 from .models import MODELS
@@ -31,12 +31,8 @@ def write_page(results: Path, document: Path) -> None:
     records = sorted(records_in(results), key=lambda record: list(MODELS).index(record["name"]))
     if not records:
         raise ValueError(f"{results} has no results; run `make deploy-benchmark` first.")
-    text = document.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{document} has not the two marks {BEGIN!r} and {END!r}, once each, between which to write.")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
     tables = "\n".join([summary(records), *(table(record) for record in records)])
-    document.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
+    write_between(document, BEGIN, END, tables)
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
