@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,8 @@ def profiled(name: str, rounds: int) -> dict[str, Any]:
     """Profile both graphs of the model `name`, one image at a time on one thread."""
     with tempfile.TemporaryDirectory() as directory:
         source, stage = Path(directory) / "model", Path(directory) / "stage"
-        source.mkdir(), stage.mkdir()
+        source.mkdir()
+        stage.mkdir()
         save_quantized(name, source)
         stored = StoredForms(str(source), stage, "cpu")
         images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
@@ -78,7 +79,7 @@ def by_operator(found: NodeTimes) -> dict[str, dict[str, float]]:
     kinds = {node.name: node.op_type for node in found.nodes}
     turns: dict[str, list[float]] = {kind: [] for kind in kinds.values()}
     for turn in found.turns:
-        spent: Counter[str] = Counter()
+        spent: dict[str, float] = defaultdict(float)
         for name, ns in turn.items():
             spent[kinds[name]] += ns
         for kind in turns:
