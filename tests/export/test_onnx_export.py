@@ -27,7 +27,9 @@ FILE = "onnx/model_quantized.onnx"
 def run(directory, x: torch.Tensor) -> np.ndarray:
     """Evaluate the graph in numpy, node by node."""
     evaluator = ReferenceEvaluator(str(directory / FILE))
-    return evaluator.run(None, {evaluator.input_names[0]: x.numpy()})[0]
+    # The sigmoid of onnx's reference computes the branch that it does not take as well, which overflows.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return evaluator.run(None, {evaluator.input_names[0]: x.numpy()})[0]
 
 
 def assert_predicts(directory, model: nn.Module, x: torch.Tensor, tolerance: float = 1e-5) -> None:
