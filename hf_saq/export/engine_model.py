@@ -56,7 +56,7 @@ class ExportedClassifier(nn.Module):
             threads: Threads of the engine; `None` leaves it to the engine.
             exact: Whether ONNX Runtime keeps biases of convolutions in float. By default it rounds them, which flips
                 the class of some images where activations have few bits, for better and for worse; without that, it
-                runs these convolutions in float, slower than a float model. OpenVINO never rounds them.
+                runs these convolutions in float, which takes longer. OpenVINO never rounds them.
 
         Raises:
             ValueError: If there is no such engine, if `directory` is no export, or if its graph is not the one that

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .nodes import (
-    add_initializer,
+    add_bias,
     constant,
     insert_node,
     nodes_of,
@@ -61,12 +61,8 @@ def gemms_to_matmuls(model: Any) -> int:
             _transpose(weight)
         y = insert_node(node, "MatMul", list(node.inputs[:2]))
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            bias = constant(node.inputs[2])
-            if bias is None:
-                y = insert_node(node, "Add", [y, node.inputs[2]])
-            else:
-                negative = add_initializer(node.graph, f"{node.inputs[2].name}.negative", -bias)
-                y = insert_node(node, "Sub", [y, negative])
+            is_constant = constant(node.inputs[2]) is not None
+            y = add_bias(node, y, node.inputs[2]) if is_constant else insert_node(node, "Add", [y, node.inputs[2]])
         replace_value(node.outputs[0], y)
         count += 1
     return count
@@ -82,13 +78,9 @@ def subtract_biases_before_gelus(model: Any) -> int:
     """
     count = 0
     for node in nodes_of(model, "Add"):
-        if not used_once(node.outputs[0]) or not only_used_by(node.outputs[0], "Gelu"):
-            continue
-        for value, other in (node.inputs, reversed(node.inputs)):
-            bias = constant(other)
-            if bias is not None and producer(value, "MatMul") is not None:
-                negative = add_initializer(node.graph, f"{other.name}.negative", -bias)
-                replace_value(node.outputs[0], insert_node(node, "Sub", [value, negative]))
+        for value, bias in (node.inputs, reversed(node.inputs)) if only_used_by(node.outputs[0], "Gelu") else ():
+            if constant(bias) is not None and producer(value, "MatMul") is not None:
+                replace_value(node.outputs[0], add_bias(node, value, bias))
                 count += 1
                 break
     return count

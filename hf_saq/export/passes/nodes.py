@@ -86,6 +86,16 @@ def replace_value(old: Any, new: Any) -> None:
     new.name = name
 
 
+def add_bias(before: Any, value: Any, bias: Any) -> Any:
+    """Put the sum of `value` and a constant before the node `before`, as a difference; return it.
+
+    ONNX Runtime makes a `MatMul` with an `Add` a `Gemm` again, and fuses an `Add` with what follows it.
+    """
+    array = constant(bias)
+    assert array is not None, f"{bias.name} is no constant"
+    return insert_node(before, "Sub", [value, add_initializer(before.graph, f"{bias.name}.negative", -array)])
+
+
 def insert_behind(node: Any, op_type: str, other: Any) -> None:
     """Let an operator of two inputs, the output of `node` and `other`, take the place of that output."""
     ir = import_module("onnx_ir")

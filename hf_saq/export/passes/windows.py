@@ -2,7 +2,7 @@
 
 ONNX Runtime runs a `Conv` in integers only if its output is quantized next. Before a residual sum, a pooling or a
 function it is not, and the convolution runs in float. A product with a bias behind it has no such condition. For
-patches that do not overlap, as at the start of a ViT, nothing is copied twice, and no engine is slower with it.
+patches that do not overlap, as at the start of a ViT, nothing is copied twice.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .nodes import (
+    add_bias,
     add_initializer,
     constant,
     insert_node,
@@ -47,8 +48,10 @@ def convolutions_to_products(model: Any, patches_only: bool = False) -> int:
     for node in nodes_of(model, "Conv"):
         dequantize, weight = producer(node.inputs[0], "DequantizeLinear"), producer(node.inputs[1], "DequantizeLinear")
         codes, scale = (None, None) if weight is None else (constant(value) for value in weight.inputs[:2])
-        bias = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
         if dequantize is None or codes is None or scale is None or not used_once(node.inputs[1]):
+            continue
+        if bias is not None and constant(bias) is None:
             continue
         if not _is_plain(node, codes) or (used_once(node.outputs[0]) and _is_quantized(node.outputs[0])):
             continue
@@ -64,7 +67,7 @@ def convolutions_to_products(model: Any, patches_only: bool = False) -> int:
         x = insert_node(node, "DequantizeLinear", [windows, *dequantize.inputs[1:]])
         y = insert_node(node, "MatMul", [x, weight.outputs[0]])
         if bias is not None:
-            y = insert_node(node, "Sub", [y, add_initializer(node.graph, f"{node.inputs[2].name}.negative", -bias)])
+            y = add_bias(node, y, bias)
         replace_value(node.outputs[0], insert_node(node, "Transpose", [y], {"perm": FROM_LAST}))
         if not dequantize.outputs[0].uses() and not dequantize.outputs[0].is_graph_output():
             dequantize.graph.remove(dequantize, safe=True)

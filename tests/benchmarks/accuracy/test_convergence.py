@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
+from pathlib import Path
 
 import pytest
 
 from benchmarks.accuracy import convergence as script
 from benchmarks.accuracy import study
 from benchmarks.accuracy.tasks import TASKS
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -47,3 +51,17 @@ def test_mistakes(given):
         script.main([*given, "--seeds", "5"])
     with pytest.raises(ValueError, match=r"--tasks \['imagenet'\]: unknown"):
         script.main([*given, "--task", "imagenet"])
+
+
+def test_what_the_protocol_says_of_lengths_is_stored():
+    def validation(pattern: str) -> float:
+        found = [json.loads(path.read_text())["outcome"]["validation"] for path in RESULTS.glob(pattern)]
+        assert found, pattern
+        return 100 * statistics.mean(found)
+
+    text = " ".join((RESULTS.parents[1] / "docs" / "protocol.md").read_text().split())
+    few, many = (validation(f"convergence/flowers-vit-w4-steps{n}-lr0.0003-seed100.json") for n in (240, 480))
+    assert f"240 steps reach {few:.1f} %, 480 at the same rate {many:.1f} %" in text
+    few = validation("accuracy/flowers-vit-w3-qat-seed?.json")
+    many = validation("convergence/flowers-vit-w3-steps480-lr0.0002-seed100.json")
+    assert f"480 reach {many:.1f} % where the reported runs with 240 have {few:.1f} %" in text
