@@ -123,6 +123,15 @@ def test_every_family_with_every_quantizer(name: str, kind: str, weights: str, t
     assert_predicts(tmp_path, model, x)
 
 
+def test_the_offset_of_the_next_layer_is_no_bias_of_this_one(tmp_path):
+    """Nothing is between them: what the second subtracts before it quantizes must not count for the first."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
+    x = inputs_of("conv_net")
+    model = quantized(lambda: net, x=x, quantizer="lsq_plus")
+    assert export_onnx(model, tmp_path, example=x).checks  # it verifies each layer alone
+    assert_predicts(tmp_path, model, x)
+
+
 # What is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -151,10 +151,15 @@ def _end(value: Any) -> Any:
         others = [one for one in user.inputs if one is not value]
         if user.op_type not in ("Add", "Sub") or len(others) != 1 or not _is_term(others[0]):
             break
-        if user.op_type == "Sub" and constant(others[0]) is None:
+        if user.op_type == "Sub" and (constant(others[0]) is None or _shifts_what_is_quantized(user, others[0])):
             break
         value = user.outputs[0]
     return value
+
+
+def _shifts_what_is_quantized(node: Any, subtracted: Any) -> bool:
+    """Tell whether `node` subtracts the offset of the grid that quantizes its result: the next layer's, not a bias."""
+    return constant(subtracted).size == 1 and _user(node.outputs[0], "QuantizeLinear") is not None  # type: ignore[union-attr]
 
 
 def _is_term(value: Any) -> bool:
