@@ -43,6 +43,7 @@ class QuantizationArguments:
     scale_init: str = field(default="mse", metadata={"help": "mse or mean."})
     first_last_bits: int = field(default=8, metadata={"help": "Of the first layer and the heads; 0: like the rest."})
     quantize_attention: bool = field(default=False, metadata={"help": "Also the operands of attention products."})
+    share_inputs: bool = field(default=False, metadata={"help": "Quantize once what several layers read."})
     modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "Modules to leave in float."})
     quantization_overrides: str | None = field(
         default=None, metadata={"help": 'JSON: pattern -> fields, such as {"*.layers.0.*": {"weight_bits": 8}}.'}
@@ -108,6 +109,7 @@ class QuantizationArguments:
                 scale_init=self.scale_init,  # type: ignore[arg-type]
                 first_last_bits=self.first_last_bits or None,
                 quantize_attention=self.quantize_attention,
+                share_inputs=self.share_inputs,
                 modules_to_not_convert=self.modules_to_not_convert,
                 overrides=self._overrides(),
             )

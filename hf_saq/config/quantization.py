@@ -18,6 +18,21 @@ FORMAT_VERSION = 2
 OVERRIDABLE = ("weight_bits", "activation_bits", "quantizer", "weight_granularity", "activation_mode", "scale_init")
 
 
+def _check_groups(where: str, groups: Any) -> None:
+    """Check lists of names of layers that share an input."""
+    if groups is None:
+        return
+    expected = "expected lists of at least two names of layers each, no name twice; or None"
+    if not isinstance(groups, (list, tuple)) or not all(
+        isinstance(group, (list, tuple)) and len(group) > 1 and all(isinstance(name, str) for name in group)
+        for group in groups
+    ):
+        raise ValueError(f"{where}={groups!r}; {expected}.")
+    names = [name for group in groups for name in group]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{where}: {twice} more than once; {expected}.")
+
+
 def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
     """Check the fields that hold for one layer, in the configuration itself or in an override."""
     for name, value in values.items():
@@ -81,6 +96,13 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
             "activation_bits. For models whose attention goes through transformers' attention interface."
         },
     )
+    share_inputs: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantize once what several layers read (query, key and value of an attention): one scale instead "
+            "of one for each, and a little less time."
+        },
+    )
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "Modules to leave in float: dotted names, their prefixes, or globs."}
     )
@@ -89,6 +111,13 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         metadata={
             "help": "The first layer and the heads, as modules_to_not_convert names them; None finds them by "
             "structure when a model is converted, and what was found is stored with that model."
+        },
+    )
+    shared_input_modules: list[list[str]] | None = field(
+        default=None,
+        metadata={
+            "help": "With share_inputs, groups of layers that read the same tensor; None finds them when a model is "
+            "converted, by the shapes of tensors alone, and what was found is stored with that model."
         },
     )
     modules_found_idle: list[str] | None = field(
@@ -120,6 +149,8 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
                 "SAQQuantizationConfig.quantize_attention=True with activation_bits=None: both operands of an "
                 "attention product are activations. Set activation_bits, or quantize_attention=False."
             )
+        if not isinstance(self.share_inputs, bool):
+            raise ValueError(f"SAQQuantizationConfig.share_inputs={self.share_inputs!r}; expected True or False.")
         check_choice("SAQQuantizationConfig.storage", self.storage, ("float", "packed"))
         check_choice("SAQQuantizationConfig.quant_method", self.quant_method, (QUANT_METHOD,))
         if type(self.format_version) is not int or self.format_version < 1:
@@ -132,6 +163,12 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
                 not isinstance(listed, (list, tuple)) or not all(isinstance(entry, str) for entry in listed)
             ):
                 raise ValueError(f"SAQQuantizationConfig.{name}={listed!r}; expected a list of module names, or None.")
+        _check_groups("SAQQuantizationConfig.shared_input_modules", self.shared_input_modules)
+        if self.shared_input_modules and not self.share_inputs:
+            raise ValueError(
+                "SAQQuantizationConfig.shared_input_modules was given with share_inputs=False; set share_inputs=True, "
+                "or shared_input_modules=None."
+            )
         if not isinstance(self.overrides, dict) or not all(isinstance(pattern, str) for pattern in self.overrides):
             raise ValueError(
                 f"SAQQuantizationConfig.overrides={self.overrides!r}; expected a dict of name pattern -> fields."

@@ -13,6 +13,7 @@ from torch import nn
 from ..config import SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
+from ..layers.shared_input import QUANTIZER
 from ..layers.wrapping import (
     drop_hooks_that_stay_behind,
     refuse_adapters,
@@ -139,7 +140,8 @@ def copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.
             for name, value in tensors_or_modules.items():
                 if value is not None and value in shared:
                     tensors_or_modules[name] = copy.deepcopy(value, memo)  # type: ignore[assignment]
-        vars(new).update({name: copy.deepcopy(vars(new)[name], memo) for name in HOOKS})
+        not_registered = [name for name in (QUANTIZER, "shared_input") if name in vars(new)]
+        vars(new).update({name: copy.deepcopy(vars(new)[name], memo) for name in (*HOOKS, *not_registered)})
     drop_hooks_that_stay_behind(copied)
     return copied
 

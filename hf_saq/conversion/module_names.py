@@ -40,6 +40,10 @@ class ModuleNames:
         other = self._other(name)
         return other is not None and _matches(pattern, other)
 
+    def are_the_same(self, entry: str, name: str) -> bool:
+        """Say whether `entry` is the name of the module called `name`, here or in the model with or without a head."""
+        return entry in (name, self._other(name))
+
     def any_matches(self, patterns: Iterable[str], *names: str) -> bool:
         return any(self.matches(pattern, name) for pattern in patterns for name in names)
 

@@ -12,6 +12,7 @@ from ..layers.wrapping import refuse_adapters, replaced_forward
 from . import attention_interface
 from .module_names import ModuleNames
 from .report import ConversionReport, LayerPlan
+from .shared_inputs import groups_to_share
 from .structure import first_and_heads, tied_to_something_else, unsupported
 
 
@@ -66,7 +67,10 @@ def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) 
             f"{type(model).__name__}: {len(wrapped)} of its layers cannot be replaced by quantized ones. "
             f"{'. '.join(wrapped[:3])}."
         )
-    return ConversionReport(layers, first_last_modules=edges)
+    settings = {planned.name: planned.settings for planned in layers if planned.settings}
+    return ConversionReport(
+        layers, first_last_modules=edges, shared_inputs=groups_to_share(model, config, names, settings, stored)
+    )
 
 
 def _first_and_heads(

@@ -33,12 +33,14 @@ class ConversionReport:
 
     Attributes:
         first_last_modules: Names of the first layer and of the heads; `None` if they were treated like the rest.
+        shared_inputs: Names of layers that quantize the tensor they all read once, group by group.
     """
 
     layers: list[LayerPlan]
     idle_layers_are_known: bool = False
     """Whether the model has been run, so that layers which it never calls are in float and listed as such."""
     first_last_modules: list[str] | None = None
+    shared_inputs: list[list[str]] = field(default_factory=list)
 
     @property
     def converted(self) -> list[LayerPlan]:
@@ -56,7 +58,11 @@ class ConversionReport:
                 bits[0] = "-"
             quantizer = layer.settings.get("quantizer", "-")
             rows.append((layer.name, layer.layer_type, *bits, layer.sign, quantizer, layer.reason))
-        return f"{text_table(rows)}\n{len(self.converted)} layers quantized, {len(self.skipped)} left in float"
+        text = f"{text_table(rows)}\n{len(self.converted)} layers quantized, {len(self.skipped)} left in float"
+        if self.shared_inputs:
+            readers = sum(map(len, self.shared_inputs))
+            text += f"; {readers} of them read {len(self.shared_inputs)} tensors, which are quantized once"
+        return text
 
 
 def note_signs(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config import FORMAT_VERSION, SAQQuantizationConfig
 from ..layers import QUANTIZED_LAYERS, HoldsQuantizers
+from ..layers.shared_input import share_input
 from . import attention_interface
 from .building import build, build_products
 from .first_scales import initialize_weight_quantizers
@@ -49,9 +50,11 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
 def as_decided(config: SAQQuantizationConfig, report: ConversionReport) -> SAQQuantizationConfig:
     """Note in a copy of `config` what conversion decided, so that a stored model is not looked through again: a part
     of it alone looks different."""
-    given = config.first_last_modules
+    given, groups = config.first_last_modules, config.shared_input_modules
     return config.replace(
-        first_last_modules=report.first_last_modules if given is None else given, format_version=FORMAT_VERSION
+        first_last_modules=report.first_last_modules if given is None else given,
+        shared_input_modules=report.shared_inputs if config.share_inputs and groups is None else groups,
+        format_version=FORMAT_VERSION,
     )
 
 
@@ -75,6 +78,8 @@ def convert(model: nn.Module, config: SAQQuantizationConfig, stored: bool = Fals
         module: build(module, name, settings[name]) for name, module in model.named_modules() if name in settings
     }
     replace_modules(model, replacements)
+    for group in report.shared_inputs:
+        share_input([model.get_submodule(name) for name in group])
     if config.quantize_attention:
         for name, module in list(model.named_modules()):
             if products_name(name) in settings:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.shared_inputs import image_shape, pair
+
 
 def example_inputs(
     model: nn.Module, example: Tensor | None, image_size: int | tuple[int, int] | None, processor: Any
@@ -36,7 +38,8 @@ def example_inputs(
             )
         return example.detach().float().cpu()
     config = getattr(model, "config", None)
-    size = _pair(image_size) or _of_processor(processor) or _of_config(config)
+    shape = image_shape(model)
+    size = pair(image_size) or _of_processor(processor) or (shape[1:] if shape else None)
     if size is None:
         raise ValueError(
             f"{type(model).__name__}: the size of its images is in no configuration; pass image_size=(height, width), "
@@ -57,19 +60,3 @@ def _of_processor(processor: Any) -> tuple[int, int] | None:
             if values.get("height") and values.get("width"):
                 return values["height"], values["width"]
     return None
-
-
-def _of_config(config: Any) -> tuple[int, int] | None:
-    pretrained = getattr(config, "pretrained_cfg", None) or {}  # timm's
-    arguments = getattr(config, "model_args", None) or {}
-    size = arguments.get("img_size") or getattr(config, "image_size", None)
-    return _pair(size) or (tuple(pretrained["input_size"][-2:]) if pretrained.get("input_size") else None)
-
-
-def _pair(size: Any) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise ValueError(f"image_size={size!r}; expected a positive number of pixels, or height and width.")
-    return pair

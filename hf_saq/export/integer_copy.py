@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .. import conversion
 from ..layers import HoldsQuantizers, PackedLayer, QuantizedLayer
+from ..layers.shared_input import SharedInput
+from ..layers.shared_input import refers_to_anothers_quantizer as refers_to_anothers
 from ..quantizers import Quantizer
 from .integer_layers import IntegerActivation, IntegerLayer
 
@@ -27,9 +29,11 @@ def integer_copy(model: nn.Module, weights: str) -> nn.Module:
             "`from_pretrained` of a quantized checkpoint."
         )
     check_ready(model)
-    replacements: dict[nn.Module, nn.Module] = {
+    integer: dict[nn.Module, IntegerLayer] = {
         layer: IntegerLayer(layer, name, weights) for name, layer in layers.items() if _is_quantized(layer)
     }
+    _share_inputs(integer)
+    replacements: dict[nn.Module, nn.Module] = {**integer}
     for module in model.modules():
         if isinstance(module, HoldsQuantizers) and not isinstance(module, QuantizedLayer):
             replacements.update({quantizer: IntegerActivation(quantizer) for quantizer in module.own_quantizers()})
@@ -38,6 +42,20 @@ def integer_copy(model: nn.Module, weights: str) -> nn.Module:
     nn.Module.to(copied, device="cpu", dtype=torch.float32)
     conversion.attention_interface.compute_openly(copied)
     return copied
+
+
+def _share_inputs(integer: dict[nn.Module, IntegerLayer]) -> None:
+    """Let the layers that share an input share it in their integer forms too: one node quantizes it."""
+    first_of: dict[SharedInput, IntegerLayer] = {}
+    for layer, new in integer.items():
+        if isinstance(layer.shared_input, SharedInput) and not refers_to_anothers(layer):
+            first_of[layer.shared_input] = new
+    shared_of = {shared: SharedInput(shared.count) for shared in first_of}
+    for layer, new in integer.items():
+        shared = layer.shared_input
+        if isinstance(shared, SharedInput):
+            first = first_of[shared]
+            new.share_input(shared_of[shared], None if new is first else first.activation)
 
 
 def _is_quantized(layer: QuantizedLayer | PackedLayer) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import PackedLayer, QuantConv1d, QuantConv2d, QuantizedLayer, QuantLinear, QuantTransposedLinear
 from ..layers.float_form import take_over_hooks
+from ..layers.shared_input import SharedInput
 from ..quantizers import Quantizer
 from .operators import dequantize, quantize_dequantize
 from .stored_grids import ActivationGrid, WeightGrid
@@ -66,6 +67,8 @@ class IntegerLayer(nn.Module):
     _one_channel: Any
     _summing: Any
 
+    shared_input: SharedInput | None = None
+
     def __init__(self, layer: QuantizedLayer | PackedLayer, path: str, weights: str):
         super().__init__()
         functional = layer._functional if isinstance(layer, PackedLayer) else layer
@@ -97,7 +100,8 @@ class IntegerLayer(nn.Module):
         add_offset_before = False
         if self.activation is not None:
             add_offset_before = self.activation.offset is not None and not self._offset_is_a_term
-            x = self.activation(x) if add_offset_before else self.activation.without_offset(x)
+            quantize = self.activation if add_offset_before else self.activation.without_offset
+            x = quantize(x) if self.shared_input is None else self.shared_input.once(x, quantize)
         weight = self.weight if self.grid is None else dequantize(self.codes, self.scale, self.grid.axis)
         bias = self.bias if self.constant_bias is None else self.constant_bias
         y = self._functional.compute(x, weight, bias)
@@ -107,6 +111,13 @@ class IntegerLayer(nn.Module):
         if self.weight_offset is not None:
             y = y + self._sum_of_inputs(x) * self.weight_offset
         return y
+
+    def share_input(self, shared: SharedInput, activation: IntegerActivation | None) -> None:
+        """Quantize the input once with the other readers of the tensor, with the `activation` of the first of them."""
+        self.shared_input = shared
+        if activation is not None:
+            del self._modules["activation"]
+            vars(self)["activation"] = activation  # not as a child: its values would be in the graph twice
 
     # The term of the weight's offset --------------------------------------------------------------------------------
 

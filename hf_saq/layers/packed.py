@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import Quantizer, QuantizerSettings
+from ..quantizers import QuantizerSettings
 from ..quantizers.precision import without_narrowing
 from .float_form import FloatForm, take_over_hooks
 from .packing import pack_codes, packed_size, unpack_as_float, unpack_codes
 from .quantized import QuantizedLayer
+from .shared_input import QuantizesInput, take_over_input
 from .tracing import call_in_graph, is_symbol
 
 GRID_TOLERANCE = 64
 """How far a weight may move when a layer is unpacked, in rounding errors of the layer's largest weight."""
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(nn.Module, QuantizesInput):
     """Runs inference with a weight of `ceil(numel * bits / 8)` bytes of codes plus a scale; it cannot be trained.
 
     Args:
@@ -44,13 +45,7 @@ class PackedLayer(nn.Module):
     _decoded: tuple[list[tuple[Tensor, int, int, torch.dtype]], Tensor] | None = None
     """The decoded weight, with the tensors that it was decoded from and how often they had been written to."""
 
-    def __init__(
-        self,
-        functional: QuantizedLayer,
-        bias: nn.Parameter | None,
-        activation_quantizer: Quantizer | None,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, functional: QuantizedLayer, bias: nn.Parameter | None, dtype: torch.dtype):
         super().__init__()
         self.weight_shape = tuple(functional.weight.shape)
         self.path = ""
@@ -64,7 +59,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("weight_scale", torch.ones(scale_shape, dtype=torch.float32))
         self.register_buffer("weight_offset", torch.zeros(scale_shape, dtype=torch.float32) if has_offset else None)
         self.bias = bias
-        self.activation_quantizer = activation_quantizer
+        self.activation_quantizer = None
 
     @property
     def settings(self) -> QuantizerSettings:
@@ -84,12 +79,13 @@ class PackedLayer(nn.Module):
         with torch.device("meta"):
             functional = type(layer)(**layer.constructor_arguments(layer))
             functional.weight_quantizer = quantizer.blank_copy()
-        packed = cls(functional, layer.bias, layer.activation_quantizer, layer.weight.dtype).to(layer.weight.device)
+        packed = cls(functional, layer.bias, layer.weight.dtype).to(layer.weight.device)
         for name, value in layer.constructor_arguments(layer).items():
             if name != "bias":
                 setattr(packed, name, value)  # models read `stride`, `in_features` and the like of their layers
         packed.path = quantizer.path.removesuffix(".weight_quantizer")
         packed.float_form = layer.float_form
+        take_over_input(packed, layer)
         take_over_hooks(packed, layer)
         return packed.train(layer.training)
 
@@ -125,7 +121,8 @@ class PackedLayer(nn.Module):
         scale, offset = self.weight_scale, self.weight_offset
         latent = quantizer.take_over(codes, scale, torch.zeros_like(scale) if offset is None else offset)
         layer.weight, layer.bias = nn.Parameter(latent.to(self.weight.dtype)), self.bias
-        layer.weight_quantizer, layer.activation_quantizer = quantizer, self.activation_quantizer
+        layer.weight_quantizer = quantizer
+        take_over_input(layer, self)
         layer.float_form = self.float_form
         wrong = int((quantizer.quantize(layer.weight) != codes).sum())
         expected = self.quantized_weight()
@@ -184,9 +181,7 @@ class PackedLayer(nn.Module):
                 f"{self.path}: packed weights cannot be trained. Load a checkpoint in float storage to train, or call "
                 "`model.eval()` for inference."
             )
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
-        return self._functional.compute(x, self._weight_to_compute_with(), self.bias)
+        return self._functional.compute(self.quantized_input(x), self._weight_to_compute_with(), self.bias)
 
     def keep_decoded(self, keep: bool = True) -> None:
         """Decode the weight at the next call alone and keep it in memory, or do so no more.

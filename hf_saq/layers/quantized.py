@@ -13,6 +13,7 @@ from ..quantizers import Quantizer
 from ..quantizers.range_state import has_no_values
 from .float_form import FloatForm, take_over_hooks
 from .recompute import in_autocast_type, operand_recomputed
+from .shared_input import QuantizesInput, let_go_of_anothers_quantizer
 from .tracing import call_in_graph, is_symbol
 
 
@@ -27,15 +28,15 @@ class HoldsQuantizers(nn.Module):
         for name, child in list(self.named_children()):
             if isinstance(child, Quantizer):
                 setattr(self, name, None)
+        let_go_of_anothers_quantizer(self)
 
 
-class QuantizedLayer(HoldsQuantizers, ABC):
+class QuantizedLayer(HoldsQuantizers, QuantizesInput, ABC):
     """Makes a layer train with fake-quantized weights and inputs: the mixin of all quantized layers.
 
     Attributes:
         weight (`nn.Parameter`): The latent float weight, the same Parameter object the float layer had.
         weight_quantizer: `None` keeps the weight in float.
-        activation_quantizer: `None` keeps the input in float.
         float_form: What the layer was before it was quantized.
     """
 
@@ -47,7 +48,6 @@ class QuantizedLayer(HoldsQuantizers, ABC):
     weight: Any  # nn.Parameter; the float type that a subclass mixes in declares it
     bias: Any
     weight_quantizer: Quantizer | None
-    activation_quantizer: Quantizer | None
     float_form: FloatForm
     _is_loading = False
     _came_first: frozenset[str] = frozenset()
@@ -133,6 +133,3 @@ class QuantizedLayer(HoldsQuantizers, ABC):
     def quantized_weight(self) -> Tensor:
         """Compute `Q(w)`, same shape as `weight`."""
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        return x if self.activation_quantizer is None else self.activation_quantizer(x)

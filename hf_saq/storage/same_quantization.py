@@ -21,6 +21,7 @@ COMPARED = (
     "activation_mode",
     "first_last_bits",
     "quantize_attention",
+    "share_inputs",
     "overrides",
 )
 """Fields that change what a model computes from the same tensors. `scale_init` only changes first values."""
@@ -62,6 +63,8 @@ def check_same_quantization(model: nn.Module, directory: str | Path) -> list[str
     _compare("order of overrides", list(stored.overrides), list(own.overrides), model, directory)
     if own.first_last_bits is not None and stored.first_last_modules is not None:
         _compare("first_last_modules", stored.first_last_modules, own.first_last_modules, model, directory)
+    if own.share_inputs:
+        _compare("shared_input_modules", stored.shared_input_modules, own.shared_input_modules, model, directory)
     theirs, ours = set(stored.modules_to_not_convert or ()), set(own.modules_to_not_convert or ())
     # Compare no lists of version 1: it does not separate what the user listed from what calibration added.
     listed = theirs - set(stored.modules_found_idle or ()) if stored.format_version > 1 else set()

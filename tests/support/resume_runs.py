@@ -43,7 +43,7 @@ def deit():
 MODELS = {**TRANSFORMERS_MODELS, "deit": deit, "swin": swin}
 
 
-def make_trainer(family, output_dir, saq_config=None, **changes) -> SAQTrainer:
+def make_trainer(family, output_dir, saq_config=None, quantization_config=None, **changes) -> SAQTrainer:
     """Shuffled data, dropout where the model has it, AdamW with a schedule: whatever a resume must bring back."""
     torch.manual_seed(123)  # not the seed of the run: that one comes from the arguments
     defaults = dict(
@@ -61,7 +61,7 @@ def make_trainer(family, output_dir, saq_config=None, **changes) -> SAQTrainer:
         MODELS[family](),
         arguments(output_dir, **{**defaults, **changes}),
         saq_config=saq_config or SAQConfig(rho=0.1, schedule="full"),
-        quantization_config=SAQQuantizationConfig(weight_bits=3, activation_bits=4),
+        quantization_config=quantization_config or SAQQuantizationConfig(weight_bits=3, activation_bits=4),
         train_dataset=Images(32, torch.float32),
         eval_dataset=Images(8, torch.float32),
         compute_metrics=lambda p: {"top1": float((p.predictions.argmax(-1) == p.label_ids).mean())},

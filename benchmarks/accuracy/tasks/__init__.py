@@ -13,6 +13,7 @@ from . import (
     flowers_efficientnet,
     flowers_vit,
     flowers_vit_224,
+    flowers_vit_480,
 )
 
 TASKS: dict[str, Task] = {
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
     "cifar-resnet": cifar_resnet.TASK,
     "cifar-vit": cifar_vit.TASK,
     "flowers-vit": flowers_vit.TASK,
+    "flowers-vit-480": flowers_vit_480.TASK,
     "caltech-vit": caltech_vit.TASK,
     "flowers-efficientnet": flowers_efficientnet.TASK,
     "flowers-vit-224": flowers_vit_224.TASK,

@@ -12,6 +12,7 @@ from torch import nn
 from ...config import SAQQuantizationConfig
 from ...conversion.report import ConversionReport
 from ...layers import HoldsQuantizers
+from ...layers.shared_input import SharedInput, give_readers, refers_to_anothers_quantizer
 from ...quantizers import Quantizer
 
 
@@ -30,26 +31,46 @@ def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) ->
         ValueError: If a name is no quantized layer, or the layer does not quantize that operand.
     """
     changes: dict[tuple[nn.Module, str], Quantizer] = {}
+    shared: dict[Any, dict[str, int]] = {}
     for name, fields in overrides.items():
         layer = dict(model.named_modules()).get(name)
         if not isinstance(layer, HoldsQuantizers):
             raise ValueError(f"change_bits: {name} is no quantized layer of {type(model).__name__}.")
         for field, bits in fields.items():
             role = field.removesuffix("_bits")
+            if role == "activation" and getattr(layer, "shared_input", None) is not None:
+                shared.setdefault(layer.shared_input, {})[name] = bits
+                continue
             own = [(child, q) for child, q in layer.named_children() if isinstance(q, Quantizer) and q.role == role]
             if not own:
                 raise ValueError(f"change_bits: {name} does not quantize its {role}; it has no {field} to change.")
             for child, quantizer in own:
                 if quantizer.bits != bits:
                     changes[layer, child] = with_bits(quantizer, bits, getattr(layer, "weight", None))
+    groups = [_readers(model, one, bits_of) for one, bits_of in shared.items()]
     for (layer, child), quantizer in changes.items():
         setattr(layer, child, quantizer)
+    for layers, bits in groups:
+        quantizer = layers[0].activation_quantizer  # type: ignore[assignment]
+        if quantizer.bits != bits:
+            give_readers(layers, with_bits(quantizer, bits, None))
     report = getattr(model, "quantization_report", None)
     for planned in report.layers if isinstance(report, ConversionReport) else []:
         planned.settings.update(overrides.get(planned.name, {}))
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(config, SAQQuantizationConfig):
         model.config.quantization_config = with_overrides(config, overrides)  # type: ignore[union-attr]
+
+
+def _readers(model: nn.Module, shared: SharedInput, bits_of: Mapping[str, int]) -> tuple[list[nn.Module], int]:
+    """Find the layers that share one input, the one that holds its quantizer first, and its one number of bits."""
+    found = {name: m for name, m in model.named_modules() if getattr(m, "shared_input", None) is shared}
+    if len(set(bits_of.values())) > 1 or set(bits_of) != set(found):
+        raise ValueError(
+            f"change_bits: {list(found)} read the same tensor and quantize it once, so that all of them need the same "
+            f"activation_bits; found {dict(bits_of)}."
+        )
+    return sorted(found.values(), key=refers_to_anothers_quantizer), next(iter(bits_of.values()))
 
 
 def with_overrides(config: SAQQuantizationConfig, overrides: Mapping[str, Mapping[str, Any]]) -> SAQQuantizationConfig:

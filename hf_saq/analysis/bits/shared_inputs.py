@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ...conversion.shared_inputs import readers_of_the_same_tensor
 from ...layers import QuantizedLayer
 from ..batch_losses import LabelledBatches
 
@@ -12,29 +13,12 @@ from ..batch_losses import LabelledBatches
 @torch.no_grad()
 def layers_that_share_inputs(model: nn.Module, data: LabelledBatches) -> list[list[str]]:
     """Run one batch, and group the names of layers that quantize the same tensor: two or more in each group."""
-    readers: dict[int, list[str]] = {}
-    kept: list[Tensor] = []  # alive until the end, so that no other tensor gets the same identity
-
-    def note(name: str):
-        def before(layer: nn.Module, args: tuple) -> None:  # noqa: ARG001 (a forward hook)
-            kept.append(args[0])
-            names = readers.setdefault(id(args[0]), [])
-            if name not in names:
-                names.append(name)
-
-        return before
-
-    handles = [
-        module.register_forward_pre_hook(note(name))
+    layers = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLayer) and module.activation_quantizer is not None
-    ]
-    try:
-        data.loss(model, 0)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return merged([names for names in readers.values() if len(names) > 1])
+    }
+    return merged(readers_of_the_same_tensor(layers, lambda: data.loss(model, 0)))
 
 
 def merged(groups: list[list[str]]) -> list[list[str]]:

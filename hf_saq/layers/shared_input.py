@@ -1,0 +1,121 @@
+"""Quantize once what several layers read: query, key and value of an attention, for example."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Quantizer
+
+QUANTIZER = "activation_quantizer"
+
+
+class SharedInput:
+    """Remembers what became of a tensor until all layers that read it have asked.
+
+    All of its readers have the same `activation_quantizer`. It is a child of the first of them, where its values are
+    stored; the others refer to it. If a reader never asks, its quantized input lives until the next forward.
+
+    Args:
+        count: Number of layers that read the tensor.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._kept: _Kept | None = None
+
+    def once(self, x: Tensor, quantize: Callable[[Tensor], Tensor], values: Iterable[Tensor | None] = ()) -> Tensor:
+        """Return `quantize(x)`, computed for the first reader and handed to the others.
+
+        Args:
+            x: What is quantized. Another tensor, or one that was written to since, is quantized anew.
+            values: Further tensors that `quantize` depends on, such as a scale.
+        """
+        if torch.compiler.is_dynamo_compiling():  # a compiler finds equal computations itself
+            return quantize(x)
+        state = (torch.is_grad_enabled(), *(_state(tensor) for tensor in (x, *values) if tensor is not None))
+        kept = self._kept
+        if kept is not None and kept.x() is x and kept.state == state:
+            self._kept = kept._replace(waiting=kept.waiting - 1) if kept.waiting > 1 else None
+            return kept.x_q
+        x_q = quantize(x)
+        self._kept = _Kept(weakref.ref(x), state, x_q, self.count - 1)
+        return x_q
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave tensors of a forward out of copies and pickles."""
+        return {**vars(self), "_kept": None}
+
+
+class _Kept(NamedTuple):
+    x: weakref.ref[Tensor]
+    state: tuple[Any, ...]
+    x_q: Tensor
+    waiting: int
+    """Number of readers that have not asked yet."""
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return id(tensor), -1 if tensor.is_inference() else tensor._version  # nothing counts writes to inference tensors
+
+
+class QuantizesInput:
+    """Quantizes the input of a layer: the mixin of all layers that do.
+
+    Attributes:
+        activation_quantizer: `None` keeps the input in float.
+        shared_input: What layers have in common that read the same tensor; `None` where the layer reads it alone.
+    """
+
+    activation_quantizer: Quantizer | None
+    shared_input: SharedInput | None = None
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        quantizer = self.activation_quantizer
+        if quantizer is None:
+            return x
+        if self.shared_input is None:
+            return quantizer(x)
+        return self.shared_input.once(x, quantizer, quantizer._parameters.values())
+
+
+def share_input(layers: Sequence[nn.Module]) -> None:
+    """Let all `layers` quantize their input with the quantizer of the first, in place; those of the others go."""
+    shared = SharedInput(len(layers))
+    for layer in layers:
+        layer.shared_input = shared  # type: ignore[assignment]
+    give_readers(layers, getattr(layers[0], QUANTIZER))
+
+
+def give_readers(layers: Sequence[nn.Module], quantizer: nn.Module) -> None:
+    """Make `quantizer` the one of all `layers`, which share an input; a child of the first alone."""
+    first, *others = layers
+    setattr(first, QUANTIZER, quantizer)
+    for layer in others:
+        layer._modules.pop(QUANTIZER, None)
+        vars(layer)[QUANTIZER] = quantizer  # not as a child: its values would be stored twice
+
+
+def take_over_input(new: nn.Module, old: nn.Module) -> None:
+    """Give `new`, which takes the place of `old`, the same quantizer of its input, shared as it is there."""
+    new.shared_input = old.shared_input
+    if QUANTIZER in vars(old) and old.shared_input is not None:
+        new._modules.pop(QUANTIZER, None)
+        vars(new)[QUANTIZER] = vars(old)[QUANTIZER]
+    else:
+        setattr(new, QUANTIZER, getattr(old, QUANTIZER))
+
+
+def refers_to_anothers_quantizer(layer: nn.Module) -> bool:
+    """Tell whether the quantizer of the input of `layer` belongs to another layer."""
+    return isinstance(vars(layer).get(QUANTIZER), nn.Module)
+
+
+def let_go_of_anothers_quantizer(layer: nn.Module) -> None:
+    """Leave the input of `layer` in float if its quantizer belongs to another layer."""
+    if refers_to_anothers_quantizer(layer):
+        vars(layer)[QUANTIZER] = None
