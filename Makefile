@@ -76,12 +76,13 @@ fake-quant: $(STAMP)  ## quantized layers and steps against float and other libr
 	$(TEST_ENV) $(KEEP_MEMORY) OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.step_profile
 
 STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python -m benchmarks.step_cost.sweep
-PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" previous
+PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" "echo 2" previous
 FEW := --rounds 4 --steps 1
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT, with growth; about half an hour
 	$(STEP_COST) --models vit-small-images
 	$(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 $(PRESET_WAYS)
 	$(STEP_COST) --models resnet18-small-images $(PRESET_WAYS)
+	$(STEP_COST) --models vit-tiny-112 mobilenetv2-64 --batch_sizes 32 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-tiny resnet18 --batch_sizes 16 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-small --batch_sizes 8 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-base resnet50 --batch_sizes 2 $(FEW) $(PRESET_WAYS)

@@ -73,9 +73,12 @@ def model_table(names: list[str], batch: int, meter: Meter) -> tuple[dict, dict]
             "eager": with_backend("eager", step),
             "compiled": with_backend("compiled", step),
         }
+        sharing = quantized(model, x, share_inputs=True)
+        if sharing.quantization_report.shared_inputs:  # type: ignore[union-attr]
+            steps["compiled, inputs shared"] = with_backend("compiled", training_step(sharing, x, labels))
         seconds = meter.medians(steps)
         faults = {key: statistics.median(page_faults(way) for _ in range(3)) for key, way in steps.items()}
-        ratios = {key: seconds[key] / seconds["float"] for key in ("eager", "compiled")}
+        ratios = {key: seconds[key] / seconds["float"] for key in steps if key != "float"}
         times[name] = {"seconds": seconds, "ratio_to_float": ratios, "page_faults": faults}
         print(
             name, {k: round(v, 3) for k, v in ratios.items()}, f"memory {recomputed / floats:.3f}", faults, flush=True

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..shared.command_line import page_paths
 from ..shared.markdown import head, row
+from ..shared.paired import Difference, difference, half_width
 from ..shared.places import RESULTS
 from ..shared.runs import records_in
 from ..shared.schedule_variants import QAT
@@ -18,9 +20,9 @@ from .allocator import keeps_memory
 from .models import MODELS
 from .step_profile import FORWARD
 
-SUMMARY = ("full", "ascent 1/8", "previous")
-"""Columns of the table over models, batch sizes and processes: the presets full and balanced, and one pass a step."""
-PRESETS = ("`full`", "`balanced`", "`previous`")
+SUMMARY = ("full", "ascent 1/8", "echo 2", "previous")
+"""Columns of the table over models, batch sizes and processes: the presets, and another way of one pass a step."""
+PRESETS = ("`full`", "`balanced`", "`free`", "`previous`")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,6 +37,7 @@ def write_page(results: Path, document: Path) -> None:
     """
     fakes = records_in(results, "fake_quant*.json")
     profiles = records_in(results, "step_profile.json")
+    sharing = records_in(results, "shared_inputs.json")
     steps = sorted(records_in(results / "step_cost"), key=order)
     if not fakes and not steps:
         raise ValueError(f"{results}: found neither fake_quant.json nor step_cost/*.json; run `make step-cost` first.")
@@ -43,12 +46,16 @@ def write_page(results: Path, document: Path) -> None:
         f"`{results.as_posix()}`: `fake_quant*.json` (of `make fake-quant`), `step_profile.json` and `step_cost`. "
         "Ratios are medians of what was measured side by side in one run.\n",
         fake_quantization(fakes) if fakes else "",
+        *(accuracy_of_sharing(found) for found in sharing),
         *(step_in_parts(found) for found in profiles),
         summary(steps) if steps else "",
         *(one(record) for record in steps),
     ]
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+
+
+FAKE_QUANT_WAYS = ("eager", "compiled", "compiled, inputs shared")
 
 
 def order(record: dict[str, Any]) -> tuple[int, int, int, str]:
@@ -64,10 +71,11 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
         "A training step of plain QAT over one of the float model. Quantization is passes over memory, and by default "
         "glibc hands memory back to the system whenever much of it is free: a step may then wait for its pages to be "
         'made anew, as the last column counts them. Rows "kept" are of processes that were told to keep it '
-        "(`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_`, as `make fake-quant` and `make step-cost` do).",
+        "(`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_`, as `make fake-quant` and `make step-cost` do). "
+        "Inputs shared: `share_inputs=True`, where the model has layers that read the same tensor.",
         "",
         *head(
-            *("model", "freed memory", "float step, ms", "eager", "compiled", "bytes kept for backward"),
+            *("model", "freed memory", "float step, ms", *FAKE_QUANT_WAYS, "bytes kept for backward"),
             "page faults of a step: float, eager, compiled",
         ),
     ]
@@ -75,13 +83,40 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
         for model, step in found["training_step"].items():
             ratios, milliseconds = step["ratio_to_float"], 1000 * step["seconds"]["float"]
             kept = found["kept_for_backward"][model]["ratio"]
-            cells = [f"{milliseconds:.0f}", *(f"{r:.2f}" for r in (ratios["eager"], ratios["compiled"], kept))]
+            told = [f"{ratios[way]:.2f}" if way in ratios else "-" for way in FAKE_QUANT_WAYS]
+            cells = [f"{milliseconds:.0f}", *told, f"{kept:.2f}"]
             cells.append(", ".join(f"{step['page_faults'][way]:.0f}" for way in ("float", "eager", "compiled")))
             lines.append(row(model, freed_memory(found["setting"]), *cells))
     for found in runs:
         lines += ["", conditions(found["setting"])]
         if found["layers"]:
             lines += layers(found)
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_of_sharing(found: dict[str, Any]) -> str:
+    """What one scale for query, key and value does to accuracy, against a scale for each."""
+    seeds = found["seeds"]
+    lines = [
+        "## What sharing inputs does to accuracy",
+        "",
+        f"Written from `shared_inputs.json` (`python -m benchmarks.accuracy.shared_inputs`): {len(seeds)} seeds, "
+        "each trained with a scale for each layer and with `share_inputs=True`, learning rate and radius as chosen "
+        "for the first. Top-1 accuracy in percent; the difference in points with a 95 % interval.",
+        "",
+        *head("task and bits", "method", "a scale for each", "shared", "difference"),
+    ]
+    gains: list[list[float]] = []
+    for cell in found["accuracies"]:
+        top1 = {way: dict(zip(seeds, values, strict=True)) for way, values in cell["top1"].items()}
+        change = difference(top1["shared"], top1["apart"])
+        assert change is not None
+        gains.append(change.values)
+        means = (f"{mean(values.values()):.2f}" for values in (top1["apart"], top1["shared"]))
+        lines.append(row(cell["setting"].replace(":", ", W"), cell["method"], *means, str(change)))
+    by_seed = [mean(values) for values in zip(*gains, strict=True)]
+    average = Difference(by_seed, half_width(by_seed))
+    lines += ["", f"Over all rows, averaged seed by seed: {average} points."]
     return "\n".join(lines) + "\n"
 
 

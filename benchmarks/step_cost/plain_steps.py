@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
 
 BITS = 4
-CONFIG = SAQQuantizationConfig(weight_bits=BITS, activation_bits=BITS, first_last_bits=None)
 
 
 def vit_small() -> nn.Module:
@@ -23,17 +23,32 @@ def vit_small() -> nn.Module:
 
 
 def resnet18() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    size: dict[str, Any] = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+    return ResNetForImageClassification(ResNetConfig(**size, num_labels=1000))  # type: ignore[call-arg]
+
+
+def of_timm(name: str) -> nn.Module:
     import timm
 
-    return timm.create_model("resnet18")
+    return timm.create_model(name)
 
 
-MODELS = {"vit_small_patch16_224": vit_small, "resnet18": resnet18}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "transformers ViT-S/16": vit_small,
+    "transformers ResNet-18": resnet18,
+    "timm vit_small_patch16_224": partial(of_timm, "vit_small_patch16_224"),
+    "timm resnet18": partial(of_timm, "resnet18"),
+}
 
 
-def quantized(model: nn.Module, x: Tensor) -> nn.Module:
+def quantized(model: nn.Module, x: Tensor, share_inputs: bool = False) -> nn.Module:
     was_layer = isinstance(model, (nn.Linear, nn.Conv2d))
-    model = quantize(nn.Sequential(copy.deepcopy(model)) if was_layer else copy.deepcopy(model), CONFIG)
+    config = SAQQuantizationConfig(
+        weight_bits=BITS, activation_bits=BITS, first_last_bits=None, share_inputs=share_inputs
+    )
+    model = quantize(nn.Sequential(copy.deepcopy(model)) if was_layer else copy.deepcopy(model), config)
     calibrate(model, [x])
     return model.train()
 

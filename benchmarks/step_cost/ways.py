@@ -18,7 +18,7 @@ from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, qu
 from hf_saq.sharpness.schedules import ScheduledStep
 from hf_saq.sharpness.schedules.rules.trigger import NormTrigger
 
-from ..shared.schedule_variants import QAT, VARIANTS, saq_config
+from ..shared.schedule_variants import ECHOED, QAT, VARIANTS, saq_config
 from ..shared.training_loop import adamw
 from .latent_sam import latent_sam_step
 from .models import CLASSES, MODELS
@@ -34,8 +34,9 @@ WAYS: dict[str, dict[str, Any] | None] = {
     QAT: VARIANTS[QAT],
     AGAIN: VARIANTS[QAT],
     SAM: None,
-    # Half of the steps at cost 1, half at cost 2: that follows from `full`, and no step is of another kind.
-    **{name: config for name, config in VARIANTS.items() if name not in (QAT, "start 0.5")},
+    # "start 0.5" has half of the steps at cost 1, half at cost 2, and no step of another kind; echoed batches without
+    # a perturbation cost what QAT does.
+    **{name: config for name, config in VARIANTS.items() if name not in (QAT, "start 0.5", ECHOED)},
 }
 """Fields of `SAQConfig` of each way to train, `None` for what is no SAQ. `qat again` shows how exact a ratio is.
 

@@ -30,6 +30,9 @@ NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights", "hf_saq
 """Fields that are checked in another way, that transformers writes or drops while it saves, or that name an exported
 graph beside the model, which may be put there later."""
 
+ADDED_LATER = {"share_inputs": False}
+"""Fields that older files lack, and what they were: where a field that is not set is not `None`."""
+
 
 def make_seal(
     tensors: Mapping[str, Tensor], quantization_config: Mapping[str, Any], config: Mapping[str, Any]
@@ -132,8 +135,8 @@ def _check_quantization(path: Path, saved: dict[str, Any], given: Mapping[str, A
         )
     given = json.loads(json.dumps(given))
     # Treat fields as not set that did not exist in the version that saved the file.
-    for name, value in {**dict.fromkeys(given), **saved}.items():
-        if given.get(name) != value:
+    for name, value in {**dict.fromkeys(given), **ADDED_LATER, **saved}.items():
+        if given.get(name, ADDED_LATER.get(name)) != value:
             raise ValueError(
                 f"config.json: quantization_config.{name} is {given.get(name)!r}, but {path} was saved with "
                 f"{value!r}. Tensors and configuration do not belong together."

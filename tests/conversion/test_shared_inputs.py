@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import onnx
 import pytest
@@ -10,18 +11,22 @@ import torch
 from checkpoint_files import edit_config
 from quantized_models import quantized
 from resume_runs import STEPS, make_trainer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import images, resnet, timm_efficientnet, vit
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForImageClassification, SegformerConfig, SegformerForImageClassification
 
 from hf_saq import SAQQuantizationConfig, calibrate, dequantize, pack, quantize, unpack
+from hf_saq.analysis import allocate_bits, measure_latencies
 from hf_saq.analysis.bits.changing import change_bits
 from hf_saq.conversion.shared_inputs import find_shared_inputs
 from hf_saq.export import export_onnx
 from hf_saq.layers import PackedLayer, QuantizedLayer
 from hf_saq.layers.shared_input import SharedInput
 from hf_saq.quantizers import Quantizer
+from hf_saq.storage.seal import KEY
 
 ATTENTION = "vit.layers.{}.attention.{}_proj"
 GROUPS = [[ATTENTION.format(block, name) for name in "qkv"] for block in range(2)]
@@ -249,6 +254,25 @@ def test_what_is_stored_decides(tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path / "shared")
 
 
+def test_packed_files_from_before_there_was_sharing_load(tmp_path):
+    model = pack(quantized())
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        metadata = dict(file.metadata())
+    seal = json.loads(metadata[KEY])
+    for fields in (content["quantization_config"], seal["quantization_config"]):
+        del fields["share_inputs"], fields["shared_input_modules"]
+    metadata[KEY] = json.dumps(seal)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors", metadata)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(images()).logits, model(images()).logits)
+    edit_config(tmp_path, share_inputs=True)
+    with pytest.raises(ValueError, match="quantization_config.share_inputs is True, but .* was saved with False"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
 def test_resume_is_exact(tmp_path):
     sharing = SAQQuantizationConfig(weight_bits=3, activation_bits=4, share_inputs=True)
 
@@ -277,6 +301,19 @@ def test_a_graph_quantizes_once_what_is_shared(build, saved, tmp_path):
     graph = onnx.load(tmp_path / "out" / "onnx" / "model_quantized.onnx").graph
     nodes = sum(node.op_type == "QuantizeLinear" for node in graph.node)
     assert nodes == len(activation_quantizers(model)) == len(model.quantization_report.converted) - saved
+
+
+def test_bits_are_found_without_sharing_and_suit_it():
+    batches = [{"pixel_values": images(), "labels": LABELS}]
+    with pytest.raises(
+        ValueError, match="allocate_bits: .*k_proj and 3 more .*share_inputs=False"
+    ):
+        allocate_bits(quantized(share_inputs=True), batches, "0.8x")
+    with pytest.raises(ValueError, match="measure_latencies: vit.layers.0.attention.k_proj and 3 more"):
+        measure_latencies(quantized(share_inputs=True), images())
+    found = allocate_bits(quantized(), batches, "0.8x", candidates=(2, 4), progress=False)
+    model = quantize(vit(), found.applied_to(SAQQuantizationConfig(share_inputs=True)))
+    assert model.quantization_report.shared_inputs == GROUPS
 
 
 def test_bits_change_for_all_readers_or_none():

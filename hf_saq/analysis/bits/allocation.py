@@ -16,7 +16,7 @@ from .candidates import QuantizedOperand, quantized_operands
 from .integer_program import Option, solve
 from .layer_sensitivity import CANDIDATES, Sensitivity, sensitivity
 from .prices import Latencies, check_latencies, cost_of_layer, loss_curve, never_rising, read_budget, why
-from .shared_inputs import layers_that_share_inputs, merged
+from .shared_inputs import layers_that_share_inputs, merged, refuse_shared_quantizers
 
 KINDS = ("weight", "activation")
 LEFT_BY_TRAINING = 0.1
@@ -82,6 +82,7 @@ def allocate_bits(
         raise ValueError(f"allocate_bits: unit={unit!r}; expected one of {list(UNITS)}.")
     if by not in ("noise", "measured", "estimated"):
         raise ValueError(f"allocate_bits: by={by!r}; expected 'noise', 'measured' or 'estimated'.")
+    refuse_shared_quantizers(model, "allocate_bits")
     data = LabelledBatches("allocate_bits", batches, loss)
     names = ModuleNames(model)
     names.add(operand.name for operand in quantized_operands(model))

@@ -30,6 +30,7 @@ from .export_forms import LayerForm, Pair, forms_of, pairs_of
 from .latency_table import LatencyTable, LayerLatency
 from .layer_sensitivity import CANDIDATES
 from .noise import medians_apart
+from .shared_inputs import refuse_shared_quantizers
 
 MEASURED_TARGETS = ("cpu", "cpu-vnni")
 LEAST_NS = 500.0
@@ -189,6 +190,7 @@ def _operands(model: nn.Module) -> dict[str, dict[str, QuantizedOperand]]:
             f"measure_latencies: {type(model).__name__} has no quantizer of weights; expected a model made by "
             "`quantize`, not packed (see `unpack`)."
         )
+    refuse_shared_quantizers(model, "measure_latencies")
     check_ready(model)
     return found
 

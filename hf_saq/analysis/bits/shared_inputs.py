@@ -7,6 +7,7 @@ from torch import nn
 
 from ...conversion.shared_inputs import readers_of_the_same_tensor
 from ...layers import QuantizedLayer
+from ...layers.shared_input import refers_to_anothers_quantizer
 from ..batch_losses import LabelledBatches
 
 
@@ -19,6 +20,17 @@ def layers_that_share_inputs(model: nn.Module, data: LabelledBatches) -> list[li
         if isinstance(module, QuantizedLayer) and module.activation_quantizer is not None
     }
     return merged(readers_of_the_same_tensor(layers, lambda: data.loss(model, 0)))
+
+
+def refuse_shared_quantizers(model: nn.Module, doing: str) -> None:
+    """Raise `ValueError` if layers of `model` share the quantizer of their input, and so the bits of it."""
+    shared = [name for name, module in model.named_modules() if refers_to_anothers_quantizer(module)]
+    if shared:
+        raise ValueError(
+            f"{doing}: {shared[0]} and {len(shared) - 1} more layers use the quantizer of another layer "
+            "(share_inputs=True), so that operands cannot be looked at one by one. Expected a model quantized with "
+            "share_inputs=False; the bits found suit both, since layers that read the same tensor get the same."
+        )
 
 
 def merged(groups: list[list[str]]) -> list[list[str]]:

@@ -65,16 +65,16 @@ def test_every_operation_counts_once(monkeypatch):
 def test_a_run_and_its_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
         script.MODELS,
-        "vit_small_patch16_224",
+        "timm vit_small_patch16_224",
         lambda: nn.Sequential(nn.Conv2d(3, 8, 32, 32), nn.Flatten(), nn.Linear(392, 1000)),
     )
     output = tmp_path / "step_profile.json"
-    given = ["step_profile.py", "--models", "vit_small_patch16_224", "--batch", "2", "--repetitions", "2"]
+    given = ["step_profile.py", "--models", "timm vit_small_patch16_224", "--batch", "2", "--repetitions", "2"]
     monkeypatch.setattr(sys, "argv", [*given, "--output", str(output)])
     script.main()
     assert "convolutions" in capsys.readouterr().out
     found = json.loads(output.read_text())
-    ways = found["milliseconds"]["vit_small_patch16_224"]
+    ways = found["milliseconds"]["timm vit_small_patch16_224"]
     assert list(ways["float"]) == list(ways["quantized"]) == script.PARTS
     assert ways["float"][script.FORWARD] == 0 < ways["quantized"][script.FORWARD]
 
