@@ -71,8 +71,8 @@ def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bo
         )
     if nested is not None and set(map(str.lower, classes)) <= set(SPLIT_FOLDERS):
         raise ValueError(
-            f"{where} holds the splits {classes}, not classes; name one of them, such as {str(directory / classes[0])!r}"
-            ", or the whole with --dataset_name."
+            f"{where} holds the splits {classes}, not classes; name one of them, such as "
+            f"{str(directory / classes[0])!r}, or the whole with --dataset_name."
         )
     if nested is not None and len(classes) == 1:
         raise ValueError(f"{where} has only the folder {classes[0]!r} in it; name {str(directory / classes[0])!r}.")

@@ -90,7 +90,9 @@ def test_folders_without_images(tmp_path):
 def test_splits_are_no_classes(tmp_path):
     """A directory of a training and a validation folder, named as if it were the training folder."""
     image_files(tmp_path / "leaves", "train/cat/1.png", "train/dog/2.png", "validation/cat/3.png")
-    message = r"--train_dir '.*leaves' holds the splits \['train', 'validation'\], not classes; name one of them, such as"
+    message = (
+        r"--train_dir '.*leaves' holds the splits \['train', 'validation'\], not classes; name one of them, such as"
+    )
     with pytest.raises(ValueError, match=message + " '.*leaves/train', or the whole with --dataset_name"):
         load(train_dir=tmp_path / "leaves")
 

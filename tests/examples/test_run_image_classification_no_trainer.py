@@ -63,7 +63,10 @@ def test_a_run(tmp_path, monkeypatch):
         (["--rho=much"], "error: argument --rho: invalid float value: 'much'"),
         (["--weight_bits=9"], "error while reading the arguments: SAQQuantizationConfig.weight_bits=9"),
         (["--model_name_or_path=./none"], "--model_name_or_path './none': there is no such directory."),
-        (["--max_train_samples=9"], "error: 9 training images do not fill one batch of --per_device_train_batch_size 32"),
+        (
+            ["--max_train_samples=9"],
+            "error: 9 training images do not fill one batch of --per_device_train_batch_size 32",
+        ),
         (["--train_dir=none"], "error while loading the images: --train_dir 'none': there is no such directory."),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
