@@ -23,9 +23,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def front_page(readme: str) -> str:
-    """README.md as a page of `docs/`: links to other files of the repository become plain text."""
+    """README.md as a page of `docs/`: links to other files of the repository become plain text.
+
+    It is alone in its part of the menu, so the column of the menu is left to its code and tables.
+    """
     pages = re.sub(r"(?<!!)\[([^\]]*)\]\((?!docs/|https?://)[^)]*\)", r"\1", readme)
-    return pages.replace("](docs/", "](")
+    return "---\nhide: [navigation]\n---\n\n" + pages.replace("](docs/", "](")
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -182,6 +182,17 @@ def make_parser(description: str) -> OneLineParser:
     return parser
 
 
+def parse_with(parser: OneLineParser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """What `parser` makes of a command line; a mistake in it ends the program with one line."""
+    try:
+        _, unknown = parser.parse_known_args(list(argv))
+        if unknown:
+            raise ValueError(_no_argument(unknown, parser))
+        return parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and keeps the lines of the epilog."""
 

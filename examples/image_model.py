@@ -82,7 +82,11 @@ def load_model(args: ModelArguments, labels: list[str], image_size: int | None) 
         config = TimmWrapperConfig(architecture=args.model_name_or_path, **_label_maps(labels), **overrides)
     else:
         try:
-            config = AutoConfig.from_pretrained(name, **_label_maps(labels), **overrides, **hub)
+            config = AutoConfig.from_pretrained(name, **overrides, **hub)
+            for field_name, value in _label_maps(labels).items():
+                setattr(config, field_name, value)
+            if isinstance(config, TimmWrapperConfig):
+                config.label_names = labels  # saves would keep those of the stored configuration
         except OSError as error:
             if Path(name).is_dir():
                 raise
@@ -150,6 +154,8 @@ def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int
         found = IMAGE_PROCESSOR_MAPPING[type(model.config)]
         found = found.get("torchvision") if isinstance(found, dict) else next(c for c in found if c is not None)
         processor = found()
+        of_model = getattr(model.config, "image_size", None)  # the default is made for the family's usual one
+        image_size = image_size or (of_model if isinstance(of_model, int) else None)
     if image_size is not None:
         resized = {"height": image_size, "width": image_size}
         if getattr(processor, "crop_size", None):
@@ -171,8 +177,8 @@ def timm_repository(name: str) -> str:
 
 
 def _label_maps(labels: list[str]) -> dict:
+    """Without `num_labels`: transformers compares it with the names that a stored configuration has, and warns."""
     return {
-        "num_labels": len(labels),
         "label2id": {label: i for i, label in enumerate(labels)},
         "id2label": dict(enumerate(labels)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_saq.hub import ResultRow
 
@@ -64,6 +65,11 @@ def write_results(rows: list[Row], output: Path, engine: str = "") -> str:
     return table
 
 
+def save_results(trainer: Any, metrics: dict[str, float]) -> None:
+    """Write `eval_results.json` beside the model, with the number of images, which `hf-saq card` tells."""
+    trainer.save_metrics("eval", {**metrics, "eval_samples": len(trainer.eval_dataset)})
+
+
 def what_to_do_next(rows: list[Row], output: Path, is_pushed: bool) -> str:
     """Say in words what came out, where it lies and how to use it."""
     quantized = [row for row in rows if row.method != "float"]
@@ -76,6 +82,8 @@ def what_to_do_next(rows: list[Row], output: Path, is_pushed: bool) -> str:
         "Load it:   import hf_saq; from transformers import pipeline; "
         f'pipeline("image-classification", model="{directory}")',
     ]
+    if best.engine_top1 is None:
+        lines.append(f"Export it: hf-saq export {directory} OUT (integers for ONNX Runtime, OpenVINO, a browser)")
     if is_pushed:
         return "\n".join([*lines, "All quantized models were pushed to the Hub."])
     return "\n".join([*lines, f"Look at it: hf-saq inspect {directory}", "Push it:   run again with --push_to_hub"])

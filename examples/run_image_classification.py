@@ -39,7 +39,7 @@ from image_model import (
     refit_batch_norm,
     timm_repository,
 )
-from image_results import Row, weight_bytes, what_to_do_next, write_results
+from image_results import Row, save_results, weight_bytes, what_to_do_next, write_results
 from image_sharding import copies_of_float_model, top1_of
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
@@ -112,7 +112,7 @@ def run(
         trainer = Trainer(model, stage_arguments(training_args, "eval", push_to_hub=False), **common)
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        save_results(trainer, metrics)
         return [Row("as loaded", "", metrics["eval_top1"], 0, None)]
 
     common["train_dataset"] = TransformedImages(images["train"], train_transform)
@@ -176,7 +176,7 @@ def train_float(
         seconds = timed_training(trainer)
     metrics = trainer.evaluate()
     trainer.save_model()
-    trainer.save_metrics("eval", metrics)
+    save_results(trainer, metrics)
     trainer.accelerator.wait_for_everyone()
     size = weight_bytes(Path(args.output_dir))
     return Row("float", "W32A32", metrics["eval_top1"], size, seconds, metrics=metrics), trainer
@@ -189,7 +189,7 @@ def train_quantized(
     seconds = timed_training(trainer)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    save_results(trainer, metrics)
     if engine != NOT_ASKED:
         with in_one_line("exporting the model"):
             trainer.export_onnx()

@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
+from image_arguments import OneLineParser, parse_with
+from image_mistakes import check_is_float, check_names, in_one_line, unreadable_images_in_one_line
 from image_model import ModelArguments, load_model, load_processor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, HfArgumentParser, get_scheduler
+from transformers import AutoModelForImageClassification, get_scheduler
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, pack, parameter_groups, quantize
 from hf_saq.data import (
@@ -61,9 +63,13 @@ class LoopArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    parser = HfArgumentParser([ModelArguments, DataTrainingArguments, LoopArguments])  # type: ignore[arg-type]
+    kinds: list = [ModelArguments, DataTrainingArguments, LoopArguments]
+    parser = OneLineParser(kinds, description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.set_defaults(augmentation="none")
-    model_args, data_args, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    model_args, data_args, args = parse_with(parser, sys.argv[1:] if argv is None else argv)
+    with in_one_line("reading the arguments"):
+        check_names(model_args)
+        config = SAQQuantizationConfig(weight_bits=args.weight_bits, activation_bits=args.activation_bits)
     # Without `cpu=True`, processes that torchrun starts on a machine without accelerator would not know of each other.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=args.gradient_accumulation_steps
@@ -72,12 +78,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         parser.error("this loop quantizes and packs a model that is not sharded; under FSDP use SAQTrainer.")
     set_seed(args.seed)
 
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), in_one_line("loading the images"):
         images = load_images(data_args, args.seed, model_args.cache_dir)
         if data_args.skip_corrupt:
             images = {split: without_unreadable(dataset, split) for split, dataset in images.items()}
-    model = load_model(model_args, images["train"].features["label"].names, data_args.image_size)
-    processor = load_processor(model_args, model, data_args.image_size)
+    with in_one_line("loading the model"):
+        model = load_model(model_args, images["train"].features["label"].names, data_args.image_size)
+        check_is_float(model, str(model_args.model_name_or_path))
+        processor = load_processor(model_args, model, data_args.image_size)
     train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
     workers = {"num_workers": args.dataloader_num_workers, "persistent_workers": args.dataloader_num_workers > 0}
     train_loader = DataLoader(
@@ -92,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     sample = [{"pixel_values": batch["pixel_values"]} for batch in itertools.islice(train_loader, 4)]
     train_loader, eval_loader = accelerator.prepare(train_loader, eval_loader)
+    if len(train_loader) == 0:
+        raise SystemExit(
+            f"error: {len(images['train'])} training images do not fill one batch of --per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} on each process; make it smaller."
+        )
 
     results = {}
     if args.float_epochs > 0:
@@ -101,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         accelerator.free_memory()
 
-    config = SAQQuantizationConfig(weight_bits=args.weight_bits, activation_bits=args.activation_bits)
     calibrate(quantize(model, config), sample)
     minimizer = SharpnessAwareMinimizer(model, rho=args.rho, case=args.case, sync=args.sync)
     model = train(accelerator, model, train_loader, args.num_train_epochs, args, minimizer)
@@ -167,4 +179,5 @@ def evaluate(accelerator, model, loader) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with unreadable_images_in_one_line():
+        main()

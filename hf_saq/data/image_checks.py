@@ -16,6 +16,8 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 logger = logging.getLogger(__name__)
 
+SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "validation", "valid", "val", "dev")
+"""Names of folders that `datasets` takes for splits."""
 METADATA = (".csv", ".jsonl", ".parquet")
 """Endings of the `metadata` file that an image folder may have in place of folders for classes."""
 
@@ -41,9 +43,11 @@ def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bo
         Whether the names of folders are the labels; otherwise a metadata file has them.
     """
     where = f"{flag} {str(directory)!r}"
-    files = []
+    files: list[Path] = []
+    top: list[str] = []
     for parent, folders, names in os.walk(directory, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # `datasets` skips them too
+        top = top or sorted(folders)
         files += [Path(parent, name).relative_to(directory) for name in names]
     if any(file.stem == "metadata" and file.suffix in METADATA for file in files):
         return False
@@ -65,6 +69,11 @@ def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bo
             f"{where}: {str(loose)!r} lies beside the folders of the classes {classes[:3]}. {expected}; move it into "
             "the folder of its class, or remove it."
         )
+    if nested is not None and set(map(str.lower, classes)) <= set(SPLIT_FOLDERS):
+        raise ValueError(
+            f"{where} holds the splits {classes}, not classes; name one of them, such as "
+            f"{str(directory / classes[0])!r}, or the whole with --dataset_name."
+        )
     if nested is not None and len(classes) == 1:
         raise ValueError(f"{where} has only the folder {classes[0]!r} in it; name {str(directory / classes[0])!r}.")
     if nested is not None:
@@ -74,6 +83,9 @@ def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bo
         )
     if len(classes) < least_classes:
         raise ValueError(f"{where} has a single class, {classes[0]!r}; a classifier needs two. {expected}.")
+    empty = [name for name in top if name not in classes]
+    if empty:
+        logger.warning("%s: no image lies in %s, so there is no such class.", where, ", ".join(map(repr, empty[:5])))
     return True
 
 

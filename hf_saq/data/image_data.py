@@ -11,10 +11,15 @@ from datasets import ClassLabel, DatasetDict, Features, Image, concatenate_datas
 from datasets import Dataset as HFDataset
 from datasets.exceptions import DatasetGenerationError
 
-from .image_checks import check_can_be_split, check_image_folder, check_places, checked_rows, find_column
+from .image_checks import (
+    SPLIT_FOLDERS,
+    check_can_be_split,
+    check_image_folder,
+    check_places,
+    checked_rows,
+    find_column,
+)
 
-SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "validation", "valid", "val", "dev")
-"""Names of folders that `datasets` takes for splits."""
 AUGMENTATIONS = ("crop_flip", "rand_augment", "pad_crop_flip", "shift", "none")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..storage import staged
+from ..storage.saved_directory import TIMM
 from .checks import verify
 from .example_inputs import example_inputs
 from .extras import check_engine, installed_engines, needed
@@ -141,5 +142,5 @@ def _write(directory: Path, content: bytes, report: ExportReport, config: Any, p
             "target": report.target,
         }
         (stage / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
-        if processor is not None:
+        if processor is not None and fields.get("model_type") != TIMM:  # there it is in the configuration
             processor.save_pretrained(stage)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel, Trainer
 
 from ..layers import HoldsQuantizers
-from ..storage.saved_directory import has_processor
+from ..storage.saved_directory import TIMM, has_processor
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class SavesImageProcessor(Trainer):
 
     def _needs_processor(self) -> bool:
         """Tell whether the model is a quantized one of transformers that has its processor in a file of its own."""
-        if not isinstance(self.model, PreTrainedModel) or self.model.config.model_type == "timm_wrapper":
+        if not isinstance(self.model, PreTrainedModel) or self.model.config.model_type == TIMM:
             return False  # that of timm is in the configuration of the model
         return any(isinstance(module, HoldsQuantizers) for module in self.model.modules())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def facts_of_run(
     model = trainer.accelerator.unwrap_model(trainer.model)
     repository = trainer.hub_model_id or trainer.args.hub_model_id
     own_name = directory.absolute().name
-    about: dict[str, Any] = {"config": None, "hyperparameters": _hyperparameters(saq_config)}
+    about: dict[str, Any] = {"config": None, "hyperparameters": _hyperparameters(trainer, saq_config)}
     if isinstance(model, PreTrainedModel):
         about |= _of_transformers(trainer, model, about["hyperparameters"], given)
         about["load_from"] = repository or own_name
@@ -65,8 +66,8 @@ def facts_of_run(
         comparison=comparison,
         method=_method(saq_config),
         float_weight_bytes=4 * _float_parameters(model),
-        bit_operations=_logged(logs, "bit_operations"),
-        float_bit_operations=_logged(logs, "float_bit_operations"),
+        bit_operations=_cost(trainer, "bit_operations"),
+        float_bit_operations=_cost(trainer, "float_bit_operations"),
         evaluated_images=evaluated_images,
         labels=names_of_classes([name for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())])
         if isinstance(model, PreTrainedModel)
@@ -119,8 +120,10 @@ def _float_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p not in own)
 
 
-def _logged(logs: Sequence[Mapping[str, Any]], name: str) -> int | None:
-    return next((int(entry[name]) for entry in logs if name in entry), None)
+def _cost(trainer: Any, name: str) -> int | None:
+    """Take what calibration counted from the log, or from the trainer where no line has been logged yet."""
+    entries = [*trainer.state.log_history, getattr(trainer, "_cost_logs", {})]
+    return next((int(entry[name]) for entry in entries if name in entry), None)
 
 
 def _will_be_packed(model: nn.Module) -> bool:
@@ -139,8 +142,14 @@ def _method(saq_config: SAQConfig) -> str:
     return f"{name} ([Sharpness-Aware Quantization](https://arxiv.org/abs/2111.12273), case {case})"
 
 
-def _hyperparameters(saq_config: SAQConfig) -> dict[str, Any]:
-    return {} if saq_config.case is None else saq_config.to_dict()
+def _hyperparameters(trainer: Any, saq_config: SAQConfig) -> dict[str, Any]:
+    """Return the settings of the perturbation, with the radius and the knobs that were used where none was given."""
+    if saq_config.case is None:
+        return {}
+    found = saq_config.to_dict()
+    minimizer, step = getattr(trainer, "minimizer", None), getattr(trainer, "scheduled_step", None)
+    used = {} if minimizer is None or step is None else {"rho": minimizer.rho, **asdict(step.schedule)}
+    return {name: used.get(name, value) if value is None else value for name, value in found.items()}
 
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:

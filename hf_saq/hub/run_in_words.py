@@ -80,7 +80,7 @@ class TellsInWords(Trainer):
         most = "at most " if schedule.trigger else ""
         return (
             f"Method: {name}, radius rho={self.minimizer.rho:g} ({source}), perturbing "
-            f"{_listed(self.saq_config.perturb)}; {most}{schedule.cost:.3g} forward and backward passes a step, plain "
+            f"{_listed(self.saq_config.perturb)}; {most}{schedule.cost:.4g} forward and backward passes a step, plain "
             "QAT takes 1."
         )
 

@@ -24,6 +24,8 @@ from .weight_files import MODEL_FILES
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files of an image processor; which of them it has depends on its age."""
+TIMM = "timm_wrapper"
+"""Type of the models of timm. What their image processor needs is in their `config.json`; it has no file."""
 NEEDED_FILES = ("config.json", *MODEL_FILES, *PROCESSOR_FILES)
 """Files that are downloaded from a repository: the model at its top level, no checkpoints in its folders."""
 
@@ -156,8 +158,12 @@ def named_model_class(name: Any) -> type[PreTrainedModel] | None:
 
 
 def has_processor(directory: str | Path) -> bool:
-    """Tell whether a saved model has an image processor next to it."""
-    return any((Path(directory) / name).is_file() for name in PROCESSOR_FILES)
+    """Tell whether a saved model has an image processor: next to it, or inside its configuration, as those of timm."""
+    if any((Path(directory) / name).is_file() for name in PROCESSOR_FILES):
+        return True
+    path = Path(directory) / "config.json"
+    fields = read_json_object(path) if path.is_file() else {}
+    return fields.get("model_type") == TIMM and bool(fields.get("pretrained_cfg"))
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:

@@ -87,6 +87,27 @@ def test_folders_without_images(tmp_path):
         load(train_dir=tmp_path / "none")
 
 
+def test_splits_are_no_classes(tmp_path):
+    """A directory of a training and a validation folder, named as if it were the training folder."""
+    image_files(tmp_path / "leaves", "train/cat/1.png", "train/dog/2.png", "validation/cat/3.png")
+    message = (
+        r"--train_dir '.*leaves' holds the splits \['train', 'validation'\], not classes; name one of them, such as"
+    )
+    with pytest.raises(ValueError, match=message + " '.*leaves/train', or the whole with --dataset_name"):
+        load(train_dir=tmp_path / "leaves")
+
+
+def test_classes_without_images_are_named(tmp_path, caplog):
+    """One that is empty, and one whose images are of a kind that nobody reads."""
+    image_files(tmp_path, "cat/1.png", "dog/2.png", "dog/3.png", "cat/4.png")
+    (tmp_path / "elk").mkdir()
+    (tmp_path / "fox").mkdir()
+    (tmp_path / "fox" / "5.heic").write_bytes(b"x")
+    splits = load(train_dir=tmp_path, validation_dir=tmp_path)
+    assert f"--train_dir {str(tmp_path)!r}: no image lies in 'elk', 'fox', so there is no such class." in caplog.text
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+
+
 def test_good_folders_are_taken(tmp_path):
     """Of the splits of a data set, of a split with one class, and of an image folder with a file of labels."""
     names = [f"{split}/{name}/{k}.png" for split in ("train", "test") for name in ("cat", "dog") for k in range(3)]

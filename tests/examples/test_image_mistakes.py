@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import vit
-from transformers import TrainingArguments
+from tiny_models import IMAGE_SIZE, NUM_LABELS, vit
+from transformers import AutoConfig, TimmWrapperConfig, TimmWrapperForImageClassification, TrainingArguments
 
 from hf_saq import SAQQuantizationConfig, quantize
 
@@ -89,6 +90,38 @@ def test_a_processor_that_was_named_is_not_replaced_by_a_default(tmp_path):
     arguments = ModelArguments(model_name_or_path=str(tmp_path), image_processor_name="nobody/nothing")
     with pytest.raises(OSError, match="nobody/nothing"):
         load_processor(arguments, model, None)
+
+
+def test_a_model_without_its_processor_gets_images_of_its_own_size(tmp_path):
+    """That of its family makes 224 pixels."""
+    model = vit()
+    model.save_pretrained(tmp_path)
+    processor = load_processor(ModelArguments(model_name_or_path=str(tmp_path)), model, None)
+    assert dict(processor.size) == {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+
+
+@pytest.mark.parametrize("count", [NUM_LABELS - 1, NUM_LABELS + 1])
+def test_another_number_of_classes_is_no_warning(count, tmp_path, caplog, monkeypatch):
+    """Names of the stored configuration are replaced, with a new head."""
+    name = "transformers.configuration_utils"
+    monkeypatch.setattr(logging.getLogger(name), "handlers", [caplog.handler])
+    model = vit()
+    model.config.id2label = {k: f"old {k}" for k in range(NUM_LABELS)}
+    model.save_pretrained(tmp_path)
+    labels = [f"class {k}" for k in range(count)]
+    with caplog.at_level(logging.WARNING, logger=name):  # tests are silent otherwise
+        model = load_model(ModelArguments(model_name_or_path=str(tmp_path)), labels, None)
+    assert model.classifier.out_features == model.config.num_labels == count
+    assert list(model.config.id2label.values()) == labels and model.config.label2id["class 1"] == 1
+    assert not [record for record in caplog.records if record.name == name]
+
+
+def test_names_of_classes_of_a_saved_timm_model_are_replaced_for_good(tmp_path):
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=3, pretrained_cfg={"input_size": [3, 32, 32]})
+    TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "own")
+    model = load_model(ModelArguments(model_name_or_path=str(tmp_path / "own")), ["ant", "bee"], None)
+    model.save_pretrained(tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").id2label == {0: "ant", 1: "bee"}
 
 
 def stage_with_checkpoints(directory: Path, *steps: int) -> Path:

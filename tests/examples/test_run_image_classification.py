@@ -105,6 +105,8 @@ def test_image_folders_and_a_pipeline(folders, tmp_path, capsys):
     check_what_is_left(tmp_path / "out", rows)
     said = capsys.readouterr().out
     assert f"It lies in {tmp_path / 'out' / 'saq-w4a4'}, with its image processor and a card (README.md)" in said
+    assert f"Export it: hf-saq export {tmp_path / 'out' / 'saq-w4a4'} OUT" in said
+    assert json.loads((tmp_path / "out" / "saq-w4a4" / "eval_results.json").read_text())["eval_samples"] == 12
     assert said.rstrip().endswith("Push it:   run again with --push_to_hub")
 
 

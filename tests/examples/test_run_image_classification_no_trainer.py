@@ -55,6 +55,29 @@ def test_a_run(tmp_path, monkeypatch):
     assert any(isinstance(module, PackedLayer) for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lerning_rate=1"], "error: --lerning_rate is no argument; did you mean --learning_rate?"),
+        (["--learning=1"], "error: --learning is no argument;"),  # no abbreviation
+        (["--rho=much"], "error: argument --rho: invalid float value: 'much'"),
+        (["--weight_bits=9"], "error while reading the arguments: SAQQuantizationConfig.weight_bits=9"),
+        (["--model_name_or_path=./none"], "--model_name_or_path './none': there is no such directory."),
+        (
+            ["--max_train_samples=9"],
+            "error: 9 training images do not fill one batch of --per_device_train_batch_size 32",
+        ),
+        (["--train_dir=none"], "error while loading the images: --train_dir 'none': there is no such directory."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    said = capsys.readouterr().err if stopped.value.code == 2 else f"{stopped.value}\n"
+    assert message in said and said.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     script_of_two = EXAMPLES / "run_image_classification_no_trainer.py"

@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 from tiny_models import IMAGE_SIZE, vit
 from training import arguments
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTImageProcessor,
+)
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, quantize
+from hf_saq.hub.card import write_card
 from hf_saq.hub.image_processor import processor_of_base_model
-from hf_saq.storage.saved_directory import has_processor
+from hf_saq.storage.saved_directory import has_processor, load_saved
 
 CONFIG = SAQQuantizationConfig(weight_bits=4, activation_bits=None, scale_init="mean")
 
@@ -87,3 +94,20 @@ def test_checkpoints_and_float_models_do_not_warn(tmp_path, caplog):
     trainer.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
     save(tmp_path / "float", vit())
     assert "image processor" not in caplog.text
+
+
+def test_that_of_timm_is_in_the_configuration(tmp_path, caplog):
+    """No file and no warning; it is found all the same, so the card opens the model as a pipeline."""
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        model_args={"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        num_labels=3,
+        pretrained_cfg={"input_size": [3, 16, 16]},
+    )
+    model = quantize(TimmWrapperForImageClassification(config), CONFIG)
+    directory = save(tmp_path / "out", model)
+    assert "image processor" not in caplog.text and has_processor(directory)
+    _, processor = load_saved(str(directory))
+    assert processor.data_config["input_size"] == (3, 16, 16)
+    assert "pipeline(" in write_card(directory).read_text()
+    assert not has_processor(tmp_path)

@@ -108,15 +108,17 @@ def test_the_card_of_a_run(tmp_path):
     assert f'model="{tmp_path.name}"' in text
 
 
-def test_bit_operations_of_a_run_that_calibrates(tmp_path):
+@pytest.mark.parametrize(("logging_steps", "case"), [(1, None), (500, 3)])
+def test_bit_operations_of_a_run_that_calibrates(logging_steps, case, tmp_path):
+    """Also of a run that ends before its first line of the log is due. Its radius and schedule are those it used."""
     from tiny_models import images
 
     from hf_saq import SAQQuantizationConfig, cost
 
     trainer = SAQTrainer(
         vit(),
-        arguments(tmp_path),
-        saq_config=SAQConfig(case=None),
+        arguments(tmp_path, logging_steps=logging_steps),
+        saq_config=SAQConfig(case=case),
         quantization_config=SAQQuantizationConfig(),
         train_dataset=Images(12, torch.float32),
     )
@@ -127,7 +129,10 @@ def test_bit_operations_of_a_run_that_calibrates(tmp_path):
     assert (
         f"| {expected.float_bops:,} | {expected.bops:,} | {expected.float_bops / expected.bops:.1f} x less |" in text
     )
-    assert "trained with QAT" in text and "Sharpness (" not in text and "- rho" not in text
+    if case is None:
+        assert "trained with QAT" in text and "Sharpness (" not in text and "- rho" not in text
+    else:
+        assert "- rho: 0.1\n" in text and "- interval: 1\n" in text and "- ascent_fraction: 0.125\n" in text
     assert "weights on disk" not in text  # nothing was saved
 
 

@@ -58,6 +58,12 @@ def test_a_run_in_words(tmp_path, capsys, as_by_default):
     assert said[2].startswith("To run it in integers") and said[3].endswith("trainer.push_to_hub()")
 
 
+def test_the_passes_of_the_default_schedule(tmp_path, capsys, as_by_default):
+    """As every page writes them."""
+    trained(tmp_path, SAQConfig(rho=0.1))
+    assert "; 1.125 forward and backward passes a step, plain QAT takes 1." in capsys.readouterr().out
+
+
 def test_plain_training_and_silence(tmp_path, capsys, as_by_default):
     trained(tmp_path, SAQConfig(case=None))
     assert "Method: plain quantization-aware training (QAT), one forward" in capsys.readouterr().out
