@@ -63,10 +63,12 @@ def _efficientnet() -> Any:
     return TimmWrapperForImageClassification(config)
 
 
+PRODUCTS = {"quantize_attention": True}
 CHANNEL = {"weight_granularity": "channel"}
 MODELS = {
-    "vit-tiny": DeployModel(VIT_TINY, lambda: _vit(192), 4, 4, {"quantize_attention": True}),
-    "vit-small": DeployModel("", lambda: _vit(384), 4, 4, {"quantize_attention": True}),
+    "vit-tiny": DeployModel(VIT_TINY, lambda: _vit(192), 4, 4, PRODUCTS),
+    "vit-tiny-float-products": DeployModel(VIT_TINY, lambda: _vit(192), 4, 4, {}),
+    "vit-small": DeployModel("", lambda: _vit(384), 4, 4, PRODUCTS),
     "resnet18": DeployModel("", _resnet18, 4, 4, CHANNEL),
     "mobilenet-v2": DeployModel(
         MOBILENET,
@@ -77,6 +79,7 @@ MODELS = {
     ),
     "efficientnet-lite0": DeployModel(EFFICIENTNET, _efficientnet, 8, 8, CHANNEL),
 }
+"""Of the transformers, `float-products` has the products of attention in float, as the library does by default."""
 
 
 def save_quantized(name: str, directory: Path) -> bool:

@@ -7,13 +7,14 @@ import argparse
 from ..version import __version__
 from .completion import SHELLS, PrintCompletion
 from .data_arguments import add_data_arguments
+from .suggesting import SuggestingParser
 
 PARTS = ("sharpness", "landscape", "sensitivity")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser. The arguments that it parses have the name of the command as `command`."""
-    parser = argparse.ArgumentParser("hf-saq", description="Look at quantized models that hf_saq saved, change them.")
+    parser = SuggestingParser("hf-saq", description="Look at quantized models that hf_saq saved, change them.")
     parser.add_argument("--version", action="version", version=f"hf_saq {__version__}")
     parser.add_argument(
         "--print-completion",

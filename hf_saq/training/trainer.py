@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -238,4 +239,10 @@ def _named(more: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if len(more) > len(names) or twice:
         found = f"{twice[0]} is given twice" if twice else f"{len(more) + 2} arguments are given by position"
         raise TypeError(f"SAQTrainer: {found}; expected model, args, then {', '.join(names)}, each once.")
+    for argument, kind in (("saq_config", SAQConfig), ("quantization_config", SAQQuantizationConfig)):
+        if misplaced := [name for name in kwargs if name not in names and name in {f.name for f in fields(kind)}]:
+            raise TypeError(
+                f"SAQTrainer: {misplaced[0]} is no argument of a trainer; expected it as "
+                f"{argument}={kind.__name__}({misplaced[0]}=...)."
+            )
     return named

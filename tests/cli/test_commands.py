@@ -218,6 +218,21 @@ def test_wrong_arguments_are_status_2(argv, capsys):
     assert "usage: hf-saq" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["exprot", "a", "b"], "invalid choice: 'exprot' .*; did you mean export?"),
+        (["export", "a", "b", "--wieghts", "int4"], "unrecognized arguments: --wieghts int4; did you mean --weights?"),
+        (["export", "a", "b", "--overw"], "unrecognized arguments: --overw"),  # no abbreviations
+        (["pack", "a", "b", "--zzz"], "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_what_is_mistyped_is_answered_with_what_there_is(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert re.search(message.replace("?", "[?]"), capsys.readouterr().err)
+
+
 def test_the_installed_script(saved):
     script = Path(sys.executable).with_name("hf-saq")
     outcome = subprocess.run(

@@ -305,9 +305,7 @@ def test_a_graph_quantizes_once_what_is_shared(build, saved, tmp_path):
 
 def test_bits_are_found_without_sharing_and_suit_it():
     batches = [{"pixel_values": images(), "labels": LABELS}]
-    with pytest.raises(
-        ValueError, match="allocate_bits: .*k_proj and 3 more .*share_inputs=False"
-    ):
+    with pytest.raises(ValueError, match="allocate_bits: .*k_proj and 3 more .*share_inputs=False"):
         allocate_bits(quantized(share_inputs=True), batches, "0.8x")
     with pytest.raises(ValueError, match="measure_latencies: vit.layers.0.attention.k_proj and 3 more"):
         measure_latencies(quantized(share_inputs=True), images())

@@ -40,8 +40,10 @@ def test_arguments_in_the_order_of_trainer(tmp_path):
         ({"quantization_config": SAQConfig()}, "quantization_config is a SAQConfig; expected a SAQQuantizationConfig"),
         ({"model": "google/vit-base-patch16-224"}, "model is a str; expected a model, for example of from_pretrained"),
         ({"args": {"max_steps": 1}}, "args is a dict; expected TrainingArguments"),
+        ({"rho": 0.1}, r"rho is no argument of a trainer; expected it as saq_config=SAQConfig\(rho=...\)"),
+        ({"weight_bits": 4}, "weight_bits is no argument of a trainer; expected it as quantization_config=SAQQuant"),
     ],
-    ids=["dict", "swapped", "swapped-too", "name", "args"],
+    ids=["dict", "swapped", "swapped-too", "name", "args", "field", "bits"],
 )
 def test_the_wrong_kind_of_thing(given, message, tmp_path):
     """One sentence says which argument it is, what it is, and what was expected."""
