@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_saq import SAQQuantizationConfig, quantize
+
 from ..shared.command_line import parsed
 from ..shared.places import RESULTS
 from ..shared.runs import versions
 from .arguments import AccuracyArguments
 from .methods import QAT, SAQ
+from .tasks import TASKS
 from .training import train_one, workers
 
 WAYS = {"apart": {}, "shared": {"share_inputs": True}}
@@ -30,7 +33,7 @@ class SharingArguments:
     """What to train."""
 
     settings: list[str] = field(
-        default_factory=lambda: ["digits:4", "digits:3", "digits:2", "cifar-vit:4", "cifar-vit:2"],
+        default_factory=lambda: ["cifar-vit:4", "cifar-vit:2"],
         metadata={"help": "Task and bits, with a colon between; transformers whose query, key and value are apart."},
     )
     methods: list[str] = field(default_factory=lambda: [QAT, SAQ], metadata={"help": "Some that have stored runs."})
@@ -48,9 +51,19 @@ def stored_arguments(directory: Path, setting: str, method: str) -> dict[str, An
     return json.loads((directory / name).read_text(encoding="utf-8"))["arguments"]
 
 
+def check_that_inputs_are_shared(setting: str) -> None:
+    """Raise `ValueError` if the model of a setting has nothing to share, so that both ways would be the same."""
+    task = TASKS[setting.partition(":")[0]]
+    model = quantize(task.build(), SAQQuantizationConfig(share_inputs=True))
+    if not model.quantization_report.shared_inputs:  # type: ignore[union-attr]
+        raise ValueError(f"{setting}: no layers of this model read the same tensor; expected query, key and value.")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args, command = parsed(SharingArguments, argv, "benchmarks.accuracy.shared_inputs", __doc__)
     paths = AccuracyArguments(cache=args.cache).paths()
+    for setting in args.settings:
+        check_that_inputs_are_shared(setting)
     cells = [(setting, method) for setting in args.settings for method in args.methods]
     found: list[dict[str, Any]] = []
     with workers(args.processes) as pool:
