@@ -55,13 +55,13 @@ def find_shared_inputs(model: nn.Module, names: list[str]) -> list[list[str]]:
     configuration names. Where that is not possible, because it is no image model or because its control flow depends
     on values, no groups are found.
     """
-    # Stand in for each tensor by one of its shape without memory.
-    memo: dict[int, Any] = {
-        id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) if is_parameter else tensor.to("meta")
-        for tensors, is_parameter in ((model.parameters(), True), (model.buffers(), False))
-        for tensor in tensors
-    }
     try:
+        # Stand in for each tensor by one of its shape without memory.
+        memo: dict[int, Any] = {
+            id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) if is_parameter else tensor.to("meta")
+            for tensors, is_parameter in ((model.parameters(), True), (model.buffers(), False))
+            for tensor in tensors
+        }
         bare = copy.deepcopy(model, memo).eval()
         for module in bare.modules():
             for hooks in HOOKS:
