@@ -18,7 +18,7 @@ class SuggestingParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '(.*?)'|unrecognized arguments: .*?(--[\w-]+)", message)
         if found:
-            close = difflib.get_close_matches(found[1] or found[2], set(_words(self)), n=1)
+            close = difflib.get_close_matches(found[1] or found[2], sorted(set(_words(self))), n=1)
             message += f"; did you mean {close[0]}?" if close else ""
         super().error(message)
 

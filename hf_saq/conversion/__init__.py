@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from .first_scales import initialize_weight_quantizers
     from .forms import convert_to_packed, copy_with, dequantize, dequantize_in_place, is_packed, pack, unpack
     from .report import ConversionReport, LayerPlan, note_signs
-    from .swapping import as_decided, convert, leave_in_float, note_left_in_float, quantize, replace_modules
+    from .swapping import (
+        as_decided,
+        convert,
+        leave_in_float,
+        leave_layer_in_float,
+        note_left_in_float,
+        quantize,
+        replace_modules,
+    )
 
 # Lazy, because `attention_interface` needs models of transformers, and `storage.from_pretrained` is imported earlier.
 __getattr__, __dir__ = lazy_exports(
@@ -39,7 +47,15 @@ __getattr__, __dir__ = lazy_exports(
             "unpack",
         ),
         "report": ("ConversionReport", "LayerPlan", "note_signs"),
-        "swapping": ("as_decided", "convert", "leave_in_float", "note_left_in_float", "quantize", "replace_modules"),
+        "swapping": (
+            "as_decided",
+            "convert",
+            "leave_in_float",
+            "leave_layer_in_float",
+            "note_left_in_float",
+            "quantize",
+            "replace_modules",
+        ),
     },
     modules=("attention_interface",),
 )
@@ -61,6 +77,7 @@ __all__ = [
     "is_packed",
     "keep_decoded",
     "leave_in_float",
+    "leave_layer_in_float",
     "needs_calibration",
     "norms_with_statistics",
     "note_left_in_float",

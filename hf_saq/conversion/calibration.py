@@ -105,6 +105,8 @@ def _leave_idle_layers_in_float(model: nn.Module, ran: set[Quantizer]) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, HoldsQuantizers):
             own = layer.own_quantizers()
+            if getattr(layer, "shared_input", None) is not None:  # that of activations runs for others too
+                own = [quantizer for quantizer in own if quantizer.role == "weight"]
             working += bool(ran.intersection(own))
             if own and ran.isdisjoint(own):
                 idle.append(name)

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
-from ..layers.shared_input import QUANTIZER
+from ..layers.shared_input import QUANTIZER, refuse_orphaned_inputs
 from ..layers.wrapping import (
     drop_hooks_that_stay_behind,
     refuse_adapters,
@@ -239,7 +239,8 @@ def _tie(model: nn.Module, target: str, source: str) -> None:
 
 
 def check_has_values(model: nn.Module) -> None:
-    """Raise `ValueError` if a parameter is on the meta device."""
+    """Raise `ValueError` if a parameter is on the meta device, or if values are no part of the model any more."""
+    refuse_orphaned_inputs(model)
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ValueError(

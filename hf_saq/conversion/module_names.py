@@ -44,6 +44,10 @@ class ModuleNames:
         """Say whether `entry` is the name of the module called `name`, here or in the model with or without a head."""
         return entry in (name, self._other(name))
 
+    def has(self, entry: str) -> bool:
+        """Say whether a module is called `entry`."""
+        return any(self.are_the_same(entry, name) for name in self._own)
+
     def any_matches(self, patterns: Iterable[str], *names: str) -> bool:
         return any(self.matches(pattern, name) for pattern in patterns for name in names)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 
 from ..config import FORMAT_VERSION, SAQQuantizationConfig
 from ..layers import QUANTIZED_LAYERS, HoldsQuantizers
-from ..layers.shared_input import share_input
+from ..layers.shared_input import let_go_of_shared_input, share_input
 from . import attention_interface
 from .building import build, build_products
 from .first_scales import initialize_weight_quantizers
@@ -109,10 +110,28 @@ def leave_in_float(model: nn.Module, names: Collection[str], reason: str) -> Non
     What is stored with the model then names these layers in `modules_to_not_convert`, so that it loads as it is now.
     """
     for name in names:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, HoldsQuantizers)
-        layer.leave_in_float()
+        leave_layer_in_float(model, name)
     note_left_in_float(model, names, reason)
+
+
+def leave_layer_in_float(model: nn.Module, name: str) -> None:
+    """Take the quantizers of one layer away, in place; layers that share its input keep theirs."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, HoldsQuantizers)
+    shared = getattr(layer, "shared_input", None)
+    if shared is not None:
+        others = {
+            n: m for n, m in model.named_modules() if m is not layer and getattr(m, "shared_input", None) is shared
+        }
+        report = getattr(model, "quantization_report", None)
+        groups = report.shared_inputs if isinstance(report, ConversionReport) else []
+        group = next((group for group in groups if name in group), [])
+        in_order = [n for n in group if n in others] or list(others)  # as the layers will be looked for when loading
+        let_go_of_shared_input(layer, [others[n] for n in in_order])
+        if others:
+            holder: Any = others[in_order[0]]
+            holder.activation_quantizer.path = f"{in_order[0]}.activation_quantizer"
+    layer.leave_in_float()
 
 
 def note_left_in_float(model: nn.Module, names: Collection[str], reason: str) -> None:
@@ -121,6 +140,9 @@ def note_left_in_float(model: nn.Module, names: Collection[str], reason: str) ->
     for planned in report.layers if isinstance(report, ConversionReport) else []:
         if planned.name in names:
             planned.settings, planned.reason, planned.sign = {}, reason, "-"
+    if isinstance(report, ConversionReport):
+        left = [[name for name in group if name not in names] for group in report.shared_inputs]
+        report.shared_inputs = [group for group in left if len(group) > 1]
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(config, SAQQuantizationConfig) and names:
         excluded, found = config.modules_to_not_convert or [], config.modules_found_idle or []

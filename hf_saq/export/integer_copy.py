@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import conversion
 from ..layers import HoldsQuantizers, PackedLayer, QuantizedLayer
-from ..layers.shared_input import SharedInput
+from ..layers.shared_input import SharedInput, refuse_orphaned_inputs
 from ..layers.shared_input import refers_to_anothers_quantizer as refers_to_anothers
 from ..quantizers import Quantizer
 from .integer_layers import IntegerActivation, IntegerLayer
@@ -46,16 +46,14 @@ def integer_copy(model: nn.Module, weights: str) -> nn.Module:
 
 def _share_inputs(integer: dict[nn.Module, IntegerLayer]) -> None:
     """Let the layers that share an input share it in their integer forms too: one node quantizes it."""
-    first_of: dict[SharedInput, IntegerLayer] = {}
-    for layer, new in integer.items():
-        if isinstance(layer.shared_input, SharedInput) and not refers_to_anothers(layer):
-            first_of[layer.shared_input] = new
-    shared_of = {shared: SharedInput(shared.count) for shared in first_of}
-    for layer, new in integer.items():
-        shared = layer.shared_input
-        if isinstance(shared, SharedInput):
-            first = first_of[shared]
-            new.share_input(shared_of[shared], None if new is first else first.activation)
+    readers: dict[Any, list[nn.Module]] = {}  # the one that holds the quantizer first
+    for layer in sorted(integer, key=refers_to_anothers):
+        if layer.shared_input is not None:
+            readers.setdefault(layer.activation_quantizer, []).append(layer)
+    for layers in readers.values():
+        shared, first = SharedInput(len(layers)), integer[layers[0]]
+        for layer in layers:
+            integer[layer].share_input(shared, None if integer[layer] is first else first.activation)
 
 
 def _is_quantized(layer: QuantizedLayer | PackedLayer) -> bool:
@@ -67,6 +65,7 @@ def check_ready(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ValueError(f"{type(model).__name__}: {name} has no values (device='meta'); load the weights first.")
+    refuse_orphaned_inputs(model)
     waiting = [m.path for m in model.modules() if isinstance(m, Quantizer) and not m.initialized]
     if waiting:
         raise ValueError(

@@ -101,7 +101,7 @@ class IntegerLayer(nn.Module):
         if self.activation is not None:
             add_offset_before = self.activation.offset is not None and not self._offset_is_a_term
             quantize = self.activation if add_offset_before else self.activation.without_offset
-            x = quantize(x) if self.shared_input is None else self.shared_input.once(x, quantize)
+            x = quantize(x) if self.shared_input is None else self.shared_input.once(self, x, quantize)
         weight = self.weight if self.grid is None else dequantize(self.codes, self.scale, self.grid.axis)
         bias = self.bias if self.constant_bias is None else self.constant_bias
         y = self._functional.compute(x, weight, bias)

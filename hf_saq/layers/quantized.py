@@ -13,7 +13,7 @@ from ..quantizers import Quantizer
 from ..quantizers.range_state import has_no_values
 from .float_form import FloatForm, take_over_hooks
 from .recompute import in_autocast_type, operand_recomputed
-from .shared_input import QuantizesInput, let_go_of_anothers_quantizer
+from .shared_input import QuantizesInput
 from .tracing import call_in_graph, is_symbol
 
 
@@ -28,7 +28,6 @@ class HoldsQuantizers(nn.Module):
         for name, child in list(self.named_children()):
             if isinstance(child, Quantizer):
                 setattr(self, name, None)
-        let_go_of_anothers_quantizer(self)
 
 
 class QuantizedLayer(HoldsQuantizers, QuantizesInput, ABC):

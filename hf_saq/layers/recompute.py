@@ -41,6 +41,13 @@ def operand_recomputed(x_q: Tensor, operand: Tensor) -> AbstractContextManager:
     return nullcontext() if made is None or x is None else _hooks(made, x, operand)
 
 
+def active_hooks() -> Any:
+    """Return what tensors saved for the backward pass go through now; `None` if nothing, or if it cannot be told."""
+    if torch.compiler.is_compiling() or not _hooks_are_possible():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 def _hooks_are_possible() -> bool:
     # Without this function, which torch keeps to itself, what is active outside cannot be asked for.
     return (

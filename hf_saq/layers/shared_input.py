@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
+from .recompute import active_hooks
 
 QUANTIZER = "activation_quantizer"
 
@@ -18,7 +19,7 @@ class SharedInput:
     """Remembers what became of a tensor until all layers that read it have asked.
 
     All of its readers have the same `activation_quantizer`. It is a child of the first of them, where its values are
-    stored; the others refer to it. If a reader never asks, its quantized input lives until the next forward.
+    stored; the others refer to it. If a reader does not ask, the quantized tensor lives until another one comes.
 
     Args:
         count: Number of layers that read the tensor.
@@ -28,22 +29,33 @@ class SharedInput:
         self.count = count
         self._kept: _Kept | None = None
 
-    def once(self, x: Tensor, quantize: Callable[[Tensor], Tensor], values: Iterable[Tensor | None] = ()) -> Tensor:
+    def once(
+        self,
+        reader: nn.Module,
+        x: Tensor,
+        quantize: Callable[[Tensor], Tensor],
+        values: Iterable[Tensor | None] = (),
+    ) -> Tensor:
         """Return `quantize(x)`, computed for the first reader and handed to the others.
 
         Args:
+            reader: The layer that asks. If it asks again, another forward has begun, and `x` is quantized anew.
             x: What is quantized. Another tensor, or one that was written to since, is quantized anew.
             values: Further tensors that `quantize` depends on, such as a scale.
         """
-        if torch.compiler.is_dynamo_compiling():  # a compiler finds equal computations itself
+        # A compiler finds equal computations itself, and nothing counts writes to tensors of inference mode.
+        if torch.compiler.is_dynamo_compiling() or x.is_inference():
             return quantize(x)
-        state = (torch.is_grad_enabled(), *(_state(tensor) for tensor in (x, *values) if tensor is not None))
+        versions = tuple(version_of(tensor) for tensor in (x, *values) if tensor is not None)
+        # Tensors saved inside of a checkpointed region belong to it, so that another region may not use them.
+        state = (torch.is_grad_enabled(), active_hooks(), versions)
         kept = self._kept
-        if kept is not None and kept.x() is x and kept.state == state:
-            self._kept = kept._replace(waiting=kept.waiting - 1) if kept.waiting > 1 else None
+        if kept is not None and kept.x() is x and kept.state == state and id(reader) not in kept.asked:
+            asked = kept.asked | {id(reader)}
+            self._kept = kept._replace(asked=asked) if len(asked) < self.count else None
             return kept.x_q
         x_q = quantize(x)
-        self._kept = _Kept(weakref.ref(x), state, x_q, self.count - 1)
+        self._kept = _Kept(weakref.ref(x), state, x_q, frozenset([id(reader)]))
         return x_q
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,12 +67,12 @@ class _Kept(NamedTuple):
     x: weakref.ref[Tensor]
     state: tuple[Any, ...]
     x_q: Tensor
-    waiting: int
-    """Number of readers that have not asked yet."""
+    asked: frozenset[int]
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return id(tensor), -1 if tensor.is_inference() else tensor._version  # nothing counts writes to inference tensors
+def version_of(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes if another tensor comes, or if this one is written to."""
+    return id(tensor), -1 if tensor.is_inference() else tensor._version
 
 
 class QuantizesInput:
@@ -80,7 +92,7 @@ class QuantizesInput:
             return x
         if self.shared_input is None:
             return quantizer(x)
-        return self.shared_input.once(x, quantizer, quantizer._parameters.values())
+        return self.shared_input.once(self, x, quantizer, quantizer._parameters.values())  # type: ignore[arg-type]
 
 
 def share_input(layers: Sequence[nn.Module]) -> None:
@@ -115,7 +127,29 @@ def refers_to_anothers_quantizer(layer: nn.Module) -> bool:
     return isinstance(vars(layer).get(QUANTIZER), nn.Module)
 
 
-def let_go_of_anothers_quantizer(layer: nn.Module) -> None:
-    """Leave the input of `layer` in float if its quantizer belongs to another layer."""
-    if refers_to_anothers_quantizer(layer):
-        vars(layer)[QUANTIZER] = None
+def let_go_of_shared_input(layer: nn.Module, others: Sequence[nn.Module]) -> None:
+    """Leave the input of `layer` in float; `others`, the layers that share it, go on without, the first one first."""
+    quantizer = getattr(layer, QUANTIZER)
+    held = not refers_to_anothers_quantizer(layer)
+    layer.shared_input = None  # type: ignore[assignment]
+    vars(layer).pop(QUANTIZER, None)
+    layer._modules[QUANTIZER] = None
+    if held and others:
+        give_readers(others, quantizer)
+    for other in others:
+        shared: Any = other.shared_input
+        shared.count = len(others)
+        if len(others) == 1:
+            other.shared_input = None  # type: ignore[assignment]
+
+
+def refuse_orphaned_inputs(model: nn.Module) -> None:
+    """Raise `ValueError` if a layer uses a quantizer that no layer of `model` holds any more: its values would be
+    lost."""
+    held = set(model.modules())
+    for name, layer in model.named_modules():
+        if refers_to_anothers_quantizer(layer) and vars(layer)[QUANTIZER] not in held:
+            raise ValueError(
+                f"{name}: its input is quantized with the quantizer of a layer that is no part of this "
+                f"{type(model).__name__} any more. Put the layer back, or quantize the model as it is now."
+            )

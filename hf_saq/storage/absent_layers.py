@@ -36,7 +36,7 @@ def prepare_absent_layers(model: nn.Module) -> None:
             if stored or layer in heads:
                 _start_anew(layer, everything=not stored)
             else:
-                layer.leave_in_float()
+                conversion.leave_layer_in_float(model, name)
                 left.append(name)
         elif isinstance(layer, PackedLayer) and layer not in heads and not any(map(_is_loaded, _tensors(layer))):
             conversion.replace_modules(model, {layer: _float_layer(model, layer)})

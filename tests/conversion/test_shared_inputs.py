@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import images, resnet, timm_efficientnet, vit
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForImageClassification, SegformerConfig, SegformerForImageClassification
 
-from hf_saq import SAQQuantizationConfig, calibrate, dequantize, pack, quantize, unpack
+from hf_saq import SAQQuantizationConfig, calibrate, conversion, dequantize, pack, quantize, unpack
 from hf_saq.analysis import allocate_bits, measure_latencies
 from hf_saq.analysis.bits.changing import change_bits
-from hf_saq.conversion.shared_inputs import find_shared_inputs
+from hf_saq.conversion.shared_inputs import find_shared_inputs, readers_of_the_same_tensor
 from hf_saq.export import export_onnx
 from hf_saq.layers import PackedLayer, QuantizedLayer
 from hf_saq.layers.shared_input import SharedInput
@@ -67,15 +68,52 @@ def test_only_what_is_the_same_tensor_is_shared():
     config.mlp_ratios, config.strides, config.patch_sizes = [2], [4], [7]
     model = SegformerForImageClassification(config)
     linear = [name for name, m in model.named_modules() if type(m) is nn.Linear]
-    found = find_shared_inputs(model, linear)
+    found = find_shared_inputs(model, linear).groups
     assert [[name.rpartition(".")[2] for name in group] for group in found] == [["k_proj", "v_proj"]]
 
 
-@pytest.mark.parametrize(("build", "expected"), [(resnet, 1), (timm_efficientnet, 0)], ids=["resnet", "timm"])
-def test_other_families(build, expected):
+@pytest.mark.parametrize("build", [resnet, timm_efficientnet, vit], ids=["resnet", "timm", "vit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_shapes_tell_is_what_a_run_shows(build, dtype):
     """A residual block may read its input in a convolution and in a shortcut; an EfficientNet reads nothing twice."""
-    groups = quantize(build(), SAQQuantizationConfig(share_inputs=True)).quantization_report.shared_inputs
-    assert len(groups) == expected and all(len(group) == 2 for group in groups)
+    model = build().eval()
+    layers = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    expected = readers_of_the_same_tensor(layers, lambda: model(images()))
+    found = find_shared_inputs(model.to(dtype), list(layers))
+    assert found.groups == expected and len(expected) == {resnet: 1, timm_efficientnet: 0, vit: 2}[build]
+    assert bool(found.why_none) == (not expected)
+
+
+class Two(nn.Module):
+    """Layers `a` and `b` that read what `forward` gives them."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.stem, self.a, self.b, self.drop = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Dropout()
+        self.how = forward
+
+    def forward(self, x):
+        return self.how(self, self.stem(x))
+
+
+def written_to_between(net, x):
+    y = net.a(x)
+    x.relu_()
+    return y + net.b(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "shared"),
+    [
+        (lambda net, x: net.a(x) + net.b(x), True),
+        (lambda net, x: net.a(x) + net.b(net.drop(x)), False),
+        (lambda net, x: net.a(net.a(x) + net.b(x)), False),
+        (written_to_between, False),
+    ],
+    ids=["same", "dropout", "runs twice", "written to"],
+)
+def test_what_counts_as_the_same_tensor(forward, shared):
+    assert find_shared_inputs(Two(forward), ["a", "b"]).groups == ([["a", "b"]] if shared else [])
 
 
 def test_finding_runs_no_hook_and_changes_nothing():
@@ -83,7 +121,7 @@ def test_finding_runs_no_hook_and_changes_nothing():
     model.vit.layers[0].register_forward_hook(lambda *_: pytest.fail("a hook of the user ran"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
-    assert len(find_shared_inputs(model, [name for group in GROUPS for name in group])) == 2
+    assert find_shared_inputs(model, [name for group in GROUPS for name in group]).groups == GROUPS
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -91,12 +129,14 @@ def test_a_model_that_cannot_run_without_values_shares_nothing():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.a, self.b = nn.Linear(224, 4), nn.Linear(224, 4)
 
         def forward(self, x):
             return self.a(x) + self.b(x) if x.sum().item() > 0 else self.a(x)
 
-    assert quantize(Odd(), SAQQuantizationConfig(share_inputs=True)).quantization_report.shared_inputs == []
+    with pytest.warns(UserWarning, match=r"nothing is shared in this Odd: it could not be run .*item.*name them in"):
+        model = quantize(Odd(), SAQQuantizationConfig(share_inputs=True))
+    assert model.quantization_report.shared_inputs == []
     named = SAQQuantizationConfig(share_inputs=True, shared_input_modules=[["a", "b"]])
     assert quantize(Odd(), named).quantization_report.shared_inputs == [["a", "b"]]
 
@@ -168,27 +208,110 @@ def test_checkpointing_recomputes_the_same(reentrant):
 
 
 def test_a_tensor_written_to_is_quantized_anew():
-    shared, x, seen = SharedInput(3), torch.ones(2), []
+    shared, x, seen = SharedInput(2), torch.ones(2), []
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
 
     def quantize_x(t):
         seen.append(t.clone())
         return t * 2
 
-    assert shared.once(x, quantize_x) is shared.once(x, quantize_x)
+    assert shared.once(a, x, quantize_x) is shared.once(b, x, quantize_x)
+    assert shared._kept is None
+    first = shared.once(a, x, quantize_x)
     x.add_(1)
-    assert torch.equal(shared.once(x, quantize_x), x * 2)
+    assert torch.equal(shared.once(b, x, quantize_x), x * 2) and shared.once(a, x, quantize_x) is not first
     scale = nn.Parameter(torch.ones(1))
-    first = shared.once(x, quantize_x, [scale])
+    first = shared.once(a, x, quantize_x, [scale])
     with torch.no_grad():
         scale.add_(1)
-    assert shared.once(x, quantize_x, [scale]) is not first
+    assert shared.once(b, x, quantize_x, [scale]) is not first
+    first = shared.once(a, x, quantize_x)
+    assert shared.once(a, x, quantize_x) is not first, "a reader that asks again is in another forward"
     with torch.no_grad():
-        assert shared.once(x, quantize_x, [scale]) is not first
-    with torch.inference_mode():
-        y = torch.ones(2)
-        assert shared.once(y, quantize_x) is shared.once(y, quantize_x)
-    assert len(seen) == 6
+        assert shared.once(b, x, quantize_x) is not first
     assert copy.deepcopy(shared)._kept is None
+    with torch.inference_mode():  # nothing counts writes to these
+        y = torch.ones(2)
+        shared.once(a, y, quantize_x)
+        assert torch.equal(shared.once(b, y.add_(1), quantize_x), y * 2)
+
+
+def quantized_two(forward):
+    config = SAQQuantizationConfig(share_inputs=True, shared_input_modules=[["a", "b"]], first_last_bits=None)
+    return calibrate(quantize(Two(forward), config), [torch.randn(4, 3, 8, 8)])
+
+
+def test_writes_between_two_readers_are_seen_in_every_mode():
+    model, x = quantized_two(written_to_between).eval(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
+def test_a_reader_that_runs_twice_and_a_second_pass():
+    """The second pass of SAM has the same inputs and, where only weights are perturbed, the same scales."""
+    model, x = quantized_two(lambda net, x: net.a(x) + net.a(x) + net.b(x)).train(), torch.randn(4, 3, 8, 8)
+    features = model.stem(x).detach().requires_grad_()
+    for _ in range(2):
+        model.how(model, features).sum().backward()
+
+
+def test_readers_in_checkpointed_regions_of_their_own():
+    """What a region saves must be its own: it is made again alone."""
+
+    def apart(net, x):
+        parts = [nn.Sequential(net.a, nn.Tanh()), nn.Sequential(net.b, nn.Tanh())]
+        if not net.training:
+            return parts[0](x) + parts[1](x)
+        return sum(checkpoint(part, x, use_reentrant=False) for part in parts)
+
+    grads = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = quantized_two(apart).train(training)
+        model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b)
+
+
+def test_who_leaves_a_group_leaves_it_whole(tmp_path):
+    """The first layer holds the quantizer: when it goes to float, the next one does, also in a model loaded anew."""
+    model = quantized(share_inputs=True)
+    scale = readers(model)[0].activation_quantizer.scale.clone()
+    conversion.leave_in_float(model, [GROUPS[0][0]], "for the test")
+    query, key, value = readers(model)
+    assert query.activation_quantizer is None and key.activation_quantizer is value.activation_quantizer
+    assert key.activation_quantizer.path == f"{GROUPS[0][1]}.activation_quantizer"
+    assert model.quantization_report.shared_inputs == [GROUPS[0][1:], GROUPS[1]]
+    assert torch.equal(model.state_dict()[f"{GROUPS[0][1]}.activation_quantizer.scale"], scale)
+    model(images())
+    assert key.shared_input._kept is None
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(images()).logits, model(images()).logits)
+    conversion.leave_in_float(model, [GROUPS[0][2]], "for the test")
+    assert key.shared_input is None and "activation_quantizer" in dict(key.named_children())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        AutoModelForImageClassification.from_pretrained(tmp_path).eval()(images()).logits, model(images()).logits
+    )
+
+
+def test_a_first_layer_that_never_runs_is_noticed():
+    with pytest.warns(UserWarning, match="1 of 3 layers stay in float.* They are: a."):
+        model = quantized_two(lambda net, x: net.b(x) + nn.functional.conv2d(x, net.a.weight))
+    assert model.a.activation_quantizer is None and model.b.shared_input is None
+
+
+def test_a_holder_that_was_replaced_is_told_of():
+    model = quantized(share_inputs=True)
+    model.vit.layers[0].attention.q_proj = nn.Linear(16, 16)
+    with pytest.raises(
+        ValueError, match="k_proj: its input is quantized with the quantizer of a layer that is no part"
+    ):
+        pack(model)
 
 
 def test_interrupted_forwards_leave_nothing_wrong_behind():
@@ -196,14 +319,15 @@ def test_interrupted_forwards_leave_nothing_wrong_behind():
     expected = model(images()).logits
     query, key, _ = readers(model)
     x = torch.randn(2, 5, 16)
-    query(x)  # and nobody else
     with torch.no_grad():
+        query(x)  # and nobody else
         query.activation_quantizer.scale.mul_(2)
         assert torch.equal(key(x), nn.functional.linear(key.activation_quantizer(x), key.quantized_weight(), key.bias))
         query.activation_quantizer.scale.div_(2)
     assert torch.equal(model(images()).logits, expected)
 
 
+@pytest.mark.slow
 def test_compiled_models_compute_the_same():
     model = quantized(share_inputs=True)
     compiled = torch.compile(model, backend="eager")
@@ -245,12 +369,14 @@ def test_from_a_float_checkpoint(tmp_path):
 
 
 def test_what_is_stored_decides(tmp_path):
-    """A checkpoint with a scale for each layer loads with them; one that shares is not gone on from without."""
+    """A checkpoint with a scale for each layer loads with them; groups that are none in this model are refused."""
     quantized().save_pretrained(tmp_path / "apart")
     assert not share_one_quantizer(AutoModelForImageClassification.from_pretrained(tmp_path / "apart"))
     quantized(share_inputs=True).save_pretrained(tmp_path / "shared")
-    edit_config(tmp_path / "shared", shared_input_modules=[["vit.layers.0.attention.q_proj", "vit.layers.7.other"]])
-    with pytest.raises(ValueError, match=r"vit.layers.7.other \(not quantized\)"):
+    edit_config(
+        tmp_path / "shared", shared_input_modules=[["vit.layers.0.attention.q_proj", "vit.layers.0.attention"]]
+    )
+    with pytest.raises(ValueError, match=r"vit.layers.0.attention \(not quantized\)"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "shared")
 
 
@@ -305,9 +431,9 @@ def test_a_graph_quantizes_once_what_is_shared(build, saved, tmp_path):
 
 def test_bits_are_found_without_sharing_and_suit_it():
     batches = [{"pixel_values": images(), "labels": LABELS}]
-    with pytest.raises(ValueError, match="allocate_bits: .*k_proj and 3 more .*share_inputs=False"):
+    with pytest.raises(ValueError, match="allocate_bits: .*4 layers, .*k_proj for example.*share_inputs=False"):
         allocate_bits(quantized(share_inputs=True), batches, "0.8x")
-    with pytest.raises(ValueError, match="measure_latencies: vit.layers.0.attention.k_proj and 3 more"):
+    with pytest.raises(ValueError, match="measure_latencies: 4 layers, .*k_proj"):
         measure_latencies(quantized(share_inputs=True), images())
     found = allocate_bits(quantized(), batches, "0.8x", candidates=(2, 4), progress=False)
     model = quantize(vit(), found.applied_to(SAQQuantizationConfig(share_inputs=True)))

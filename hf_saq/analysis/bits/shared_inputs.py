@@ -27,7 +27,7 @@ def refuse_shared_quantizers(model: nn.Module, doing: str) -> None:
     shared = [name for name, module in model.named_modules() if refers_to_anothers_quantizer(module)]
     if shared:
         raise ValueError(
-            f"{doing}: {shared[0]} and {len(shared) - 1} more layers use the quantizer of another layer "
+            f"{doing}: {len(shared)} layers, {shared[0]} for example, use the quantizer of another layer "
             "(share_inputs=True), so that operands cannot be looked at one by one. Expected a model quantized with "
             "share_inputs=False; the bits found suit both, since layers that read the same tensor get the same."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,23 +40,33 @@ def groups_to_share(
     }
     if config.shared_input_modules is None:
         found = find_shared_inputs(model, list(able))
-        return [alike for group in found for alike in _alike(group, able) if len(alike) > 1]
+        if not found.groups:
+            warnings.warn(
+                f"share_inputs=True: nothing is shared in this {type(model).__name__}: {found.why_none}. If layers of "
+                "it do read the same tensor, name them in shared_input_modules.",
+                stacklevel=2,
+            )
+        return [alike for group in found.groups for alike in _alike(group, able) if len(alike) > 1]
     groups = []
-    for group in config.shared_input_modules:
-        if not stored:
+    for given in config.shared_input_modules:
+        group = list(given)
+        if stored:  # pass over what the model at hand lacks, and what was left in float since
+            in_float = config.modules_to_not_convert or []
+            group = [entry for entry in given if names.has(entry) and not names.any_matches(in_float, entry)]
+        else:
             names.check("shared_input_modules", group)
         own = [next((name for name in able if names.are_the_same(entry, name)), "") for entry in group]
         present = [name for name in own if name]
-        if stored and not present:
-            continue  # a base model has no head, for example
         if len(present) < len(group) or len(_alike(present, able)) > 1:
             raise ValueError(
-                f"shared_input_modules: {list(group)} cannot share the quantizer of their input. Expected layers of "
-                f"which weights and inputs are quantized, with the same {', '.join(SETTINGS_OF_INPUT)}; found "
+                f"shared_input_modules: {group} cannot share the quantizer of their input. Expected full names of "
+                "layers of which weights and inputs are quantized, with the same "
+                f"{', '.join(SETTINGS_OF_INPUT)}; found "
                 + ", ".join(f"{entry} ({_told(able.get(name))})" for entry, name in zip(group, own, strict=True))
                 + "."
             )
-        groups.append(present)
+        if len(present) > 1:
+            groups.append(present)
     return groups
 
 

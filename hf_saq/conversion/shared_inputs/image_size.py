@@ -20,7 +20,8 @@ def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
     size = pair(arguments.get("img_size") or getattr(config, "image_size", None))
     if size is None and pretrained.get("input_size"):
         size = tuple(pretrained["input_size"][-2:])
-    return None if size is None else (getattr(config, "num_channels", None) or 3, *size)
+    channels = getattr(config, "num_channels", None) or arguments.get("in_chans") or 3
+    return None if size is None else (channels, *size)
 
 
 def pair(size: Any) -> tuple[int, int] | None:
