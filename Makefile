@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
+.PHONY: shared-inputs install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
 
 install: $(STAMP)
 
@@ -74,6 +74,9 @@ fake-quant: $(STAMP)  ## quantized layers and steps against float and other libr
 	$(TEST_ENV) $(KEEP_MEMORY) $(FAKE_QUANT)
 	$(TEST_ENV) $(FAKE_QUANT) --skip-layers --output benchmarks/results/fake_quant_default_allocator.json
 	$(TEST_ENV) $(KEEP_MEMORY) OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.step_profile
+
+shared-inputs: $(STAMP)  ## accuracy with query, key and value quantized once; the page is that of step-cost
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.sharing.measure --processes 2 --methods qat --seeds 0 1 2 3 4 5
 
 STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python -m benchmarks.step_cost.sweep
 PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" "echo 2" previous

@@ -100,7 +100,7 @@ def accuracy_of_sharing(found: dict[str, Any]) -> str:
     lines = [
         "## What sharing inputs does to accuracy",
         "",
-        f"Written from `shared_inputs.json` (`python -m benchmarks.accuracy.shared_inputs`): {len(seeds)} seeds, "
+        f"Written from `shared_inputs.json` (`python -m benchmarks.accuracy.sharing.measure`): {len(seeds)} seeds, "
         "each trained with a scale for each layer and with `share_inputs=True`, learning rate and radius as chosen "
         "for the first. Top-1 accuracy in percent; the difference in points with a 95 % interval.",
         "",

@@ -1,6 +1,6 @@
 """What quantizing once what several layers read (`share_inputs`) does to accuracy.
 
-    python -m benchmarks.accuracy.shared_inputs --processes 2
+    python -m benchmarks.accuracy.sharing.measure --processes 2
 
 Every stored run of the settings is trained again on this machine, with a scale for each layer and with a shared one,
 from the same float model and with the learning rate and radius of the stored run, which had a scale for each. The
@@ -17,13 +17,13 @@ from typing import Any
 
 from hf_saq import SAQQuantizationConfig, quantize
 
-from ..shared.command_line import parsed
-from ..shared.places import RESULTS
-from ..shared.runs import versions
-from .arguments import AccuracyArguments
-from .methods import QAT, SAQ
-from .tasks import TASKS
-from .training import train_one, workers
+from ...shared.command_line import parsed
+from ...shared.places import RESULTS
+from ...shared.runs import versions
+from ..arguments import AccuracyArguments
+from ..methods import QAT, SAQ
+from ..tasks import TASKS
+from ..training import train_one, workers
 
 WAYS = {"apart": {}, "shared": {"share_inputs": True}}
 
@@ -60,7 +60,7 @@ def check_that_inputs_are_shared(setting: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, command = parsed(SharingArguments, argv, "benchmarks.accuracy.shared_inputs", __doc__)
+    args, command = parsed(SharingArguments, argv, "benchmarks.accuracy.sharing.measure", __doc__)
     paths = AccuracyArguments(cache=args.cache).paths()
     for setting in args.settings:
         check_that_inputs_are_shared(setting)
