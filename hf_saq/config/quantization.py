@@ -100,7 +100,7 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         default=False,
         metadata={
             "help": "Quantize once what several layers read (query, key and value of an attention): one scale instead "
-            "of one for each, and a little less time."
+            "of one for each, one node in exported graphs."
         },
     )
     modules_to_not_convert: list[str] | None = field(
