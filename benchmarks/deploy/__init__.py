@@ -1,6 +1,6 @@
 """What do the forms of a quantized model cost in time, memory and size, side by side?
 
-`make deploy-benchmark` runs `measure`: `hf-saq benchmark` on five models, and `page`, its part of docs/deploy.md.
+`make deploy-benchmark` runs `measure`: `hf-saq benchmark` on six models, and `page`, its part of docs/deploy.md.
 `make deploy-operators` runs `operators`: where the time of one of them goes. `other_exits` tries other ways out.
 
 Comes in: weights where they are at hand, else random ones. Goes out: `benchmarks/results/deploy/*.json`, one for each

@@ -1,4 +1,4 @@
-"""Measure the forms of five models and write docs/deploy.md's tables; runs that are stored are not done again.
+"""Measure the forms of six models and write docs/deploy.md's tables; runs that are stored are not done again.
 
 python -m benchmarks.deploy.measure
 """

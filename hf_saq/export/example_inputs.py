@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.shared_inputs import image_shape, pair
+from ..conversion.shared_inputs import image_channels, pair
+from ..conversion.shared_inputs import image_size as size_of_images
 
 
 def example_inputs(
@@ -37,16 +38,13 @@ def example_inputs(
                 "example and image_size were both given; the shape of the example is the one that counts."
             )
         return example.detach().float().cpu()
-    config = getattr(model, "config", None)
-    shape = image_shape(model)
-    size = pair(image_size) or _of_processor(processor) or (shape[1:] if shape else None)
+    size = pair(image_size) or _of_processor(processor) or size_of_images(model)
     if size is None:
         raise ValueError(
             f"{type(model).__name__}: the size of its images is in no configuration; pass image_size=(height, width), "
             "an image processor, or example=, a batch of inputs."
         )
-    channels = getattr(config, "num_channels", None) or 3
-    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, image_channels(model), *size, generator=torch.Generator().manual_seed(0))
 
 
 def _of_processor(processor: Any) -> tuple[int, int] | None:

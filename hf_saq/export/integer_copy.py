@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from .. import conversion
 from ..layers import HoldsQuantizers, PackedLayer, QuantizedLayer
-from ..layers.shared_input import SharedInput, refuse_orphaned_inputs
-from ..layers.shared_input import refers_to_anothers_quantizer as refers_to_anothers
+from ..layers.shared_input import SharedInput, refers_to_anothers_quantizer, refuse_orphaned_inputs
 from ..quantizers import Quantizer
 from .integer_layers import IntegerActivation, IntegerLayer
 
@@ -47,7 +46,7 @@ def integer_copy(model: nn.Module, weights: str) -> nn.Module:
 def _share_inputs(integer: dict[nn.Module, IntegerLayer]) -> None:
     """Let the layers that share an input share it in their integer forms too: one node quantizes it."""
     readers: dict[Any, list[nn.Module]] = {}  # the one that holds the quantizer first
-    for layer in sorted(integer, key=refers_to_anothers):
+    for layer in sorted(integer, key=refers_to_anothers_quantizer):
         if layer.shared_input is not None:
             readers.setdefault(layer.activation_quantizer, []).append(layer)
     for layers in readers.values():

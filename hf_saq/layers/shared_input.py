@@ -115,7 +115,7 @@ def give_readers(layers: Sequence[nn.Module], quantizer: nn.Module) -> None:
 def take_over_input(new: nn.Module, old: nn.Module) -> None:
     """Give `new`, which takes the place of `old`, the same quantizer of its input, shared as it is there."""
     new.shared_input = old.shared_input
-    if QUANTIZER in vars(old) and old.shared_input is not None:
+    if refers_to_anothers_quantizer(old):
         new._modules.pop(QUANTIZER, None)
         vars(new)[QUANTIZER] = vars(old)[QUANTIZER]
     else:

@@ -8,6 +8,13 @@ to run it on; `grouping` decides which of them share a quantizer.
 
 from .finding import find_shared_inputs, readers_of_the_same_tensor
 from .grouping import groups_to_share
-from .image_size import image_shape, pair
+from .image_size import image_channels, image_size, pair
 
-__all__ = ["find_shared_inputs", "groups_to_share", "image_shape", "pair", "readers_of_the_same_tensor"]
+__all__ = [
+    "find_shared_inputs",
+    "groups_to_share",
+    "image_channels",
+    "image_size",
+    "pair",
+    "readers_of_the_same_tensor",
+]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ...layers.float_form import HOOKS
 from ...layers.shared_input import version_of
-from .image_size import image_shape
+from .image_size import image_channels, image_size
 
-USUAL_SHAPE = (3, 224, 224)
-"""Of images for models that do not say what they take: those that take any size take this one."""
+USUAL_SIZE = (224, 224)
+"""Height and width in pixels of images for models that do not say what they take, since they take any."""
 
 
 class Found(NamedTuple):
@@ -105,12 +105,8 @@ def _without_memory(model: nn.Module) -> nn.Module:
 
 def _images(model: nn.Module) -> Tensor:
     """Make two images without values: of the size, channels and type that `model` takes, as far as it says so."""
-    channels, *size = image_shape(model) or USUAL_SHAPE
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    first = next(convolutions, None)
-    channels = channels if first is None else first.in_channels
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.empty(2, channels, *size, dtype=dtype, device="meta")
+    return torch.empty(2, image_channels(model), *(image_size(model) or USUAL_SIZE), dtype=dtype, device="meta")
 
 
 def _as_another_tensor(module: nn.Module, args: tuple, output: Any) -> Any:  # noqa: ARG001 (a forward hook)

@@ -1,4 +1,4 @@
-"""Find the shape of the images that a model takes, by its configuration."""
+"""Find the size and the channels of the images that a model takes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 
-def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return channels, height and width in pixels of what a model of transformers or timm says that it takes.
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return height and width in pixels of the images that a model of transformers or timm says that it takes.
 
     Returns:
         `None` where nothing says it, as with most convolutional networks of transformers, which take any size.
@@ -18,10 +18,14 @@ def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
     pretrained = getattr(config, "pretrained_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
     arguments = getattr(config, "model_args", None) or {}
     size = pair(arguments.get("img_size") or getattr(config, "image_size", None))
-    if size is None and pretrained.get("input_size"):
-        size = tuple(pretrained["input_size"][-2:])
-    channels = getattr(config, "num_channels", None) or arguments.get("in_chans") or 3
-    return None if size is None else (channels, *size)
+    return size if size or not pretrained.get("input_size") else tuple(pretrained["input_size"][-2:])
+
+
+def image_channels(model: nn.Module) -> int:
+    """Return how many channels the images of a model have: as it says, else those of its first convolution, else 3."""
+    said = getattr(getattr(model, "config", None), "num_channels", None)
+    found = (getattr(module, "in_channels", None) for module in model.modules())  # packed layers have it too
+    return said or next((channels for channels in found if isinstance(channels, int)), 3)
 
 
 def pair(size: Any) -> tuple[int, int] | None:
