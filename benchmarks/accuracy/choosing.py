@@ -43,7 +43,10 @@ def choose(task: Task, methods: Sequence[str], accuracy: Accuracy) -> dict[str, 
 
 def each_by_itself(task: Task, methods: Sequence[str], accuracy: Accuracy) -> dict[str, Chosen]:
     """Methods that perturb try all learning rates at the middle radius, then the other radii at the best of them;
-    the others try as many learning rates. Nothing is left out, however bad: `task.trials` trials for each."""
+    the others try as many learning rates. Nothing is left out, however bad: `task.trials` trials for each.
+
+    Those with the learning rate of another method (`Method.rate_of`) try all radii at that rate.
+    """
 
     def search(method: str) -> Chosen:
         def scores(candidates: Sequence[Chosen]) -> dict[Chosen, float]:
@@ -53,13 +56,22 @@ def each_by_itself(task: Task, methods: Sequence[str], accuracy: Accuracy) -> di
         if METHODS[method].saq is None:
             return _best(scores([Chosen(lr, None) for lr in task.plain_learning_rates]))
         radii = task.radii_of(method)
+        if (rival := METHODS[method].rate_of) is not None:
+            return _best(scores([Chosen(rates[rival], rho) for rho in radii]))
         middle = radii[(len(radii) - 1) // 2]
         found = scores([Chosen(lr, middle) for lr in task.learning_rates])
         lr = _best(found).lr
         return _best({**found, **scores([Chosen(lr, rho) for rho in radii if rho != middle])})
 
-    with ThreadPoolExecutor(max(1, len(methods))) as threads:
-        return dict(zip(methods, threads.map(search, methods), strict=True))
+    rates: dict[str, float] = {}
+    followers = [method for method in methods if METHODS[method].rate_of is not None]
+    leaders = {str(METHODS[method].rate_of) for method in followers} | (set(methods) - set(followers))
+    found: dict[str, Chosen] = {}
+    for together in (sorted(leaders), followers):
+        with ThreadPoolExecutor(max(1, len(together))) as threads:
+            found |= zip(together, threads.map(search, together), strict=True)
+        rates |= {method: settings.lr for method, settings in found.items()}
+    return {method: found[method] for method in methods}
 
 
 def at_the_rate_of_qat(task: Task, methods: Sequence[str], accuracy: Accuracy) -> dict[str, Chosen]:

@@ -23,6 +23,7 @@ class Method:
     Attributes:
         saq: Fields of `SAQConfig` besides `rho`; `None`: plain quantization-aware training.
         radius_of: Method whose radius it uses; itself, if it has one of its own.
+        rate_of: Method whose learning rate it uses where methods have one of their own; `None`: its own.
         length: Steps, relative to those of plain training.
         distill_alpha: Weight of the float model's logits in the loss.
         echoed: Whether every batch is trained on in two steps in a row.
@@ -31,6 +32,7 @@ class Method:
 
     saq: dict[str, Any] | None = field(default_factory=dict)
     radius_of: str = SAQ
+    rate_of: str | None = None
     length: int = 1
     distill_alpha: float = 0.0
     echoed: bool = False
@@ -51,8 +53,8 @@ METHODS: dict[str, Method] = {
     QAT: Method(saq=None),
     LONGER: Method(saq=None, length=2),
     SAQ: Method(),
-    "case 2": Method({"case": 2}, radius_of="case 2"),
-    "case 1": Method({"case": 1}, radius_of="case 1"),
+    "case 2": Method({"case": 2}, radius_of="case 2", rate_of=SAQ),
+    "case 1": Method({"case": 1}, radius_of="case 1", rate_of=SAQ),
     ADAPTIVE: Method({"adaptive": True}, radius_of=ADAPTIVE),
     BALANCED: Method(dict(PRESETS["balanced"])),
     "qat, distilled": Method(saq=None, distill_alpha=DISTILL_ALPHA),

@@ -91,7 +91,7 @@ def how_chosen(task: Task) -> str:
         at = "" if task.tuned_at is None else f", at {task.tuned_at} bits for all"
         return (
             f"Here every method has a learning rate and a radius of its own, the best of {task.trials} trials "
-            f"each{at} ([protocol.md](protocol.md))."
+            f"each{at}; cases 1 and 2 take the learning rate of case 3 ([protocol.md](protocol.md))."
         )
     return "Cases 1 and 2 use the radius of case 3." if task.shared_radius else "Each case has its own radius."
 

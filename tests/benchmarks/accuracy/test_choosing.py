@@ -50,6 +50,23 @@ def test_every_method_has_as_many_trials(task):
     assert {c.lr for c in asked[QAT]} == {c.lr for c in asked[LONGER]} == set(task.plain_learning_rates)
 
 
+def test_cases_have_the_rate_of_case_3_and_a_radius_of_their_own(task):
+    """Whether case 3 is asked for or not; every radius is tried at that rate."""
+    best = {SAQ: Chosen(2e-3, 0.1), "case 2": Chosen(2e-3, 0.4), "case 1": Chosen(2e-3, 0.2)}
+
+    def score(method, settings):
+        lr, rho = best[method]
+        return (settings.lr == lr) + (settings.rho == rho) * 0.5
+
+    for methods in (["case 1", SAQ, "case 2"], ["case 2", "case 1"]):
+        accuracy, asked = recorded(score)
+        chosen = choose(task, methods, accuracy)
+        assert list(chosen) == methods
+        assert chosen == {method: best[method] for method in methods}
+        assert asked["case 1"] == asked["case 2"] == [Chosen(2e-3, rho) for rho in task.radii]
+        assert len(asked[SAQ]) == task.trials
+
+
 def test_the_smaller_of_equals(task):
     accuracy, _ = recorded(lambda method, settings: 0.5)
     assert choose(task, [QAT, SAQ], accuracy) == {QAT: Chosen(5e-4, None), SAQ: Chosen(1e-3, 0.1)}
