@@ -30,7 +30,7 @@ from ..task import Data, Paths
 from ..tasks import TASKS
 from ..training import float_state, images_of
 from . import run_graph
-from .elsewhere import HERE, PLACES, run_elsewhere
+from .elsewhere import PLACES, run_elsewhere
 from .models import LEARNING_RATES, Quantized, calibration_batches, model_of, quantized_models
 from .page import FIRST, MODULE, page
 from .probe import saturates
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     runs, paths = Runs(Path(args.results), command), args.paths()
     for place in PLACES:
-        for engine in engines_at(place):
+        for engine in run_graph.ENGINES:
             runs.once(
                 f"saturation-{engine}-{place}",
                 {"engine": engine, "place": place},
@@ -108,7 +108,7 @@ class Comparison:
             about = {**self.about, "target": target}
             self.runs.once(f"{name}-{target}-export", about, partial(self.export, target))
             for place in PLACES:
-                for engine in engines_at(place):
+                for engine in run_graph.ENGINES:
                     self.runs.once(
                         f"{name}-{target}-{engine}-{place}",
                         {**about, "engine": engine, "place": place},
@@ -173,10 +173,6 @@ class Comparison:
 @torch.no_grad()
 def predicted(model: Any, images: Tensor) -> np.ndarray:
     return torch.cat([model.eval()(part).logits for part in images.split(run_graph.BATCH)]).numpy()
-
-
-def engines_at(place: str) -> list[str]:
-    return [engine for engine in run_graph.ENGINES if place == HERE or engine != run_graph.EXACT_BIAS]
 
 
 def compared(logits: np.ndarray, own: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

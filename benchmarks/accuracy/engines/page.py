@@ -13,6 +13,8 @@ MODULE = "benchmarks.accuracy.engines.measure"
 FIRST = 300
 """Test images whose accuracy is stored apart."""
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+EXACT = "onnxruntime-exact-bias"
+"""ONNX Runtime as `ExportedClassifier.from_pretrained(exact=True)` runs it."""
 PLACES = {"here": "VNNI", "no-vnni": "no VNNI"}
 ALLOWED = 0.5
 """Percentage points that an engine's accuracy may differ by from that of hf_saq."""
@@ -64,13 +66,13 @@ def _runs(records: dict[str, Any], name: str, target: str) -> dict[tuple[str, st
 
 def _table(records: dict[str, Any], own: dict[str, Any], target: str) -> list[str]:
     columns = [f"{ENGINES[engine]}, {PLACES[place]}" for place in PLACES for engine in ENGINES]
-    columns.append(f"{ENGINES['onnxruntime']}, biases in float")
+    columns += [f"{ENGINES['onnxruntime']}, exact, {where}" for where in PLACES.values()]
     rows = []
     for name, record in own.items():
         runs = _runs(records, name, target)
         if runs:
             cells = [_cell(runs.get((engine, place))) for place in PLACES for engine in ENGINES]
-            cells.append(_cell(records.get(f"{name}-{target}-onnxruntime-exact-bias-here")))
+            cells += [_cell(records.get(f"{name}-{target}-{EXACT}-{place}")) for place in PLACES]
             cells.insert(0, _cell(records.get(f"{name}-float64")))
             top1 = record["outcome"]
             rows.append(row(_title(record), f"{100 * top1['float']:.1f}", f"{100 * top1['top1']:.1f}", *cells))
@@ -91,21 +93,33 @@ def _points(outcome: dict[str, Any]) -> float:
 def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
     runs = [run for name in own for run in _runs(records, name, "cpu").values()]
     lines = [f'With `target="cpu"`, {_verdict(runs)}. {_seen(runs)} {_on_the_first(runs)}']
+    exact = [run for name in own for place in PLACES if (run := records.get(f"{name}-cpu-{EXACT}-{place}"))]
+    if exact:
+        openvino = [run for run in runs if run["arguments"]["engine"] == "openvino"]
+        lines.append(
+            "\nWith OpenVINO, and with ONNX Runtime by `ExportedClassifier.from_pretrained(directory, exact=True)`, "
+            f"{_verdict(openvino + exact)}. {_on_the_first(openvino + exact)}"
+        )
+    floor = [record for name in own if (record := records.get(f"{name}-float64")) and "first" in record["outcome"]]
+    if floor:
+        lines.append(
+            f"\nhf_saq itself in float64 instead of float32, on all images: {_verdict(floor)}. {_on_the_first(floor)}"
+        )
     lines.append("\nImages whose class is that of hf_saq, in percent:")
     for name, record in own.items():
         same = {
             ENGINES[e]: f"{100 * run['outcome']['same']:.1f}" for (e, _), run in _runs(records, name, "cpu").items()
         }
-        exact = records.get(f"{name}-cpu-onnxruntime-exact-bias-here")
+        exact = records.get(f"{name}-cpu-{EXACT}-here")
         if exact is not None:
-            same["ONNX Runtime with biases in float"] = f"{100 * exact['outcome']['same']:.1f}"
+            same["ONNX Runtime, exact"] = f"{100 * exact['outcome']['same']:.1f}"
         if same:
             lines.append(f"- {_title(record)}: {', '.join(f'{engine} {share}' for engine, share in same.items())}")
     lines.append(
         "\nONNX Runtime rounds the bias of an integer convolution to the product of its two scales "
         "(`WeightBiasQuantization`). With few bits that is a part of a step, roundings behind it flip, and what they "
         "flip grows from layer to layer until many images are seen otherwise: some better, some worse. Without that "
-        "optimizer biases stay in float, and so do convolutions."
+        "optimizer (`exact=True`) biases stay in float, and so do convolutions: [deploy.md](deploy.md)."
     )
     return "\n".join(lines)
 
