@@ -17,7 +17,7 @@ from ..shared.runs import records_in, versions_of
 from .methods import METHODS, QAT, SAQ
 from .plots import draw_gains, draw_sizes
 from .settings import settings_of, size_studies, training_images
-from .tables import claims, size_table, table
+from .tables import cheaper, claims, size_table, table
 from .task import Task
 from .tasks import TASKS
 
@@ -48,6 +48,7 @@ def write_page(results: Path, document: Path) -> None:
         f"`{results.as_posix()}`; no figure is typed by hand. How each comes about is at the end.\n",
         claims([s for s in settings if s.is_default]),
         f"![Gain of SAQ over plain QAT]({gains.name})\n" if drawn else "",
+        cheaper([s for s in settings if s.is_default]),
         *(table(s) for s in settings if s.is_default),
         size_table(studies),
         f"![Gain by number of training images]({sizes.name})\n" if drawn_sizes else "",

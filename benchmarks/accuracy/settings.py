@@ -36,8 +36,10 @@ class Setting:
         """Test accuracy in percent, by seed."""
         return {seed: 100 * run["outcome"]["test"] for seed, run in self.runs.get(method, {}).items()}
 
-    def gain(self, method: str, over: str = QAT) -> Difference | None:
-        """Raises `ValueError` if runs of a seed that are to be compared start from different float models."""
+    def gain(self, method: str, over: str = QAT, beside: str | None = None) -> Difference | None:
+        """Accuracy of `method` minus that of `over`, in points, on the seeds of both, and of `beside` if given.
+
+        Raises `ValueError` if runs of a seed that are to be compared start from different float models."""
         these, those = (self.runs.get(name, {}) for name in (method, over))
         for seed in sorted(set(these) & set(those)):
             started = [run["outcome"]["float_model"] for run in (these[seed], those[seed])]
@@ -47,7 +49,10 @@ class Setting:
                     f"{started[1]}; expected the same one. Remove the runs of one of them and run `make results` "
                     "again."
                 )
-        return difference(self.test(method), self.test(over))
+        of_both = self.test(over)
+        if beside is not None:
+            of_both = {seed: of_both[seed] for seed in set(of_both) & set(self.runs.get(beside, {}))}
+        return difference(self.test(method), of_both)
 
     def float_tests(self) -> dict[str, float]:
         """Test accuracy in percent of every float model that runs start from."""

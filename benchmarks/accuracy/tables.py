@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 
 from ..shared.markdown import head, row
-from ..shared.paired import Difference
-from .methods import CASES, LONGER, METHODS, QAT, SAQ
+from ..shared.paired import Difference, average
+from .methods import BALANCED, CASES, ECHO, LONGER, MATCHED, METHODS, QAT, SAQ
 from .settings import Setting, training_images
 from .tasks import TASKS
 
 LOW_BITS = 3
+RIVALS = (QAT, LONGER, *reversed(CASES))
+CHEAPER = (BALANCED, MATCHED, ECHO, "qat, echoed batches", "qat, clean statistics")
+"""Ways that are to keep the gain of two full passes for less, and their controls."""
+LEAST_GAIN = 1.0
+"""Points that two full passes must gain for a share of it to be given."""
 
 
 def claims(settings: Sequence[Setting]) -> str:
@@ -25,10 +30,70 @@ def claims(settings: Sequence[Setting]) -> str:
         *head("task", "seeds", "minus QAT, same steps", "minus QAT, twice the steps", "minus case 2", "minus case 1"),
     ]
     for s in settings:
-        found = [s.gain(SAQ, over) for over in (QAT, LONGER, "case 2", "case 1")]
+        found = [s.gain(SAQ, over) for over in RIVALS]
         lines.append(row(s.name, str(len(s.runs.get(SAQ, {}))), *map(shown, found)))
+    for title, among in (("all settings", settings), ("settings that nothing was chosen on", reported(settings))):
+        lines.append(averages(title, among))
     lines += ["", *(f"- {sentence}" for sentence in sentences(settings))]
     return "\n".join(lines) + "\n"
+
+
+def reported(settings: Sequence[Setting]) -> list[Setting]:
+    return [s for s in settings if TASKS[s.task].reported]
+
+
+def averages(title: str, settings: Sequence[Setting]) -> str:
+    """A row: the plain average of each column."""
+    cells = []
+    for over in RIVALS:
+        found = of_seeds(s.gain(SAQ, over) for s in settings)
+        cells.append(f"{shown(average(found))} ({len(found)} rows)" if len(found) > 1 else "-")
+    return row(f"average over {title}", "", *cells)
+
+
+def of_seeds(gains: Iterable[Difference | None]) -> list[Difference]:
+    """Those that have an interval."""
+    return [gain for gain in gains if gain is not None and len(gain.values) > 1]
+
+
+def cheaper(settings: Sequence[Setting]) -> str:
+    """What cheaper ways keep of the gain of two full passes, setting by setting and in the average of those that no
+    preset was chosen on; "" if none was run."""
+    lines = [
+        "## What cheaper ways keep",
+        "",
+        "Gains over plain QAT in points, of the way and of SAQ with two full passes, on the seeds that both have. "
+        "Kept is the one over the other. It is not given where SAQ itself gains less than a point, as that divides by "
+        "noise. **Bold** settings are those that no preset was chosen on, and averages are over them alone. Measured "
+        "times are in [cost.md](cost.md).",
+        "",
+        *head("way", "passes", "setting", "seeds", "its gain", "gain of two passes", "kept"),
+    ]
+    rows = []
+    for method in CHEAPER:
+        pairs = [
+            (s, own, full)
+            for s in settings
+            if (own := s.gain(method, beside=SAQ)) is not None and (full := s.gain(SAQ, beside=method)) is not None
+        ]
+        for s, own, full in pairs:
+            name = f"**{s.name}**" if TASKS[s.task].reported else s.name
+            rows.append(row(*way(method), name, str(len(own.values)), shown(own), shown(full), kept(own, full)))
+        found = [(own, full) for s, own, full in pairs if TASKS[s.task].reported and len(own.values) > 1]
+        if len(found) > 1:
+            own, full = (average([pair[side] for pair in found]) for side in (0, 1))
+            title = f"average over {len(found)} settings"
+            rows.append(row(*way(method), f"**{title}**", "", shown(own), shown(full), kept(own, full)))
+    return "\n".join([*lines, *rows]) + "\n" if rows else ""
+
+
+def way(method: str) -> tuple[str, str]:
+    return method, f"{METHODS[method].passes:.2f}"
+
+
+def kept(own: Difference, full: Difference) -> str:
+    """The share of a gain, where there is one to have a share of."""
+    return f"{own.mean / full.mean:.0%}" if full.mean >= LEAST_GAIN else "-"
 
 
 def shown(gain: Difference | None) -> str:
@@ -61,7 +126,7 @@ def sentences(settings: Sequence[Setting]) -> list[str]:
     ]
     for case in CASES:
         said.append(f"SAQ against {case}: {count(case, settings)}.")
-    intervals = sum(d is not None for s in settings for d in (s.gain(SAQ, m) for m in (QAT, LONGER, *CASES)))
+    intervals = sum(s.gain(SAQ, over) is not None for s in settings for over in RIVALS)
     said.append(f"{intervals} intervals are shown, uncorrected: one in twenty misses its mean by chance alone.")
     return said
 

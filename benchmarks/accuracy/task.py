@@ -89,6 +89,7 @@ class Task:
         decoded: File in the cache with the images of `load`, by split, for tasks that can travel by it (`portable`).
         tuned_at: Bits at which learning rate and radii are chosen for all bits; `None`: for each by itself.
         tuned_as: Task whose stored trials say the learning rates and radii; `None`: it has trials of its own.
+        reported: Whether no preset and no default is chosen on it (docs/protocol.md).
     """
 
     title: str
@@ -117,6 +118,7 @@ class Task:
     decoded: str | None = None
     tuned_at: int | None = None
     tuned_as: str | None = None
+    reported: bool = False
 
     def __post_init__(self) -> None:
         for name in ("radii", "adaptive_radii") if self.plain_learning_rates else ():

@@ -50,6 +50,23 @@ def difference(these: Mapping[int, float], those: Mapping[int, float]) -> Differ
     return Difference(values, half_width(values)) if values else None
 
 
+def average(differences: Sequence[Difference]) -> Difference:
+    """Plain average of the means of comparisons that share no runs; its interval is Welch and Satterthwaite's.
+
+    Args:
+        differences: One or more, each of at least two seeds.
+    """
+    from scipy.stats import t
+
+    squares = [stdev(d.values) ** 2 / len(d.values) for d in differences]  # of the error of each mean
+    means = [d.mean for d in differences]
+    if not sum(squares):
+        return Difference(means, 0.0)
+    freedom = sum(squares) ** 2 / sum(v**2 / (len(d.values) - 1) for v, d in zip(squares, differences, strict=True))
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return Difference(means, quantile * math.sqrt(sum(squares)) / len(means))
+
+
 def half_width(differences: Sequence[float]) -> float:
     """Of the 95 % interval of the mean, by Student's t; NaN for fewer than two."""
     if len(differences) < 2:

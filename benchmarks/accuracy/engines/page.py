@@ -93,12 +93,12 @@ def _points(outcome: dict[str, Any]) -> float:
 def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
     runs = [run for name in own for run in _runs(records, name, "cpu").values()]
     lines = [f'With `target="cpu"`, {_verdict(runs)}. {_seen(runs)} {_on_the_first(runs)}']
-    exact = [run for name in own for place in PLACES if (run := records.get(f"{name}-cpu-{EXACT}-{place}"))]
-    if exact:
-        openvino = [run for run in runs if run["arguments"]["engine"] == "openvino"]
+    exactly = [run for name in own for place in PLACES if (run := records.get(f"{name}-cpu-{EXACT}-{place}"))]
+    if exactly:
+        exactly += [run for run in runs if run["arguments"]["engine"] == "openvino"]
         lines.append(
             "\nWith OpenVINO, and with ONNX Runtime by `ExportedClassifier.from_pretrained(directory, exact=True)`, "
-            f"{_verdict(openvino + exact)}. {_on_the_first(openvino + exact)}"
+            f"{_verdict(exactly)}. {_on_the_first(exactly)}"
         )
     floor = [record for name in own if (record := records.get(f"{name}-float64")) and "first" in record["outcome"]]
     if floor:

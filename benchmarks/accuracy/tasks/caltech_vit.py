@@ -60,4 +60,5 @@ TASK = Task(
     batch_size=48,
     needs=("caltech", "vit_tiny"),
     **vit_tiny.TRAINING,
+    reported=True,
 )

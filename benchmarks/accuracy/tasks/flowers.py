@@ -90,4 +90,5 @@ TASK = Task(
     channels_last=True,
     needs=("flowers", "mobilenet"),
     tuned_at=4,
+    reported=True,
 )

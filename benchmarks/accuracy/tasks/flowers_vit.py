@@ -40,4 +40,5 @@ TASK = Task(
     test_images=2000,
     needs=("flowers", "vit_tiny"),
     **vit_tiny.TRAINING,
+    reported=True,
 )

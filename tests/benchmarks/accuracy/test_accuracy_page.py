@@ -62,6 +62,33 @@ def test_the_page_by_hand(tmp_path):
     assert "15 runs; training them took 8 minutes" in text
 
 
+def test_what_cheaper_ways_keep(tmp_path):
+    """Full gains 2, 3, 4 points on seeds 0 to 2; balanced half of that on seeds 1 and 2; another task has no gain."""
+    results = tmp_path / "runs"
+    for seed in range(3):
+        write(results, record(QAT, seed, 0.5, 4, None, "flowers"))
+        write(results, record(SAQ, seed, 0.52 + seed / 100, 4, None, "flowers"))
+        if seed:
+            write(results, record("balanced", seed, 0.51 + seed / 200, 4, None, "flowers"))
+        for method, gain in ((QAT, 0.0), (SAQ, 0.003), ("balanced", 0.003 * (-1) ** seed)):
+            write(results, record(method, seed, 0.5 + gain))
+            write(results, record(method, seed, 0.5 + gain, bits=3, task="flowers", count=None))
+    page.write_page(results, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    # On the seeds that both have: 3.5 and 1.75; half widths 12.7062 / 2 and a half of that.
+    name = "Flowers-102, MobileNetV2"
+    own, full = "+1.75 [-1.43, +4.93]", "+3.50 [-2.85, +9.85]"
+    assert f"| balanced | 1.12 | **{name}, W4A4** | 2 | {own} | {full} | 50% |" in text
+    full = "**+0.30 [+0.30, +0.30]**"  # less than a point: no share of it is given
+    assert f"| balanced | 1.12 | digits, tiny ViT, W2A2 | 3 | +0.10 [-0.76, +0.96] | {full} | - |" in text
+    # Squared errors 0.0625 (1 degree of freedom) and 0.04 (2): 2.232 degrees, t = 3.89, 0.925 +- 3.89 * 0.160.
+    assert "| balanced | 1.12 | **average over 2 settings** |  | **+0.92 [+0.30, +1.55]** | +1.90 [" in text
+    assert text.count("average over 2 settings") == 1
+    # 0.3 on each of three seeds and 2, 3, 4 on others: the second alone has an error.
+    assert "| average over all settings |  | **+1.20 [+0.37, +2.03]** (3 rows) |" in text
+    assert "| average over settings that nothing was chosen on |  | **+1.65 [+0.41, +2.89]** (2 rows) |" in text
+
+
 def write(results: Path, *records) -> None:
     results.mkdir(exist_ok=True)
     for r in records:
