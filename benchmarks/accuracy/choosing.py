@@ -18,7 +18,8 @@ from .methods import METHODS, QAT
 from .task import Task
 
 GIVE_UP = 0.05
-"""`at_the_rate_of_qat` tries no further values once one is this much worse in accuracy than the best so far."""
+"""Values that are this much worse in accuracy than the best are hopeless: `at_the_rate_of_qat` tries no larger ones,
+and methods that follow another in its learning rate do not try its hopeless radii."""
 
 
 class Chosen(NamedTuple):
@@ -45,8 +46,10 @@ def each_by_itself(task: Task, methods: Sequence[str], accuracy: Accuracy) -> di
     """Methods that perturb try all learning rates at the middle radius, then the other radii at the best of them;
     the others try as many learning rates. Nothing is left out, however bad: `task.trials` trials for each.
 
-    Those with the learning rate of another method (`Method.rate_of`) try all radii at that rate.
+    Those with the learning rate of another method (`Method.rate_of`) try at that rate the radii that were not hopeless
+    for that method (`GIVE_UP`).
     """
+    tried: dict[str, dict[Chosen, float]] = {}
 
     def search(method: str) -> Chosen:
         def scores(candidates: Sequence[Chosen]) -> dict[Chosen, float]:
@@ -56,12 +59,16 @@ def each_by_itself(task: Task, methods: Sequence[str], accuracy: Accuracy) -> di
         if METHODS[method].saq is None:
             return _best(scores([Chosen(lr, None) for lr in task.plain_learning_rates]))
         radii = task.radii_of(method)
-        if (rival := METHODS[method].rate_of) is not None:
-            return _best(scores([Chosen(rates[rival], rho) for rho in radii]))
+        if (leader := METHODS[method].rate_of) is not None:
+            best = max(tried[leader].values())
+            hopeless = {settings.rho for settings, score in tried[leader].items() if score < best - GIVE_UP}
+            return _best(scores([Chosen(rates[leader], rho) for rho in radii if rho not in hopeless]))
         middle = radii[(len(radii) - 1) // 2]
         found = scores([Chosen(lr, middle) for lr in task.learning_rates])
         lr = _best(found).lr
-        return _best({**found, **scores([Chosen(lr, rho) for rho in radii if rho != middle])})
+        at_best = {c: score for c, score in found.items() if c.lr == lr}
+        tried[method] = {**at_best, **scores([Chosen(lr, rho) for rho in radii if rho != middle])}
+        return _best({**found, **tried[method]})
 
     rates: dict[str, float] = {}
     followers = [method for method in methods if METHODS[method].rate_of is not None]
