@@ -1,14 +1,17 @@
-"""Keep the columns of a data set that its transform needs, and say which ones do not fit the model."""
+"""Keep the columns of a data set that its transform needs, and say what in its batches does not fit the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from ..conversion.observing import check_keys
+
+IGNORED = -100
+"""Label that the losses of torch leave out."""
 
 
 class KeepsColumnsOfTransforms(Trainer):
@@ -23,6 +26,7 @@ class KeepsColumnsOfTransforms(Trainer):
     """Keys of the batch that was compared with the model last."""
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        self._check_classes(dataset, description)
         if dataset.format["type"] == "custom":
             return dataset
         return super()._remove_unused_columns(dataset, description)
@@ -31,12 +35,43 @@ class KeepsColumnsOfTransforms(Trainer):
         """Compute the loss as `Trainer` does.
 
         Raises:
-            ValueError: If the keys of `inputs` do not fit the model.
+            ValueError: If the keys of `inputs` do not fit the model, or, on CPU, labels are not among its classes. (On
+                a GPU only a data set that names its classes is compared with the model, as its loader is made.)
         """
         # Leave out labels that the loss takes and the model does not see.
         apart = ("labels",) if self.compute_loss_func is not None or self.label_smoother is not None else ()
         self.check_inputs({name: value for name, value in inputs.items() if name not in apart})
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        except IndexError as error:  # of a loss on CPU; on a GPU a failed assertion ends the process
+            labels, classes = inputs.get("labels"), self._classes()
+            if isinstance(labels, Tensor) and labels.device.type == "cpu" and classes is not None:
+                wrong = labels[(labels != IGNORED) & ((labels >= classes) | (labels < 0))].tolist()
+                if wrong:
+                    raise ValueError(
+                        f"{type(self).__name__}: a batch has the label {wrong[0]}; the model has {classes} classes "
+                        f"and expects 0 to {classes - 1}. Build it with num_labels, or number the classes from 0."
+                    ) from error
+            raise
+
+    def _classes(self) -> int | None:
+        """Number of classes of a model of transformers; `None` for others."""
+        return getattr(getattr(self.accelerator.unwrap_model(self.model), "config", None), "num_labels", None)
+
+    def _check_classes(self, dataset: Any, description: str | None) -> None:
+        """Raise `ValueError` if a data set that names its classes has labels that the model has not."""
+        features, known = getattr(dataset, "features", None) or {}, self._classes()
+        if known is None:
+            return
+        for name in ("label", "labels"):
+            named = getattr(features.get(name), "num_classes", 0)
+            # Read the labels only where they may be too large: a part of a data set keeps the names of all.
+            largest = max(dataset.unique(name), default=0) if named > known and len(dataset) else 0
+            if largest >= known:
+                raise ValueError(
+                    f"{type(self).__name__}: the {description or 'given'} data set has {named} classes in {name!r} "
+                    f"and labels up to {largest}; the model has {known} classes. Build it with num_labels={named}."
+                )
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Raise `ValueError` if the keys of `inputs`, which the model is going to see, do not fit it."""

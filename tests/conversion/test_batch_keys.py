@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 from tiny_models import images, vit
@@ -83,6 +84,38 @@ def test_the_trainer_says_which_keys_came(tmp_path):
     trained.train_dataset = Renamed(8)
     with pytest.raises(ValueError, match=message):
         trained.train()
+
+
+class WrongClass(Images):
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"labels": 7 if index == 3 else -100}
+
+
+def test_the_trainer_says_which_label_the_model_has_not(tmp_path):
+    """In training and in evaluation; a label that losses leave out is none."""
+    trainer = make_trainer("vit", 3, 1, "local", tmp_path, cls=SAQTrainer)
+    trainer.train_dataset = WrongClass(8)
+    message = r"SAQTrainer: a batch has the label 7; the model has 3 classes and expects 0 to 2\. Build it with num_l"
+    for use in (trainer.train, lambda: trainer.evaluate(trainer.train_dataset)):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_the_trainer_says_when_a_data_set_has_more_classes(tmp_path):
+    """Before anything is computed."""
+    features = datasets.Features({"pixel_values": datasets.Array3D((3, 16, 16), "float32")})
+    features["label"] = datasets.ClassLabel(names=[f"flower {k}" for k in range(5)])
+    rows = {"pixel_values": images(4).numpy(), "label": [0, 1, 4, 0]}
+    many = datasets.Dataset.from_dict(rows, features=features)
+    trainer = make_trainer("vit", 3, 1, "local", tmp_path, cls=SAQTrainer)
+    trainer.train_dataset = many
+    message = r"the \w+ data set has 5 classes in 'label' and labels up to 4; the model has 3 .* num_labels=5"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(many)
+    few = many.filter(lambda row: row["label"] < 3).rename_column("label", "labels")  # it has five names still
+    assert trainer.evaluate(few.with_format("torch"))["eval_loss"] > 0
 
 
 def test_a_loss_function_takes_labels_that_the_model_does_not(tmp_path):
