@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--target", default="cpu", help="cpu (any), cpu-vnni or gpu")
     command.add_argument("--tuned-for", help="onnxruntime: write convolutions as it runs them fastest, others do not")
     command.add_argument("--image-size", type=int, nargs="+", help="pixels, or height and width, if not stored")
+    command.add_argument("--engines", nargs="+", help="verify with onnxruntime, openvino; default: those installed")
     command.add_argument("--no-check", dest="check", action="store_false", help="write without verifying")
     command.add_argument("--overwrite", action="store_true", help="replace an export that is there")
 

@@ -45,6 +45,7 @@ def _export(args: argparse.Namespace) -> str:
         image_size=_image_size(args),
         processor=processor,
         check=args.check,
+        engines=args.engines,
         overwrite=args.overwrite,
     )
     return f"{report}\n{args.directory}: exported"

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from ..installing import how_to_install
 from .engines import ENGINES
 from .extras import check_engine
-from .onnx_export import CONFIG_FILE, EXPORT_VERSION, RECORD
+from .layout import CONFIG_FILE, EXPORT_VERSION, RECORD
 
 
 class ExportedClassifier(nn.Module):
@@ -47,16 +47,17 @@ class ExportedClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, engine: str = "onnxruntime", threads: int | None = None, exact: bool = False
+        cls, directory: str | Path, engine: str = "onnxruntime", threads: int | None = None, exact: bool | None = None
     ) -> ExportedClassifier:
         """Load what `export_onnx` wrote.
 
         Args:
             engine: `"onnxruntime"` or `"openvino"`.
             threads: Threads of the engine; `None` leaves it to the engine.
-            exact: Whether ONNX Runtime keeps biases of convolutions in float. By default it rounds them, which flips
-                the class of some images where activations have few bits, for better and for worse; without that, it
-                runs these convolutions in float, which takes longer. OpenVINO never rounds them.
+            exact: Whether ONNX Runtime keeps biases of convolutions in float. It rounds them, which where activations
+                have few bits flips the class of some images, for better and for worse; without that it runs these
+                convolutions in float, which takes longer. `None`: as the checks of the export found it to be needed.
+                OpenVINO never rounds them.
 
         Raises:
             ValueError: If there is no such engine, if `directory` is no export, or if its graph is not the one that
@@ -65,14 +66,30 @@ class ExportedClassifier(nn.Module):
         """
         check_engine(engine)
         directory = Path(directory)
-        content = _graph_of(directory)
+        content, record = _graph_of(directory)
+        exact = bool(record.get("exact", False)) if exact is None else exact
         has_model_type = "model_type" in json.loads((directory / CONFIG_FILE).read_text())
         config = AutoConfig.from_pretrained(directory) if has_model_type else None
         return cls(content, config, engine, threads, exact)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
-        """Compute logits `(batch, labels)` of `pixel_values` `(batch, channels, height, width)`."""
-        logits = self._run(pixel_values.detach().float().cpu().numpy())
+        """Compute logits `(batch, labels)` of `pixel_values` `(batch, channels, height, width)`.
+
+        Raises:
+            ValueError: If a value is NaN, which integers cannot hold, or the engine takes no inputs of that shape.
+        """
+        images = pixel_values.detach().float().cpu().numpy()
+        if np.isnan(images).any():
+            raise ValueError(
+                "ExportedClassifier: pixel_values has NaN, which would count as some pixel; expected numbers."
+            )
+        try:
+            logits = self._run(images)
+        except Exception as error:
+            raise ValueError(
+                f"ExportedClassifier: {self.engine} failed on pixel_values of shape {tuple(images.shape)}; expected "
+                f"the height and width that the model was exported for: {' '.join(str(error).split())}"
+            ) from error
         return ImageClassifierOutput(logits=torch.from_numpy(np.array(logits)))
 
     @property
@@ -91,8 +108,8 @@ class ExportedClassifier(nn.Module):
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault(RECORD, ExportedClassifier.__name__)
 
 
-def _graph_of(directory: Path) -> bytes:
-    """Read the graph of an export and check that it is the one that was written."""
+def _graph_of(directory: Path) -> tuple[bytes, dict[str, Any]]:
+    """Read the graph of an export, check that it is the one that was written, and return it with what was recorded."""
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"{directory} has no {CONFIG_FILE}; expected a directory that `export_onnx` wrote.")
     try:
@@ -118,4 +135,4 @@ def _graph_of(directory: Path) -> bytes:
             f"{file} is not the file that was exported with this {CONFIG_FILE} (its SHA-256 differs): it is damaged "
             "or was replaced. Export the model again."
         )
-    return content
+    return content, record

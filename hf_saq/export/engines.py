@@ -7,14 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .extras import OPENVINO_PROPERTIES, needed
+from .extras import OPENVINO_PROPERTIES, ROUNDS_BIASES, needed
 
 RunFunction = Callable[[np.ndarray], np.ndarray]
 """Computes logits from inputs, both float32."""
-
-
-ROUNDS_BIASES = "WeightBiasQuantization"
-"""The optimizer of ONNX Runtime that rounds the bias of a convolution to the product of its two scales."""
 
 
 def _onnxruntime(content: bytes, threads: int | None, exact: bool = False) -> RunFunction:

@@ -23,6 +23,10 @@ OPENVINO_PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_
 CPU has that type, and quantizes inputs of int4 weights again, in groups of its own."""
 
 
+ROUNDS_BIASES = "WeightBiasQuantization"
+"""The optimizer of ONNX Runtime that rounds the bias of a convolution to the product of its two scales."""
+
+
 def check_engine(engine: str) -> None:
     """Raise `ValueError` if there is no such engine."""
     if engine not in ENGINES:

@@ -37,6 +37,8 @@ class ExportReport:
         weights: The `weights` that were asked for.
         target: The `target` that was asked for.
         layers: One entry for each quantized layer.
+        exact: Whether ONNX Runtime was found to predict what the model does only with `exact=True`, which
+            [`ExportedClassifier`] then does by itself.
         checks: What was verified and found, by name; empty if it was not.
     """
 
@@ -46,6 +48,7 @@ class ExportReport:
     target: str
     layers: tuple[ExportedLayer, ...]
     checks: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("module", "W", "A", "stored", "note")]

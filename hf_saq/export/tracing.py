@@ -13,6 +13,8 @@ from .integer_copy import LogitsOnly
 from .operators import OPSET, translation_table
 
 OUTPUT = "logits"
+MOST = 300
+"""Characters of an error of torch that are passed on."""
 PREFIX = "model."
 """What stands before the names of a model's tensors in the graph: they are those of `LogitsOnly`."""
 
@@ -23,24 +25,61 @@ def trace(model: nn.Module, example: Tensor) -> Any:
     Args:
         model: A model of integer layers, in evaluation mode.
         example: Inputs `(batch, ...)`; all dimensions but the first become those of the graph.
+
+    Raises:
+        ValueError: If the model does not run on the example, cannot be traced, or takes one batch size only.
     """
     needed("onnx"), needed("onnxscript")
     two = torch.cat([example, example])[:2]  # with a batch of one it would be taken for a constant
+    whole, name = LogitsOnly(model).eval(), type(model).__name__
+    with torch.no_grad():
+        try:
+            whole(two)
+        except Exception as error:
+            raise ValueError(
+                f"{name} does not run on inputs of shape {tuple(two.shape)}: {_in_one_line(error)} Pass the "
+                "image_size that it takes, or example=, a batch of its inputs."
+            ) from error
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's exporter, about its own future
-        program = torch.onnx.export(
-            LogitsOnly(model).eval(),
-            (two,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[getattr(model, "main_input_name", "pixel_values")],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            custom_translation_table=translation_table(),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                whole,
+                (two,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[getattr(model, "main_input_name", "pixel_values")],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table=translation_table(),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ValueError(
+                f"{name} cannot be traced: {_in_one_line(_first_of(error))} What its forward computes must not depend "
+                "on values, and operators of its own must be known to torch.onnx."
+            ) from error
     assert program is not None
+    shape = program.model.graph.inputs[0].shape
+    if shape is None or isinstance(shape[0], int):
+        raise ValueError(
+            f"{name} was traced for batches of {len(two)} only: its forward makes a number of the size of its batch, "
+            "as int(x.shape[0]) does. Use x.shape[0] as it is, or -1 in a reshape."
+        )
     return _with_names_of(program.model)
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Return what went wrong first, of errors that were raised from each other."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _in_one_line(error: BaseException) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    said = said if len(said) <= MOST else f"{said[:MOST]}..."
+    return said if said.endswith((".", "!", "?")) else f"{said}."
 
 
 def _with_names_of(graph_model: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..export.onnx_export import CONFIG_FILE, MODEL_FILE
+from ..export.layout import CONFIG_FILE, MODEL_FILE
 from ..export.report import ExportReport
 from ..export.targets import TARGETS
 from ..installing import how_to_install

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils.hub import hf_api
 
-from ..export.onnx_export import MODEL_FILE
+from ..export.layout import MODEL_FILE
 from ..storage.weight_files import is_weight_file
 
 logger = logging.getLogger(__name__)

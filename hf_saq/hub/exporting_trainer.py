@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..export.extras import check_engine, installed_engines, needed
-from ..export.onnx_export import CONFIG_FILE, MODEL_FILE, RECORD, export_onnx
+from ..export.layout import CONFIG_FILE, MODEL_FILE, RECORD
+from ..export.onnx_export import export_onnx
 from ..export.report import ExportReport
 from ..storage import load_saved, staged
 from ..storage.saved_directory import read_json_object

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..conversion import attention_interface, dequantize, is_packed, pack, unpack
 from ..export import export_onnx
 from ..export.extras import needed
-from ..export.onnx_export import CONFIG_FILE, MODEL_FILE, RECORD
+from ..export.layout import CONFIG_FILE, MODEL_FILE, RECORD
 from ..export.passes import forget_shapes
 from ..export.targets import check_target
 from ..export.tracing import trace

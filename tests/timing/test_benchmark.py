@@ -17,7 +17,7 @@ from transformers import ViTImageProcessor
 from hf_saq import pack
 from hf_saq.cli import main
 from hf_saq.export import export_onnx
-from hf_saq.export.onnx_export import RECORD
+from hf_saq.export.layout import RECORD
 from hf_saq.timing import FORMS, benchmark, measuring
 from hf_saq.timing.forms import WRITERS, StoredForms
 from hf_saq.timing.loading import LOADERS

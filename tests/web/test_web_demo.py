@@ -153,7 +153,7 @@ def test_it_answers_as_python_does_on_the_same_pixels(visit, models, step):
             with torch.no_grad():
                 logits, far = model(x).logits.numpy(), 1e-4
         else:  # as far as the model is from itself where a rounding flips; d in logits is at most d / 2 here
-            logits, own_noise = own_logits(model, x)
+            logits, own_noise, _ = own_logits(model, x)
             far = max(4 * own_noise, 2e-3) * float(np.sqrt(np.mean(logits**2)))
         expected = torch.from_numpy(logits).double().softmax(-1).numpy()[0]
         assert np.abs(np.array(answer["probabilities"]) - expected).max() < far

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ...conversion import calibrate, is_packed
 from ...export import check_can_export, export_onnx
 from ...export.integer_copy import check_ready
-from ...export.onnx_export import MODEL_FILE, TUNED_FOR
+from ...export.layout import MODEL_FILE
+from ...export.onnx_export import TUNED_FOR
 from ...export.stored_grids import CODE_RANGE
 from ...layers import QuantizedLayer
 from ...quantizers import Quantizer, check_bits

@@ -1,5 +1,6 @@
 """Verify that a graph predicts what its model predicts, and count what runs in integers."""
 
-from .verification import ExportCheckError, verify
+from .refusing import ExportCheckError
+from .verification import Verification, verify
 
-__all__ = ["ExportCheckError", "verify"]
+__all__ = ["ExportCheckError", "Verification", "verify"]

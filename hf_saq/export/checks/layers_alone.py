@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..extras import needed
 from ..operators import OPSET
 from ..passes.nodes import constant
-from .sessions import RUNS
+from .sessions import run_graph
 from .spans import LayerSpan, nodes_between, whole_codes
 
 ROUNDING = 1e-5
@@ -94,8 +94,9 @@ def wrong_layers(
         engine: A key of `RUNS`.
     """
     parts = [_Part(i, name, spans[name], recorded[name]) for i, name in enumerate(recorded)]
-    content = _side_by_side(graph_model, parts)
-    found = RUNS[engine](content, {part.input_name: part.x for part in parts})
+    if not parts:
+        return {}
+    found = run_graph(engine, _side_by_side(graph_model, parts), {part.input_name: part.x for part in parts})
     reasons = {part.name: part.difference(found[part.output_name]) for part in parts}
     return {name: reason for name, reason in reasons.items() if reason}
 

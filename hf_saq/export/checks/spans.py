@@ -15,7 +15,7 @@ class LayerSpan:
     """Holds where a layer is in a graph.
 
     Attributes:
-        weight: The `DequantizeLinear` of its codes.
+        weight: The `DequantizeLinear` of its codes, or the `Mul` of their cast and its scale.
         product: Its `Conv`, `MatMul` or `Gemm`.
         channel_axis: Dimension of the stored codes that counts output channels.
         quantize: The `QuantizeLinear` of its input; `None` if that stays in float.
@@ -90,7 +90,7 @@ def stored_codes(span: LayerSpan) -> np.ndarray:
 def whole_codes(span: LayerSpan) -> np.ndarray:
     """Return the integers of the weight, with halves added up."""
     codes = stored_codes(span)
-    if constant(span.weight.inputs[0]) is not None:
+    if constant(span.weight.inputs[0]) is not None or span.weight.op_type == "Mul":
         return codes
     return np.add(*np.split(codes, 2, axis=0 if span.product.op_type == "MatMul" else 1))
 
@@ -134,7 +134,7 @@ def _user(value: Any, *op_types: str) -> Any:
 
 def _dequantized(codes: Any) -> Any:
     """Return the node that dequantizes stored codes, or their halves."""
-    while codes is not None and (node := _user(codes, "DequantizeLinear")) is None:
+    while codes is not None and (node := _user(codes, "DequantizeLinear", "Mul")) is None:
         node = _user(codes, "Cast", "Div", "Sub", "Concat")
         codes = None if node is None else node.outputs[0]
     return None if codes is None else node

@@ -64,7 +64,8 @@ def _difference(
 
 
 def _factor(norm: Any) -> np.ndarray:
-    gamma, variance = (tensor.double().cpu().numpy() for tensor in (norm.weight, norm.running_var))
+    variance = norm.running_var.double().cpu().numpy()
+    gamma = 1.0 if norm.weight is None else norm.weight.double().cpu().numpy()
     return gamma / np.sqrt(variance + norm.eps)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from .batch_norms import fold_batch_norms
 from .codes import narrow_codes, widen_codes
 from .masks import drop_open_masks
-from .matmuls import gemms_to_matmuls, subtract_biases_before_gelus, transpose_stored_weights
+from .matmuls import gemms_to_matmuls, keep_inputs_in_float, subtract_biases_before_gelus, transpose_stored_weights
 from .pads import move_pads_behind_codes
 from .relus import fold_relus_into_codes
 from .saturation import may_saturate, saturating_layers, split_saturating_layers
@@ -23,6 +23,7 @@ __all__ = [
     "forget_names",
     "forget_shapes",
     "gemms_to_matmuls",
+    "keep_inputs_in_float",
     "may_saturate",
     "move_pads_behind_codes",
     "narrow_codes",
@@ -61,6 +62,7 @@ def store(model: Any, weights: str) -> None:
     """
     if weights == "int4":
         narrow_codes(model)
+    keep_inputs_in_float(model)
     common = import_module("onnx_ir.passes.common")
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)

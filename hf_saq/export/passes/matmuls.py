@@ -1,15 +1,19 @@
 """Bring linear layers into the one form that engines run in integers: a product with stored codes, then a bias.
 
-Layers whose input stays in float are left alone. ONNX Runtime would take that form for `MatMulNBits`, and quantize the
-input of that to 8 bits, which nobody asked for.
+Layers whose input stays in float are brought into another one. ONNX Runtime would take that form for `MatMulNBits`,
+and quantize the input of that to 8 bits, which nobody asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
+
+import numpy as np
 
 from .nodes import (
     add_bias,
+    add_initializer,
     constant,
     insert_node,
     nodes_of,
@@ -83,6 +87,35 @@ def subtract_biases_before_gelus(model: Any) -> int:
                 replace_value(node.outputs[0], add_bias(node, value, bias))
                 count += 1
                 break
+    return count
+
+
+def keep_inputs_in_float(model: Any) -> int:
+    """Dequantize int8 codes that only products with inputs in float use by a cast and a product; changes no result.
+
+    ONNX Runtime makes `DequantizeLinear` and `MatMul` a `MatMulNBits`, transposed or not. The cast it computes once.
+
+    Returns:
+        How many weights were changed.
+    """
+    float_type = import_module("onnx_ir").DataType.FLOAT
+    count = 0
+    for node in nodes_of(model, "DequantizeLinear"):
+        codes, scale = constant(node.inputs[0]), constant(node.inputs[1])
+        if codes is None or scale is None or codes.ndim != 2 or codes.dtype != np.int8 or len(node.inputs) > 2:
+            continue
+        transposed = only_used_by(node.outputs[0], "Transpose") and used_once(node.outputs[0])
+        products = next(iter(node.outputs[0].uses()))[0].outputs[0] if transposed else node.outputs[0]
+        users = [user for user, _ in products.uses()]
+        if not only_used_by(products, "MatMul") or any(_is_dequantized(user.inputs[0]) for user in users):
+            continue
+        if scale.ndim:
+            scale = np.expand_dims(scale, 1 - node.attributes.get_int("axis", 1) % 2)
+        name = node.inputs[1].name
+        cast = insert_node(node, "Cast", [node.inputs[0]], {"to": float_type.value})
+        node.replace_input_with(1, None)
+        replace_value(node.outputs[0], insert_node(node, "Mul", [cast, add_initializer(model.graph, name, scale)]))
+        count += 1
     return count
 
 

@@ -1,0 +1,90 @@
+"""Write the directory of an export, and see beforehand what it would write over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import QUANT_METHOD
+from ..storage import staged
+from ..storage.saved_directory import PROCESSOR_FILES, TIMM
+from ..storage.weight_files import is_model_file
+from .report import ExportReport
+
+MODEL_FILE = "onnx/model_quantized.onnx"
+"""Where transformers.js and optimum look for a quantized graph."""
+CONFIG_FILE = "config.json"
+RECORD = "hf_saq_export"
+"""Key in `config.json` of what the export says about itself."""
+EXPORT_VERSION = 1
+
+
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Raise `ValueError` if an export must not be written to `directory`.
+
+    Args:
+        overwrite: Whether an earlier export, or files of the quantized model itself, may be there.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; expected a directory to write.")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        raise ValueError(
+            f"{directory} holds files already; name another directory or pass overwrite=True (--overwrite)."
+        )
+    fields = _fields_of(directory)
+    quantization = fields.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if fields and RECORD not in fields and method != QUANT_METHOD:
+        raise ValueError(
+            f"{directory} holds another model, whose {CONFIG_FILE} would be replaced; name another directory."
+        )
+
+
+def write_export(directory: Path, content: bytes, report: ExportReport, config: Any, processor: Any) -> None:
+    """Write all files of an export; they replace those of an earlier one when all of them are complete.
+
+    Args:
+        content: The graph.
+        config: The configuration of a model of transformers, or `None`.
+        processor: The image processor to store, or `None`: that of an earlier export then goes, and that of a model
+            whose weights lie in `directory` stays.
+    """
+    stale = _processor_of_earlier_export(directory)
+    with staged(directory) as stage:
+        (stage / MODEL_FILE).parent.mkdir(parents=True)
+        (stage / MODEL_FILE).write_bytes(content)
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(stage)
+        fields = _fields_of(stage)
+        fields[RECORD] = {
+            "format_version": EXPORT_VERSION,
+            "file": report.file,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "weights": report.weights,
+            "target": report.target,
+            "exact": report.exact,
+        }
+        (stage / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        if processor is not None and fields.get("model_type") != TIMM:  # there it is in the configuration
+            processor.save_pretrained(stage)
+        kept = {path.name for path in stage.iterdir()}
+    for path in stale:
+        if path.name not in kept:
+            path.unlink()
+
+
+def _processor_of_earlier_export(directory: Path) -> list[Path]:
+    if RECORD not in _fields_of(directory) or any(is_model_file(path.name) for path in directory.iterdir()):
+        return []
+    return [directory / name for name in PROCESSOR_FILES if (directory / name).is_file()]
+
+
+def _fields_of(directory: Path) -> dict[str, Any]:
+    """Read the configuration of a model; {} if there is none, or none that can be read."""
+    try:
+        fields = json.loads((directory / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

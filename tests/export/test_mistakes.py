@@ -1,0 +1,194 @@
+"""What goes wrong before, while and after an export is written: one sentence that says what to do, nothing written."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from quantized_models import quantized
+from test_checks import FILE, X
+from tiny_models import conv_net, images, linear_net, resnet, vectors, vit
+from torch import nn
+from transformers import ViTImageProcessor
+
+from hf_saq import SAQQuantizationConfig, calibrate, quantize
+from hf_saq.export import ExportCheckError, ExportedClassifier, export_onnx
+from hf_saq.export.checks import sessions
+from hf_saq.export.checks.sessions import onnxruntime_session
+
+
+class Changed(nn.Module):
+    """Two linear layers, and a change of what they compute."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first, self.last, self.change = nn.Linear(6, 8), nn.Linear(8, 3), change
+
+    def forward(self, x):
+        return self.change(x, self.last(torch.relu(self.first(x))))
+
+
+def changed(change) -> nn.Module:
+    torch.manual_seed(0)
+    return calibrate(quantize(Changed(change), SAQQuantizationConfig()), [vectors()]).eval()
+
+
+def test_a_model_that_computes_with_the_size_of_its_batch(tmp_path):
+    """As a number of its own, or by a branch that two inputs do not take; checked or not, with two inputs alone."""
+    fixed = changed(lambda x, y: y.reshape(int(x.shape[0]), 3))
+    with pytest.raises(ValueError, match="traced for batches of 2 only: its forward makes a number"):
+        export_onnx(fixed, tmp_path / "a", example=vectors(2), check=False)
+    branching = changed(lambda x, y: y * 2 if x.shape[0] > 3 else y)
+    with pytest.raises(ExportCheckError, match="another number of inputs .* a batch of 5: logits differ by 5.0e-01"):
+        export_onnx(branching, tmp_path / "a", example=vectors(2), engines=["onnxruntime"])
+    assert not (tmp_path / "a").exists()
+    report = export_onnx(changed(lambda x, y: y.reshape(x.shape[0], 3)), tmp_path / "a", example=vectors(5))
+    assert report.checks["other batch"].startswith("3 inputs; ")
+
+
+def test_what_is_traced_otherwise_between_layers(tmp_path):
+    """A third more than the model answers, of a model whose own noise is half as much."""
+    model = changed(lambda x, y: y * 1.35 if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() else y)
+    with pytest.raises(ExportCheckError, match="not predict what the model predicts .* logits differ by 3.5e-01"):
+        export_onnx(model, tmp_path / "a", example=vectors())
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "message"),
+    [
+        (
+            lambda: quantized(vit),
+            {"image_size": 32},
+            r"does not run on inputs of shape \(2, 3, 32, 32\): .*image_size",
+        ),
+        (lambda: changed(lambda x, y: {"out": y}), {"example": vectors()}, "returns a dict without `logits`"),
+        (
+            lambda: changed(lambda x, y: y * 2 if y.sum() > 0 else y),
+            {"example": vectors()},
+            "Changed cannot be traced: ",
+        ),
+        (lambda: quantized(vit), {"engines": "onnxruntime"}, r"engines='onnxruntime'; expected a list of engines"),
+        (
+            lambda: quantized(vit),
+            {"engines": []},
+            r"engines=\[\]; expected a list .* or check=False to verify nothing",
+        ),
+    ],
+    ids=["image size", "no logits", "values", "engines as text", "no engines"],
+)
+def test_bad_input(build, arguments, message: str, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        export_onnx(build(), tmp_path / "a", **arguments)
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_engine_that_cannot_run_the_graph(tmp_path, monkeypatch):
+    def fails(content, inputs):
+        raise RuntimeError("no such operator\n  at line 7")
+
+    monkeypatch.setitem(sessions.RUNS, "OpenVINO", fails)
+    model = quantized(linear_net, vectors())
+    with pytest.raises(
+        ExportCheckError,
+        match=r"OpenVINO cannot run the graph: no such operator at line 7 .* engines=\['onnxruntime'\]",
+    ):
+        export_onnx(model, tmp_path / "a", example=vectors(), engines=["onnxruntime", "openvino"])
+    export_onnx(model, tmp_path / "a", example=vectors(), engines=["onnxruntime"])
+
+
+def test_weights_alone_stay_so(tmp_path):
+    """Inputs in float are quantized by nobody: ONNX Runtime would, in products with weights that it recognizes."""
+    model, x = quantized(vit, activation_bits=None), images()
+    report = export_onnx(model, tmp_path, example=x)
+    assert {layer.stored for layer in report.layers} == {"int8"}
+    session = onnxruntime_session((tmp_path / FILE).read_bytes(), saved_as=tmp_path / "optimized.onnx")
+    assert not any("NBits" in node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    expected = model(x).logits.detach().numpy()
+    np.testing.assert_allclose(session.run(None, {"pixel_values": x.numpy()})[0], expected, atol=1e-5)
+
+
+def test_inputs_alone_and_norms_without_factors(tmp_path):
+    model = quantized(linear_net, vectors(), weight_bits=None, first_last_bits=None)
+    report = export_onnx(model, tmp_path / "inputs", example=vectors())
+    assert {layer.stored for layer in report.layers} == {"float"}
+
+    def plain_norm() -> nn.Module:
+        net = conv_net()
+        net[1] = nn.BatchNorm2d(net[1].num_features, affine=False)
+        net[1].running_mean += 0.1
+        return net
+
+    export_onnx(quantized(plain_norm, X), tmp_path / "norms", example=X)
+
+
+def test_the_report_says_what_is_stored(tmp_path):
+    """A code of -8 that a negative factor turns to 8 has no place in 4 bits."""
+    net = conv_net()
+    net[1].weight.data *= -1
+    model = calibrate(quantize(net, SAQQuantizationConfig(first_last_bits=None, weight_granularity="channel")), [X])
+    scale = model[0].weight_quantizer.scale
+    scale.data = -model[0].weight.detach().flatten(1).amin(1).reshape(scale.shape) / 8
+    report = export_onnx(model.eval(), tmp_path, example=X, weights="int4", check=False)
+    types = {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in onnx.load(tmp_path / FILE).graph.initializer}
+    assert {layer.name: layer.stored for layer in report.layers} == {
+        name.removesuffix(".codes"): kind.lower() for name, kind in types.items() if name.endswith(".codes")
+    }
+    assert {layer.stored for layer in report.layers} == {"int4", "int8"}
+
+
+def test_what_an_export_may_write_over(tmp_path):
+    """An earlier export, of which no image processor is left over, and the model's own files; no other model's."""
+    model, processor = quantized(vit), ViTImageProcessor(size={"height": 16, "width": 16})
+    export_onnx(model, tmp_path / "a", processor=processor, check=False)
+    with pytest.raises(ValueError, match="holds files already; .*overwrite=True"):
+        export_onnx(model, tmp_path / "a", check=False)
+    export_onnx(quantized(resnet), tmp_path / "a", image_size=32, check=False, overwrite=True)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.json", "onnx"}
+    model.save_pretrained(tmp_path / "own")
+    processor.save_pretrained(tmp_path / "own")
+    for _ in range(2):
+        export_onnx(model, tmp_path / "own", check=False, overwrite=True)
+        assert (tmp_path / "own" / "preprocessor_config.json").is_file()
+    vit().save_pretrained(tmp_path / "float")
+    before = (tmp_path / "float" / "config.json").read_text()
+    with pytest.raises(ValueError, match="holds another model, whose config.json would be replaced"):
+        export_onnx(model, tmp_path / "float", check=False, overwrite=True)
+    assert (tmp_path / "float" / "config.json").read_text() == before
+
+
+def test_rounded_biases_that_count_are_told_and_left_out(tmp_path, monkeypatch):
+    """ONNX Runtime rounds them by default; the export says that this one must not, and is loaded so."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(1)
+    )
+    model = quantized(lambda: net, images(8, 32), weight_bits=4, activation_bits=4, first_last_bits=4)
+    x = images(8, 32, seed=1)
+    rounded = sessions.RUNS[sessions.ROUNDED]
+    monkeypatch.setitem(sessions.RUNS, sessions.ROUNDED, lambda c, i: {k: y * 0.5 for k, y in rounded(c, i).items()})
+    with pytest.warns(UserWarning, match="rounds biases of convolutions .* loads it with exact=True"):
+        report = export_onnx(model, tmp_path, example=x, engines=["onnxruntime"])
+    assert report.exact and json.loads((tmp_path / "config.json").read_text())["hf_saq_export"]["exact"]
+    assert (
+        report.checks["integers"] == "0 of 3 layers run in integers in ONNX Runtime, biases of convolutions in float"
+    )
+    default, exact, fast = (
+        ExportedClassifier.from_pretrained(tmp_path, exact=exact)(x).logits for exact in (None, True, False)
+    )
+    assert torch.equal(default, exact) and not torch.equal(default, fast)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_inputs_that_an_export_does_not_take(engine: str, tmp_path):
+    export_onnx(quantized(conv_net, X), tmp_path, example=X, check=False)
+    loaded = ExportedClassifier.from_pretrained(tmp_path, engine=engine)
+    with pytest.raises(
+        ValueError, match=rf"{engine} failed on pixel_values of shape \(2, 3, 9, 8\); expected the height"
+    ):
+        loaded(torch.zeros(2, 3, 9, 8))
+    with pytest.raises(ValueError, match="pixel_values has NaN"):
+        loaded(torch.full((2, 3, 8, 8), float("nan")))
