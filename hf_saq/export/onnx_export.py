@@ -103,7 +103,7 @@ def export_onnx(
     write_export(directory, content, report, getattr(model, "config", None), processor)
     if seen.exact:
         warnings.warn(
-            f"ONNX Runtime rounds biases of convolutions in this graph so far that it predicts something else: "
+            "ONNX Runtime rounds biases of convolutions, which moves what this graph predicts: "
             f"{seen.rounded}. ExportedClassifier loads it with exact=True, which is slower; other programs must leave "
             f"out the optimizer {ROUNDS_BIASES!r} (disabled_optimizers), or use OpenVINO, which does not round them.",
             stacklevel=2,

@@ -153,6 +153,7 @@ class Comparison:
             "layers": len(report.layers),
             "split": split,
             "checks": dict(report.checks),
+            "exact": report.exact,
         }
         return {**found, "refused": refused}
 

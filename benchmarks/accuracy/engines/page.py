@@ -93,12 +93,18 @@ def _points(outcome: dict[str, Any]) -> float:
 def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
     runs = [run for name in own for run in _runs(records, name, "cpu").values()]
     lines = [f'With `target="cpu"`, {_verdict(runs)}. {_seen(runs)} {_on_the_first(runs)}']
-    exactly = [run for name in own for place in PLACES if (run := records.get(f"{name}-cpu-{EXACT}-{place}"))]
-    if exactly:
-        exactly += [run for run in runs if run["arguments"]["engine"] == "openvino"]
+    openvino = [run for run in runs if run["arguments"]["engine"] == "openvino"]
+    chosen, exactly = list(openvino), list(openvino)
+    for name in own:
+        wants_exact = records.get(f"{name}-cpu-export", {}).get("outcome", {}).get("exact")
+        for place in PLACES:
+            rounded, exact = (records.get(f"{name}-cpu-{engine}-{place}") for engine in ("onnxruntime", EXACT))
+            chosen += [run for run in [exact if wants_exact else rounded] if run]
+            exactly += [run for run in [exact] if run]
+    if len(exactly) > len(openvino):
+        lines.append(f"\nAs `ExportedClassifier` loads them, {_verdict(chosen)}. {_on_the_first(chosen)}")
         lines.append(
-            "\nWith OpenVINO, and with ONNX Runtime by `ExportedClassifier.from_pretrained(directory, exact=True)`, "
-            f"{_verdict(exactly)}. {_on_the_first(exactly)}"
+            f"\nWith OpenVINO, and with ONNX Runtime by `exact=True`, {_verdict(exactly)}. {_on_the_first(exactly)}"
         )
     floor = [record for name in own if (record := records.get(f"{name}-float64")) and "first" in record["outcome"]]
     if floor:
@@ -110,16 +116,17 @@ def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
         same = {
             ENGINES[e]: f"{100 * run['outcome']['same']:.1f}" for (e, _), run in _runs(records, name, "cpu").items()
         }
-        exact = records.get(f"{name}-cpu-{EXACT}-here")
-        if exact is not None:
-            same["ONNX Runtime, exact"] = f"{100 * exact['outcome']['same']:.1f}"
+        one = records.get(f"{name}-cpu-{EXACT}-here")
+        if one is not None:
+            same["ONNX Runtime, exact"] = f"{100 * one['outcome']['same']:.1f}"
         if same:
             lines.append(f"- {_title(record)}: {', '.join(f'{engine} {share}' for engine, share in same.items())}")
     lines.append(
         "\nONNX Runtime rounds the bias of an integer convolution to the product of its two scales "
         "(`WeightBiasQuantization`). With few bits that is a part of a step, roundings behind it flip, and what they "
         "flip grows from layer to layer until many images are seen otherwise: some better, some worse. Without that "
-        "optimizer (`exact=True`) biases stay in float, and so do convolutions: [deploy.md](deploy.md)."
+        "optimizer (`exact=True`, which `ExportedClassifier` chooses where the export found it to be needed) biases "
+        "stay in float, and so do convolutions: [deploy.md](deploy.md)."
     )
     return "\n".join(lines)
 
@@ -175,8 +182,18 @@ def _exports(records: dict[str, Any], own: dict[str, Any]) -> list[str]:
                 integers = found["checks"].get("integers", "").split(" layers run")[0] or "not counted"
                 sizes = [f"{found[kind] / 1e6:.2f} MB" for kind in ("bytes", "int4_bytes")]
                 cells = [*sizes, f"{len(found['split'])}", integers]
-                rows.append(row(_title(record), f"`{target}`", *cells, found["refused"] or "passed"))
+                verified = [found["refused"] or "passed", "needed" if found.get("exact") else "-"]
+                rows.append(row(_title(record), f"`{target}`", *cells, *verified))
     return [
-        *head("model", "target", "file, int8", "file, int4", "layers in two halves", "in integers", "verification"),
+        *head(
+            "model",
+            "target",
+            "file, int8",
+            "file, int4",
+            "layers in two halves",
+            "in integers",
+            "verification",
+            "exact",
+        ),
         *rows,
     ]
