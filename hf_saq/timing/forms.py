@@ -47,6 +47,12 @@ FORMS: dict[str, Form] = {
     "packed-decoded-once": Form("decoded-once", "packed", (), "PyTorch eager, keeps decoded weights in memory"),
     "onnx-float": Form("onnxruntime", "onnx-float", ("onnxruntime", "onnxscript"), "dequantized, ONNX Runtime"),
     "onnx-int8": Form("onnxruntime", "onnx-int8", ("onnxruntime", "onnxscript"), "weights=int8, ONNX Runtime"),
+    "onnx-int8-tuned": Form(
+        "onnxruntime",
+        "onnx-int8-tuned",
+        ("onnxruntime", "onnxscript"),
+        "weights=int8, tuned_for=onnxruntime, ONNX Runtime",
+    ),
     "onnx-int4": Form("onnxruntime", "onnx-int4", ("onnxruntime", "onnxscript"), "weights=int4, ONNX Runtime"),
     "openvino-float": Form("openvino", "onnx-float", ("openvino", "onnxscript"), "dequantized, OpenVINO"),
     "openvino-int8": Form("openvino", "onnx-int8", ("openvino", "onnxscript"), "weights=int8, OpenVINO"),
@@ -122,7 +128,7 @@ def _onnx_float(forms: StoredForms, path: Path, example: Tensor) -> tuple[Path, 
     return path / "model.onnx", len(content)
 
 
-def _exported(weights: str) -> Callable[[StoredForms, Path, Tensor], tuple[Path, int]]:
+def _exported(weights: str, tuned_for: str | None = None) -> Callable[[StoredForms, Path, Tensor], tuple[Path, int]]:
     def write(forms: StoredForms, path: Path, example: Tensor) -> tuple[Path, int]:
         # Not checked here: what it predicts is compared in any case, and reported.
         report = export_onnx(
@@ -130,6 +136,7 @@ def _exported(weights: str) -> Callable[[StoredForms, Path, Tensor], tuple[Path,
             path,
             weights=weights,
             target=forms.target,
+            tuned_for=tuned_for,
             example=example[:2],
             check=False,
         )
@@ -148,5 +155,6 @@ WRITERS: dict[str, Callable[[StoredForms, Path, Tensor], tuple[Path, int]]] = {
     "packed": _packed,
     "onnx-float": _onnx_float,
     "onnx-int8": _exported("int8"),
+    "onnx-int8-tuned": _exported("int8", tuned_for="onnxruntime"),
     "onnx-int4": _exported("int4"),
 }
