@@ -69,10 +69,13 @@ deploy-operators: $(STAMP)  ## docs/deploy.md: where the time of ViT-tiny goes, 
 	$(TEST_ENV) $(BIN)/python -m benchmarks.deploy.operators
 
 FAKE_QUANT := OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.fake_quant
+OF_TIMM := "timm vit_small_patch16_224" "timm resnet18"
 fake-quant: $(STAMP)  ## quantized layers and steps against float and other libraries, on a quiet machine
 	$(PIP) install --constraint constraints.txt --editable '.[benchmarks]'
-	$(TEST_ENV) $(KEEP_MEMORY) $(FAKE_QUANT)
-	$(TEST_ENV) $(FAKE_QUANT) --skip-layers --output benchmarks/results/fake_quant_default_allocator.json
+	$(TEST_ENV) $(KEEP_MEMORY) $(FAKE_QUANT) --models $(OF_TIMM)
+	$(TEST_ENV) $(FAKE_QUANT) --models $(OF_TIMM) --skip-layers --output benchmarks/results/fake_quant_default_allocator.json
+	$(TEST_ENV) $(KEEP_MEMORY) $(FAKE_QUANT) --models "transformers ViT-S/16" "transformers ResNet-18" --skip-layers \
+		--output benchmarks/results/fake_quant_transformers.json
 	$(TEST_ENV) $(KEEP_MEMORY) OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.step_profile
 
 shared-inputs: $(STAMP)  ## accuracy with query, key and value quantized once; the page is that of step-cost

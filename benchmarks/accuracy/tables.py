@@ -93,7 +93,9 @@ def way(method: str) -> tuple[str, str]:
 
 def kept(own: Difference, full: Difference) -> str:
     """The share of a gain, where there is one to have a share of."""
-    return f"{own.mean / full.mean:.0%}" if full.mean >= LEAST_GAIN else "-"
+    if full.mean < LEAST_GAIN:
+        return "-"
+    return f"{own.mean / full.mean:.0%}" if own.mean > 0 else "nothing"
 
 
 def shown(gain: Difference | None) -> str:
