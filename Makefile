@@ -62,7 +62,7 @@ quantizers: $(STAMP)  ## write docs/quantizers.md; runs that are not in benchmar
 float-function: $(STAMP)  ## write docs/float_function.md: what conversion and training keep of MobileNetV2
 	$(TEST_ENV) $(BIN)/python -m benchmarks.float_function.measure
 
-deploy-benchmark: $(STAMP)  ## docs/deploy.md: every form of six models; what is in benchmarks/results/deploy is done
+deploy-benchmark: $(STAMP)  ## docs/deploy.md: every form of its models; what is in benchmarks/results/deploy is done
 	$(TEST_ENV) $(BIN)/python -m benchmarks.deploy.measure
 
 deploy-operators: $(STAMP)  ## docs/deploy.md: where the time of ViT-tiny goes, in float and in integers

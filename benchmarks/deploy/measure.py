@@ -1,4 +1,4 @@
-"""Measure the forms of six models and write docs/deploy.md's tables; runs that are stored are not done again.
+"""Measure the forms of some models and write docs/deploy.md's tables; runs that are stored are not done again.
 
 python -m benchmarks.deploy.measure
 """
@@ -50,6 +50,7 @@ def measured(name: str, rounds: int, clock: str) -> dict[str, Any]:
             rounds=rounds,
             clock=clock,
             image_size=IMAGE_SIZE,
+            target=MODELS[name].target,
             tell=lambda line: print(f"{name}: {line}", flush=True),
         )
     return {"real_weights": is_real, **result.to_dict()}

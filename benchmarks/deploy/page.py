@@ -62,8 +62,9 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     told = (
         "Time of one image on one thread over that of ONNX Runtime with the float model, in the same run; the last "
         "column is the packed form's time over that of the fastest of them in integers. Tuned: exported with "
-        f'`tuned_for="onnxruntime"`; a dash where it was not measured. {machine}, integer instructions {flags}: '
-        f"others of them, other ratios. {first['clock'].capitalize()} clock; {versions}.\n"
+        '`tuned_for="onnxruntime"`; a dash where it was not measured. `-vnni`: exported with `target="cpu-vnni"`, '
+        f"without layers in two halves. {machine}, integer instructions {flags}: others of them, other ratios. "
+        f"{first['clock'].capitalize()} clock; {versions}.\n"
     )
     return "\n".join([told, *lines]) + "\n"
 
