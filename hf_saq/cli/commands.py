@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..export import export_onnx
+from ..export.layout import refuse_export
 from ..hub.card import write_card
 from ..progress import bars_of_ours_alone
 from ..storage import load_saved
@@ -35,6 +37,7 @@ def _dequantize(args: argparse.Namespace) -> str:
 
 
 def _export(args: argparse.Namespace) -> str:
+    refuse_export(Path(args.source), "export")
     model, processor = load_saved(args.source)
     report = export_onnx(
         model,

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import QUANT_METHOD
 from ..storage import staged
 from ..storage.saved_directory import PROCESSOR_FILES, TIMM
-from ..storage.weight_files import is_model_file
+from ..storage.weight_files import is_model_file, weight_file_bytes
 from .report import ExportReport
 
 MODEL_FILE = "onnx/model_quantized.onnx"
@@ -40,6 +40,17 @@ def check_free(directory: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{directory} holds another model, whose {CONFIG_FILE} would be replaced; name another directory."
         )
+
+
+def refuse_export(directory: Path, what: str) -> None:
+    """Raise `ValueError` if `directory` holds a graph alone.
+
+    Args:
+        what: What is wanted of the saved model, as in "export".
+    """
+    # A saved model may have its exported graph beside it, and then says so too; an export alone has no weights.
+    if RECORD in _fields_of(directory) and weight_file_bytes(directory) is None:
+        raise ValueError(f"{directory} is an export; {what} the saved model that it was made from.")
 
 
 def write_export(directory: Path, content: bytes, report: ExportReport, config: Any, processor: Any) -> None:

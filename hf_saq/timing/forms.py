@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..conversion import attention_interface, dequantize, is_packed, pack, unpack
 from ..export import export_onnx
 from ..export.extras import needed
-from ..export.layout import CONFIG_FILE, MODEL_FILE, RECORD
+from ..export.layout import MODEL_FILE, refuse_export
 from ..export.passes import forget_shapes
 from ..export.targets import check_target
 from ..export.tracing import trace
-from ..storage.saved_directory import load_saved, local_directory, read_json_object
+from ..storage.saved_directory import load_saved, local_directory
 from ..storage.weight_files import weight_file_bytes
 
 
@@ -70,11 +70,7 @@ class StoredForms:
     def __init__(self, source: str, stage: Path, target: str):
         check_target(target)
         self.directory, self.stage, self.target = local_directory(source), stage, target
-        config = self.directory / CONFIG_FILE
-        # A packed model may have its exported graph beside it, and then says so too; an export alone has no weights.
-        is_named = config.is_file() and RECORD in read_json_object(config)
-        if is_named and weight_file_bytes(self.directory) is None:
-            raise ValueError(f"{source} is an export; benchmark the saved model that it was made from.")
+        refuse_export(self.directory, "benchmark")
         self.model, self.processor = load_saved(source)
         self._written: dict[str, tuple[Path, int]] = {}
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import ViTImageProcessor
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
+from hf_saq.cli import main
 from hf_saq.export import ExportCheckError, ExportedClassifier, export_onnx
 from hf_saq.export.checks import sessions
 from hf_saq.export.checks.sessions import onnxruntime_session
@@ -160,6 +161,12 @@ def test_what_an_export_may_write_over(tmp_path):
     assert (tmp_path / "float" / "config.json").read_text() == before
 
 
+def test_an_export_of_an_export(tmp_path, capsys):
+    export_onnx(quantized(linear_net, vectors()), tmp_path / "a", example=vectors(), check=False)
+    assert main(["export", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "is an export; export the saved model that it was made from." in capsys.readouterr().err
+
+
 def test_rounded_biases_that_count_are_told_and_left_out(tmp_path, monkeypatch):
     """ONNX Runtime rounds them by default; the export says that this one must not, and is loaded so."""
     torch.manual_seed(0)
@@ -170,7 +177,7 @@ def test_rounded_biases_that_count_are_told_and_left_out(tmp_path, monkeypatch):
     x = images(8, 32, seed=1)
     rounded = sessions.RUNS[sessions.ROUNDED]
     monkeypatch.setitem(sessions.RUNS, sessions.ROUNDED, lambda c, i: {k: y * 0.5 for k, y in rounded(c, i).items()})
-    with pytest.warns(UserWarning, match="rounds biases of convolutions .* loads it with exact=True"):
+    with pytest.warns(UserWarning, match="rounds biases of convolutions, .* loads it with exact=True"):
         report = export_onnx(model, tmp_path, example=x, engines=["onnxruntime"])
     assert report.exact and json.loads((tmp_path / "config.json").read_text())["hf_saq_export"]["exact"]
     assert (
