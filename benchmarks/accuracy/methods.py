@@ -10,7 +10,7 @@ from hf_saq.sharpness.schedules import PRESETS
 from ..shared.schedule_variants import saq_config
 
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
-ECHO, MATCHED = "echo", "balanced, radius matched"
+ECHO, MATCHED, INTERVAL = "echo", "balanced, radius matched", "interval 5"
 CASES = ("case 1", "case 2")
 DISTILL_ALPHA = 0.5
 CLEAN_BATCHES = 15
@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
     "case 3, distilled": Method(distill_alpha=DISTILL_ALPHA),
     ECHO: Method({"reuse": "echo", "interval": 2}, radius_of=ECHO),
     MATCHED: Method({"ascent_fraction": 0.125, "match_radius": True}, radius_of=MATCHED, clean_batches=CLEAN_BATCHES),
+    INTERVAL: Method({"interval": 5}),
     "qat, echoed batches": Method(saq=None, echoed=True),
     "qat, clean statistics": Method(saq=None, clean_batches=CLEAN_BATCHES),
 }
