@@ -43,21 +43,28 @@ def test_every_engine_predicts_what_the_model_does(exported, engine: str):
     assert torch.equal(found.argmax(-1), torch.from_numpy(expected).argmax(-1))
 
 
-def test_biases_of_convolutions_stay_in_float_where_they_are_asked_to(tmp_path):
-    """With few bits, rounding a bias is a part of a step; the exact graph has no such difference."""
+def test_biases_of_convolutions_stay_in_float_where_rounding_them_counts(tmp_path):
+    """With few bits, rounding a bias is a part of a step; the exact graph has no such difference. The export says
+    which one it wants, and is loaded so."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
     )
     model = quantized(lambda: net, images(8, 32), weight_bits=4, activation_bits=4, first_last_bits=4)
     x = images(8, 32, seed=1)
-    export_onnx(model, tmp_path, example=x, engines=["onnxruntime"])
+    with pytest.warns(UserWarning, match="rounds biases of convolutions, .* loads it with exact=True"):
+        report = export_onnx(model, tmp_path, example=x, engines=["onnxruntime"])
+    assert report.exact and json.loads((tmp_path / "config.json").read_text())["hf_saq_export"]["exact"]
+    assert (
+        report.checks["integers"] == "0 of 3 layers run in integers in ONNX Runtime, biases of convolutions in float"
+    )
     expected = model(x).detach().numpy()
-    differences = {
-        exact: far(ExportedClassifier.from_pretrained(tmp_path, exact=exact)(x).logits.numpy(), expected)
-        for exact in (False, True)
+    logits = {
+        exact: ExportedClassifier.from_pretrained(tmp_path, exact=exact)(x).logits.numpy()
+        for exact in (False, True, None)
     }
-    assert differences[True] < 1e-5 < 1e-3 < differences[False]
+    assert far(logits[True], expected) < 1e-5 < 1e-3 < far(logits[False], expected)
+    assert np.array_equal(logits[None], logits[True])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

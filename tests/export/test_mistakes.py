@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import onnx
 import pytest
@@ -19,6 +17,8 @@ from hf_saq.cli import main
 from hf_saq.export import ExportCheckError, ExportedClassifier, export_onnx
 from hf_saq.export.checks import sessions
 from hf_saq.export.checks.sessions import onnxruntime_session
+from hf_saq.export.layout import check_free, write_export
+from hf_saq.export.report import ExportReport
 
 
 class Changed(nn.Module):
@@ -143,17 +143,22 @@ def test_the_report_says_what_is_stored(tmp_path):
 
 def test_what_an_export_may_write_over(tmp_path):
     """An earlier export, of which no image processor is left over, and the model's own files; no other model's."""
-    model, processor = quantized(vit), ViTImageProcessor(size={"height": 16, "width": 16})
-    export_onnx(model, tmp_path / "a", processor=processor, check=False)
+    model, processor = quantize(vit(), SAQQuantizationConfig()), ViTImageProcessor(size={"height": 16, "width": 16})
+    report = ExportReport(FILE, 5, "int8", "cpu", ())
+
+    def write(directory, config, processor=None):
+        check_free(directory, overwrite=True)
+        write_export(directory, b"graph", report, config, processor)
+        return {path.name for path in directory.iterdir()}
+
+    assert "preprocessor_config.json" in write(tmp_path / "a", model.config, processor)
     with pytest.raises(ValueError, match="holds files already; .*overwrite=True"):
-        export_onnx(model, tmp_path / "a", check=False)
-    export_onnx(quantized(resnet), tmp_path / "a", image_size=32, check=False, overwrite=True)
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.json", "onnx"}
+        check_free(tmp_path / "a", overwrite=False)
+    assert write(tmp_path / "a", resnet().config) == {"config.json", "onnx"}
     model.save_pretrained(tmp_path / "own")
     processor.save_pretrained(tmp_path / "own")
     for _ in range(2):
-        export_onnx(model, tmp_path / "own", check=False, overwrite=True)
-        assert (tmp_path / "own" / "preprocessor_config.json").is_file()
+        assert "preprocessor_config.json" in write(tmp_path / "own", model.config)
     vit().save_pretrained(tmp_path / "float")
     before = (tmp_path / "float" / "config.json").read_text()
     with pytest.raises(ValueError, match="holds another model, whose config.json would be replaced"):
@@ -165,28 +170,6 @@ def test_an_export_of_an_export(tmp_path, capsys):
     export_onnx(quantized(linear_net, vectors()), tmp_path / "a", example=vectors(), check=False)
     assert main(["export", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert "is an export; export the saved model that it was made from." in capsys.readouterr().err
-
-
-def test_rounded_biases_that_count_are_told_and_left_out(tmp_path, monkeypatch):
-    """ONNX Runtime rounds them by default; the export says that this one must not, and is loaded so."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(1)
-    )
-    model = quantized(lambda: net, images(8, 32), weight_bits=4, activation_bits=4, first_last_bits=4)
-    x = images(8, 32, seed=1)
-    rounded = sessions.RUNS[sessions.ROUNDED]
-    monkeypatch.setitem(sessions.RUNS, sessions.ROUNDED, lambda c, i: {k: y * 0.5 for k, y in rounded(c, i).items()})
-    with pytest.warns(UserWarning, match="rounds biases of convolutions, .* loads it with exact=True"):
-        report = export_onnx(model, tmp_path, example=x, engines=["onnxruntime"])
-    assert report.exact and json.loads((tmp_path / "config.json").read_text())["hf_saq_export"]["exact"]
-    assert (
-        report.checks["integers"] == "0 of 3 layers run in integers in ONNX Runtime, biases of convolutions in float"
-    )
-    default, exact, fast = (
-        ExportedClassifier.from_pretrained(tmp_path, exact=exact)(x).logits for exact in (None, True, False)
-    )
-    assert torch.equal(default, exact) and not torch.equal(default, fast)
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

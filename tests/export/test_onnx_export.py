@@ -197,7 +197,7 @@ def test_a_library_that_is_missing(monkeypatch):
 
 def test_a_residual_model_runs_in_integers_where_it_is_tuned_for_the_engine(tmp_path):
     """All but the first layer, whose windows have three channels."""
-    model = quantized(resnet, weight_granularity="channel")
+    model = quantized(resnet, weight_granularity="channel", activation_bits=8)
     plain, tuned = (
         export_onnx(model, tmp_path / str(engine), tuned_for=engine, example=images()).checks["integers"].split()
         for engine in (None, "onnxruntime")
