@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_saq import SAQConfig
+from hf_saq.sharpness.schedules import KNOBS
 
 QAT, FULL, ECHOED = "qat", "full", "qat, echoed batches"
 
@@ -37,5 +38,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def saq_config(rho: float | None, fields: dict[str, Any]) -> SAQConfig:
     """The configuration of one way to train: whole batches perturb every step unless `fields` say otherwise."""
-    said = {"schedule", "interval", "ascent_fraction", "reuse", "trigger"} & set(fields)
+    said = {"schedule", *KNOBS} & set(fields)
     return SAQConfig(rho=rho, **fields) if said else SAQConfig(rho=rho, schedule="full", **fields)

@@ -63,6 +63,13 @@ class SAQConfig:
             "help": "Share of each micro-batch that the perturbation is made from, in (0, 1]; at least 2 images."
         },
     )
+    ascent_depth: float | None = field(
+        default=None,
+        metadata={
+            "help": "Perturb the last layers alone, those with this share of the operations of a forward pass, in "
+            "(0, 1]; the layers before them run once for both passes."
+        },
+    )
     reuse: str | None = field(
         default=None,
         metadata={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import sharding
 from .displacement import Displacement
 from .frozen_batch_norm import frozen_norm_statistics
+from .late_layers import LateLayers, find_late_layers
 from .parameter_gradients import (
     Mark,
     add_gradients,
@@ -23,6 +24,7 @@ from .parameter_gradients import (
 from .perturbed_tensors import PerturbedTensors
 from .random_state import RNGState
 from .seam import Seam
+from .shared_prefix import SharedPrefix
 from .three_cases import Case, Climb, Gradients, climb, latent_weights_are_asked
 
 
@@ -67,6 +69,7 @@ class SharpnessAwareMinimizer:
     Attributes:
         ascent_norm (`float`): `norm` of the last perturbation.
         radius_factor (`float`): Factor of `rho` in the next [`climb`]; a schedule may adapt it.
+        late (`LateLayers`, *optional*): The layers that are perturbed, where not all are, see [`perturb_only`].
         skipped (`int`): How often `norm` was zero or not finite, so that `eps` was 0 (plain training on that step).
 
     Raises:
@@ -91,6 +94,8 @@ class SharpnessAwareMinimizer:
         self.rho, self.case, self.adaptive, self.eta, self.sync = rho, case, adaptive, eta, sync
         self.perturb = tuple(perturb)
         self.ascent_norm, self.radius_factor, self.skipped = 0.0, 1.0, 0
+        self.late: LateLayers | None = None
+        self._prefix = SharedPrefix(model)
         self._seam = Seam()
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
         self._rng: list[RNGState] = []  # one per first pass, oldest first
@@ -115,10 +120,27 @@ class SharpnessAwareMinimizer:
     def reset(self) -> None:
         """Forget an unfinished perturbation, for example after a step was broken off."""
         self._seam.leaves, self._grads, self._rng, self._eps = {}, None, [], None
+        self._prefix.forget()
+
+    def find_late_layers(self, depth: float, run: Callable[[], object]) -> LateLayers:
+        """Find the last layers for [`perturb_only`], see `find_late_layers` in `late_layers.py`."""
+        every = PerturbedTensors(self.model, self.perturb)
+        return find_late_layers(self.model, depth, {*every.latent, *every.in_place}, run)
+
+    def perturb_only(self, late: LateLayers | None, share_prefix: bool = True) -> None:
+        """Perturb only these last layers from now on, all if `None`.
+
+        Args:
+            share_prefix: Whether the layers before them run once for both passes, see `shared_prefix.py`. The second
+                pass must then have the batch of the first, and nothing but `ascent` and `perturbed` may be used.
+        """
+        self.late = late
+        self._prefix = SharedPrefix(self.model, late if share_prefix else None)
+        self._find_tensors()
 
     def _find_tensors(self) -> None:
         sharding.check_parallelism(self.model, self.case, self.sync)
-        self._tensors = PerturbedTensors(self.model, self.perturb)
+        self._tensors = PerturbedTensors(self.model, self.perturb, None if self.late is None else self.late.modules)
         self._seam.attach(self._tensors.by_quantizer)
 
     # First pass --------------------------------------------------------------------------------------------------
@@ -142,7 +164,8 @@ class SharpnessAwareMinimizer:
         sharding.check_gradients_are_reduced(self.model)
         grads = self._begin_first_pass()
         wanted = {*self._asked_of_parameters(), *(self._tensors.latent if clean is not None else ())}
-        with self._pass(), set_aside(self._tensors.parameters):
+        wanted |= set(self._prefix.parameters)  # the second pass computes their gradients in the graph of this one
+        with self._pass(), set_aside(self._tensors.parameters), self._prefix.recording():
             with self._seam.catching(pass_on=clean is not None or "scale" in self.perturb):
                 with without_gradients(self._tensors.costly, but=wanted) as idle:
                     with self._seam.clearing_with(Mark(idle)):
@@ -262,7 +285,7 @@ class SharpnessAwareMinimizer:
         completed = False
         try:
             kept = nullcontext() if update_statistics else frozen_norm_statistics(self.model)
-            with self.displaced(self._eps), kept:
+            with self.displaced(self._eps), kept, self._prefix.replaying():
                 yield self._eps
             completed = True
         finally:

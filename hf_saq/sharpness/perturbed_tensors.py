@@ -28,6 +28,7 @@ class PerturbedTensors:
     Args:
         model: If its parameters are replaced, frozen or unfrozen later, [`is_current`] returns false.
         perturb: Kinds of tensors, some of `KINDS`.
+        inside: Names of the modules whose tensors may be moved; `None`: all.
 
     Attributes:
         weights: Trainable quantized weights, once for each quantizer, in the order of `named_modules`.
@@ -38,12 +39,14 @@ class PerturbedTensors:
         costly: Parameters whose gradients a first pass may leave out if it does not need them.
     """
 
-    def __init__(self, model: nn.Module, perturb: Collection[str]):
+    def __init__(self, model: nn.Module, perturb: Collection[str], inside: Collection[str] | None = None):
         self.parameters = list(model.parameters())
         self._signature = _signature(model)
         kinds = kinds_of_parameters(model)
-        in_place = in_place_parameters(model, perturb)
-        self.weights = quantized_weights(model) if "weight" in perturb else []
+        movable = set(self.parameters if inside is None else own_parameters(model, inside).values())
+        in_place = [(name, p) for name, p in in_place_parameters(model, perturb) if p in movable]
+        weights = quantized_weights(model) if "weight" in perturb else []
+        self.weights = [entry for entry in weights if entry.weight in movable]
         self.in_place = [p for _, p in in_place]
         self.latent = {entry.weight: entry for entry in self.weights}
         self.by_quantizer = {entry.quantizer: entry for entry in self.weights}
@@ -62,6 +65,11 @@ class PerturbedTensors:
 
 def _signature(model: nn.Module) -> list[tuple[int, bool]]:
     return [(id(p), p.requires_grad) for p in model.parameters()]
+
+
+def own_parameters(model: nn.Module, modules: Collection[str]) -> dict[str, nn.Parameter]:
+    """Map names to the parameters that some modules hold themselves; shared ones belong to the first that has them."""
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in modules}
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:

@@ -78,6 +78,14 @@ def averaged(number: Tensor) -> Tensor:
     return number
 
 
+def of_first_process(text: str | None) -> str | None:
+    """Return the text that the first process has."""
+    found = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
 def precise(number: Tensor) -> Tensor:
     """Convert to float64, where the device has it."""
     return number if number.device.type == "mps" else number.double()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-KNOBS = ("interval", "ascent_fraction", "reuse", "trigger", "match_radius")
+KNOBS = ("interval", "ascent_fraction", "ascent_depth", "reuse", "trigger", "match_radius")
 """Knobs that a preset decides."""
 
 
@@ -17,6 +17,7 @@ class Knobs:
     interval: int = 1
     start: float = 0.0
     ascent_fraction: float = 1.0
+    ascent_depth: float = 1.0
     reuse: str | None = None
     trigger: bool = False
     match_radius: bool = False
@@ -29,6 +30,8 @@ class Knobs:
             raise ValueError(f"start={self.start!r}; expected a fraction of training from 0 to 1.")
         if not _is_number(self.ascent_fraction) or not 0 < self.ascent_fraction <= 1:
             raise ValueError(f"ascent_fraction={self.ascent_fraction!r}; expected a share of a batch, > 0 and <= 1.")
+        if not _is_number(self.ascent_depth) or not 0 < self.ascent_depth <= 1:
+            raise ValueError(f"ascent_depth={self.ascent_depth!r}; expected a share of a model, > 0 and <= 1.")
         for name in ("trigger", "match_radius"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}; expected True or False.")

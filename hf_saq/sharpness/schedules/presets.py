@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "full": {"interval": 1, "ascent_fraction": 1.0, "reuse": None, "trigger": False, "match_radius": False},
-    "balanced": {"interval": 1, "ascent_fraction": 0.125, "reuse": None, "trigger": False, "match_radius": False},
-    "free": {"interval": 2, "ascent_fraction": 1.0, "reuse": "echo", "trigger": False, "match_radius": False},
+    "full": {"interval": 1, "ascent_fraction": 1.0, "ascent_depth": 1.0, "reuse": None, "trigger": False, "match_radius": False},
+    "balanced": {"interval": 1, "ascent_fraction": 0.125, "ascent_depth": 1.0, "reuse": None, "trigger": False, "match_radius": False},
+    "free": {"interval": 2, "ascent_fraction": 1.0, "ascent_depth": 1.0, "reuse": "echo", "trigger": False, "match_radius": False},
 }
 """Name of a preset -> its knobs, for 2, 1.125 and 1 passes. In docs/schedules.md `balanced` is one of the cheapest
 that keep at least nine tenths of the gain of `full`; `free` is the way without a second pass that keeps most of it,

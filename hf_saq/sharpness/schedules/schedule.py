@@ -10,6 +10,7 @@ Cost of one optimizer step, in forward+backward passes; a plain step costs 1, th
 | `interval=k`            | perturb every k-th step, plain steps between                        | 1 + 1/k         |
 | `start=f`               | perturb once a fraction f of training is over                       | 2 - f           |
 | `ascent_fraction=1/q`   | `eps` from the first 1/q of each micro-batch                        | 1 + 1/q         |
+| `ascent_depth=1/q`      | perturb the last layers, with 1/q of the operations, alone          | 1 + 1/q, less   |
 | `reuse="stale"`         | renew `eps` every k-th step; one pass at `Q(w) + eps` between       | 1 + 1/k         |
 | `reuse="previous"`      | `eps` from the gradient that the only pass of the step before gave  | 1               |
 | `reuse="echo"`          | use each batch k steps in a row, perturb all but the first of them  | 1               |
@@ -27,6 +28,9 @@ What goes together. `start` goes with everything, and so do all cases, `adaptive
 | `reuse="echo"`       | needed                   | no: the first pass is a step's only one | no: both say when |
 | `reuse="look"`       | needed                   | no: compares two gradients of one batch | no: both say when |
 | `trigger`            | no: both say when        | no: its first pass may be the only one  |                   |
+
+`ascent_depth` < 1 goes with `interval` alone: the others make `eps` of other passes than of the whole batch at hand,
+whose forward through the layers before is what the second pass shares.
 
 Under FSDP2: `interval`, `start`, `ascent_fraction` and `reuse="stale"`. The others read gradients that exist there
 only averaged over processes and in shards.
@@ -50,6 +54,8 @@ class PerturbationSchedule(Knobs):
         interval: Perturb every so many steps, an integer >= 1. With `reuse`, renew what is reused every so many steps.
         start: Fraction of training without perturbation, 0 to 1: 0 perturbs from the first step, 1 never.
         ascent_fraction: Share of a micro-batch's samples, in (0, 1], that the first pass sees; two at least.
+        ascent_depth: Share of the operations of a forward pass, in (0, 1], counted from the loss: the layers that do
+            them are perturbed, the layers before run once for both passes. See [`find_late_layers`].
         reuse: What the steps between take from earlier ones; a key of `SCHEDULES`.
         trigger: Whether to decide by the gradient norm, see [`NormTrigger`].
         match_radius: Whether to adapt the radius to that of the full step, see [`RadiusMatch`]; for
@@ -65,6 +71,12 @@ class PerturbationSchedule(Knobs):
         if self.reuse not in SCHEDULES:
             raise ValueError(f"reuse={self.reuse!r}; expected one of {list(SCHEDULES)}.")
         self.rule.check(self)
+        if self.ascent_depth < 1 and (self.trigger or self.reuse is not None or self.ascent_fraction < 1):
+            raise ValueError(
+                f"ascent_depth={self.ascent_depth} with ascent_fraction={self.ascent_fraction}, reuse={self.reuse!r}, "
+                f"trigger={self.trigger}: layers before the perturbed ones run once where both passes are of one whole "
+                "batch. Leave those out, or ascent_depth."
+            )
         if self.match_radius and not self.rule.can_match_radius(self):
             raise ValueError(
                 f"match_radius=True with ascent_fraction={self.ascent_fraction}, reuse={self.reuse!r}, trigger="

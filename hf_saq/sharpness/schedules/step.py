@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..frozen_batch_norm import frozen_norm_statistics
 from ..minimizer import SharpnessAwareMinimizer
+from ..parameter_gradients import set_aside
+from ..random_state import RNGState
+from ..shared_prefix import reason_against_sharing
 from .radius import RadiusMatch
 from .rule import Backward, MicroBatch, Outcome
 from .schedule import PerturbationSchedule
+
+logger = logging.getLogger(__name__)
 
 RADIUS = "radius"
 """Name of what the match of the radius remembers, among the stored values."""
@@ -79,6 +87,8 @@ class ScheduledStep:
         action = self.schedule.action(step, total_steps)
         if action == "plain":
             return Outcome(backward(batches[k]))
+        if self.schedule.ascent_depth < 1 and self.minimizer.late is None:
+            self._choose_layers(lambda: backward(batches[k], reduce=False))
         progress = step / total_steps
         if self.radius is not None and k == 0:
             self.radius.begin_step(batches, backward, progress)
@@ -90,6 +100,22 @@ class ScheduledStep:
             if micro.is_last:
                 self.radius.end_step()
         return outcome
+
+    def _choose_layers(self, run: Callable[[], object]) -> None:
+        """Decide which layers are perturbed, by one pass more that leaves no trace."""
+        minimizer, before = self.minimizer, RNGState()
+        with set_aside(minimizer.model.parameters()), frozen_norm_statistics(minimizer.model):
+            late = minimizer.find_late_layers(self.schedule.ascent_depth, run)
+        before.restore()
+        reason = reason_against_sharing(minimizer.model)
+        minimizer.perturb_only(late, share_prefix=not reason)
+        logger.info("Perturbing from %s on: %.1f%% of the operations.", late.first, 100 * late.share)
+        if reason:
+            warnings.warn(
+                f"ascent_depth={self.schedule.ascent_depth}: perturbed steps take two whole passes, because {reason}. "
+                "The result is the same.",
+                stacklevel=2,
+            )
 
     def batches_of(self, drawn: Sequence[Any], step: int, total_steps: int) -> Sequence[Any]:
         """Return the micro-batches that optimizer step `step` uses: `drawn`, unless the schedule comes back to others.
@@ -109,6 +135,8 @@ class ScheduledStep:
     def start_again(self) -> None:
         """Forget what earlier steps left, as for a new training."""
         self.minimizer.reset()
+        if self.minimizer.late is not None:
+            self.minimizer.perturb_only(None)
         self.rule.forget()
         if self.radius is not None:
             self.radius.forget()

@@ -38,7 +38,7 @@ class TwoPasses(StepRule):
 
     @classmethod
     def first_passes(cls, knobs: Knobs) -> float:
-        return knobs.ascent_fraction / knobs.interval
+        return knobs.ascent_fraction * knobs.ascent_depth / knobs.interval
 
     @classmethod
     def can_match_radius(cls, knobs: Knobs) -> bool:
