@@ -93,6 +93,7 @@ class _Visits:
     def __init__(self, model: nn.Module):
         self._model = model
         self._visits: dict[str, _Visit] = {}  # in the order of their first run
+        self._parameters: dict[str, list[nn.Parameter]] = {}  # as they are while a module runs: FSDP2 puts others there
         self._entered: dict[str, list[list[int]]] = {}  # versions of the inputs of modules that are running
         self._outputs: set[Edge] = set()
         self._total = 0
@@ -108,6 +109,7 @@ class _Visits:
                 visit = self._visits.setdefault(name, _Visit(counter.get_total_flops()))
                 args, kwargs = tree_map(_alias, (args, kwargs))  # what goes past the module has edges of its own
                 visit.inputs |= _edges([args, kwargs])
+                self._parameters[name] = list(module.parameters(recurse=False))
                 self._entered.setdefault(name, []).append(versions_of([args, kwargs]))
                 return args, kwargs
 
@@ -147,8 +149,9 @@ class _Visits:
 
     def is_separate(self, end: LateLayers) -> bool:
         """Tell whether no parameter before `end` is reached but by the inputs of its first module, which it keeps."""
-        first, inside = self._visits[end.first], own_parameters(self._model, end.modules).values()
-        return first.keeps_inputs and _leaves_behind(self._outputs, first.inputs) <= set(inside)
+        first = self._visits[end.first]
+        earlier = {p for name, own in self._parameters.items() if name not in end.modules for p in own}
+        return first.keeps_inputs and not _leaves_behind(self._outputs, first.inputs) & earlier
 
 
 def _alias(value: Any) -> Any:

@@ -124,8 +124,10 @@ class SharpnessAwareMinimizer:
 
     def find_late_layers(self, depth: float, run: Callable[[], object]) -> LateLayers:
         """Find the last layers for [`perturb_only`], see `find_late_layers` in `late_layers.py`."""
+        sharding.reshard(self.model)
         every = PerturbedTensors(self.model, self.perturb)
-        return find_late_layers(self.model, depth, {*every.latent, *every.in_place}, run)
+        with self._pass():
+            return find_late_layers(self.model, depth, {*every.latent, *every.in_place}, run)
 
     def perturb_only(self, late: LateLayers | None, share_prefix: bool = True) -> None:
         """Perturb only these last layers from now on, all if `None`.

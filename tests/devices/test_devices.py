@@ -35,6 +35,7 @@ FAMILIES = ["vit", "resnet"]
 SCHEDULES = {
     "full": dict(),
     "part": dict(ascent_fraction=0.5),
+    "last layers": dict(ascent_depth=0.5),
     "previous": dict(reuse="previous"),
     "stale": dict(reuse="stale", interval=2),
     "look": dict(reuse="look", interval=2),

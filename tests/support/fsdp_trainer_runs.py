@@ -99,6 +99,10 @@ def run(output: Path) -> tuple[dict, Accelerator]:
     resumed.train(resume_from_checkpoint=str(output / "stale" / "checkpoint-1"))  # step 2 needs the eps of step 1
     results["stale"] = {"trained": state_of(trainer), "whole": state_of(whole), "resumed": state_of(resumed)}
 
+    late = trainer_of(3, "global", output / "runs", knobs=dict(ascent_depth=0.5))
+    late.train()
+    results["last layers"] = {"trained": state_of(late), "first": late.minimizer.late.first}
+
     common = dict(sync="local", output=output / "refused")
     results["refused"] = {
         "case": raised(case=2, **common),

@@ -57,14 +57,18 @@ def add(total, grads, factor=1.0):
 
 def train_with_schedule(
     model, loss_of, steps, optimizer, rho, case=3, sync="local", interval=1, start=0.0, ascent_fraction=1.0,
-    reuse=None, trigger=False,
+    reuse=None, trigger=False, still=(),
 ):  # fmt: skip
-    """Train; `steps` holds, for each, the micro-batches of every process. Returns the gradients' kind of each step."""
+    """Train; `steps` holds, for each, the micro-batches of every process. Returns the gradients' kind of each step.
+
+    Parameters whose names begin with one of `still` are not perturbed."""
     memory = {"eps": None, "look": None, "mean": None, "variance": 0.0}
     first = math.ceil(start * len(steps))
     parameters = list(model.parameters())
     perturbed = [layer.weight for layer in layers_of(model)] + biases_and_norms(model)
     index_of = [next(i for i, q in enumerate(parameters) if q is p) for p in perturbed]
+    names = {id(p): name for name, p in model.named_parameters()}
+    moves = [not names[id(p)].startswith(tuple(still)) if still else True for p in perturbed]
     did = []
 
     def climb(of_ranks):
@@ -74,6 +78,7 @@ def train_with_schedule(
             for grads in of_ranks:
                 mean = add(mean, grads, 1 / len(of_ranks))
             of_ranks = [mean] * len(of_ranks)
+        of_ranks = [[g * does for g, does in zip(grads, moves, strict=True)] for grads in of_ranks]
         return [[rho * g / length(grads) for g in grads] for grads in of_ranks]
 
     def whole_pass(ranks, eps_of_ranks, frozen=False, part=1.0):

@@ -32,8 +32,13 @@ SCHEDULES = [
     ("vit", 3, 1, "global", dict(reuse="look", interval=2)),
     ("vit", 3, 2, "local", dict(trigger=True)),
     ("resnet", 1, 1, "global", dict(trigger=True)),
+    ("vit", 1, 2, "local", dict(ascent_depth=0.5)),
+    ("resnet", 3, 2, "global", dict(ascent_depth=0.5)),
 ]
 """Family, `case`, gradient accumulation, `sync` and knobs, of what runs in two processes."""
+
+STILL = {"vit": ("vit.embeddings.", "vit.layers.0."), "resnet": ("resnet.embedder.embedder.convolution.",)}
+"""What comes before the last layers that have at most half of the operations."""
 
 BATCH, STEPS, RHO, LEARNING_RATE, SCALE_LR_RATIO = 4, 3, 0.2, 1e-4, 0.01
 
@@ -143,4 +148,6 @@ def reference_result(family, case, accumulation, sync, processes=1, max_grad_nor
 def scheduled_reference(family, case, accumulation, sync, knobs, processes=1, count=STEPS) -> tuple[nn.Module, list]:
     """What a run under a schedule must end with, and what each step was."""
     model, steps, optimizer = reference_set_up(family, accumulation, processes, count)
-    return model, train_with_schedule(model, loss_of, steps, optimizer, RHO, case, sync, **knobs)
+    knobs = dict(knobs)
+    still = STILL[family] if knobs.pop("ascent_depth", 1) == 0.5 else ()
+    return model, train_with_schedule(model, loss_of, steps, optimizer, RHO, case, sync, still=still, **knobs)

@@ -111,6 +111,12 @@ def test_a_stale_eps_equals_the_reference_and_resumes_exactly(trained):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_the_last_layers_alone_equal_the_reference(trained):
+    reference, _ = scheduled_reference("vit", 3, 2, "global", dict(ascent_depth=0.5), processes=2)
+    assert trained["last layers"]["first"] == "vit.layers.1"
+    assert difference(trained["last layers"]["trained"], reference) < TOLERANCE
+
+
 @pytest.mark.parametrize("kind", NOT_SHARDED)
 def test_schedules_that_read_gradients_of_one_process_are_refused(kind, trained):
     assert f"SAQConfig({kind}) under FSDP2" in trained["refused"][kind]

@@ -64,8 +64,9 @@ SCHEDULES = {
     "echo": ("vit", dict(reuse="echo", interval=5)),
     "look": ("vit", dict(reuse="look", interval=3, sync="global")),
     "trigger": ("resnet", dict(trigger=True)),
+    "last layers": ("vit", dict(ascent_depth=0.5)),
 }
-"""Interrupted after step 4, when each of them needs what earlier steps left."""
+"""Interrupted after step 4, when each of them but the last needs what earlier steps left."""
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -81,7 +82,8 @@ def test_resume_under_a_schedule_is_exact(name, tmp_path):
     tensors, values = whole.scheduled_step.state()
     assert_equal_states(resumed.scheduled_step.state()[0], tensors)
     assert resumed.scheduled_step.state()[1] == values
-    assert tensors or values.get("mean") is not None  # there was something to remember
+    if whole.scheduled_step.schedule.has_state:
+        assert tensors or values.get("mean") is not None  # there was something to remember
 
 
 def test_the_state_of_a_schedule_must_be_there_and_fit(tmp_path):
