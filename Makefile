@@ -82,7 +82,7 @@ shared-inputs: $(STAMP)  ## accuracy with query, key and value quantized once; t
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.sharing.measure --processes 2 --methods qat --seeds 0 1 2 3 4 5
 
 STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python -m benchmarks.step_cost.sweep
-PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" "echo 2" previous
+PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" "last eighth" "echo 2" previous
 FEW := --rounds 4 --steps 1
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT, with growth; about half an hour
 	$(STEP_COST) --models vit-small-images

@@ -31,6 +31,7 @@ OWN_RADIUS: dict[str, list[float]] = {
     "stale 5": [0.25, 0.5, 1.0],
     "echo 2": [0.5, 1.0, 2.0],
     "echo 3": [0.5, 1.0, 2.0],
+    "last eighth": [0.5, 1.0, 2.0, 4.0],
     ECHOED: [0.0],
 }
 """Ways to train whose perturbation is not that of `full`, and the multiples of its radius that they choose from.

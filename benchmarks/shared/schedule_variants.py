@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ascent 1/4": {"ascent_fraction": 0.25},
     "ascent 1/8": {"ascent_fraction": 0.125},
     "ascent 1/16": {"ascent_fraction": 0.0625},
+    "last eighth": {"ascent_depth": 0.125},
     "interval 2, ascent 1/4": {"interval": 2, "ascent_fraction": 0.25},
     "interval 2, ascent 1/8": {"interval": 2, "ascent_fraction": 0.125},
     "interval 5, ascent 1/8": {"interval": 5, "ascent_fraction": 0.125},

@@ -20,9 +20,9 @@ from .allocator import keeps_memory
 from .models import MODELS
 from .step_profile import FORWARD
 
-SUMMARY = ("full", "ascent 1/8", "echo 2", "previous")
+SUMMARY = ("full", "ascent 1/8", "last eighth", "echo 2", "previous")
 """Columns of the table over models, batch sizes and processes: the presets, and another way of one pass a step."""
-PRESETS = ("`full`", "`balanced`", "`free`", "`previous`")
+PRESETS = ("`full`", "`balanced`", "`last_layers`", "`free`", "`previous`")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ class SAQConfig:
 
     Works with `HfArgumentParser`, next to `TrainingArguments`. The `help` of each field gives its meaning and range.
     Fields stay as they were given: [`perturbation_schedule`] looks up what the preset `schedule` means for `interval`,
-    `ascent_fraction`, `reuse` and `trigger`. If none of these five is given, the preset is `"balanced"`.
+    `ascent_fraction`, `ascent_depth`, `reuse` and `trigger`. If none of these is given, the preset is `"balanced"`.
     `hf_saq/sharpness/schedules/schedule.py` says what each of them costs and which go together.
 
     Raises:
@@ -44,12 +44,13 @@ class SAQConfig:
         default_factory=lambda: ["weight", "bias", "norm"],
         metadata={"help": f"What to perturb: some of {', '.join(PERTURBABLE)}."},
     )
-    schedule: Literal["full", "balanced", "free"] | None = field(
+    schedule: Literal["full", "balanced", "last_layers", "free"] | None = field(
         default=None,
         metadata={
             "help": "Preset for the knobs below: full perturbs with whole batches, in two passes a step; "
-            "balanced (the default if no knob is given) takes 1.125 passes, free one, for long training alone: it "
-            "sees half as many batches. Knobs given one by one are completed by those of full."
+            "balanced (the default if no knob is given) takes 1.125 passes; last_layers at most as many, for models "
+            "of many layers; free one, for long training alone: it sees half as many batches. Knobs given one by one "
+            "are completed by those of full."
         },
     )
     interval: int | None = field(

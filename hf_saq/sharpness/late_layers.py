@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,12 +31,14 @@ class LateLayers:
         share: Share of the operations of a forward pass that are done from `first` on, in (0, 1].
         modules: All modules that run from `first` on.
         before: Modules that end before `first` begins, without those inside of others of them.
+        is_compiled: Whether `torch.compile` runs the model, which then does not notice what is done to its modules.
     """
 
     first: str
     share: float
     modules: frozenset[str]
     before: tuple[str, ...]
+    is_compiled: bool = False
 
 
 def find_late_layers(
@@ -66,9 +70,9 @@ def find_late_layers(
     if found in ends:
         return ends[found]
     raise ValueError(
-        f"ascent_depth={depth}: {type(model).__name__} has no layer through which all goes that is computed before it; "
-        "where several branches run side by side to the end no part of the depth can be perturbed. Leave ascent_depth "
-        "out."
+        f"ascent_depth={depth}: {type(model).__name__} has no layer through which all goes that comes before it, "
+        "as where branches run side by side to the end, so that no part of its depth can be perturbed. "
+        "Leave ascent_depth out."
     )
 
 
@@ -93,19 +97,25 @@ class _Visits:
     def __init__(self, model: nn.Module):
         self._model = model
         self._visits: dict[str, _Visit] = {}  # in the order of their first run
-        self._parameters: dict[str, list[nn.Parameter]] = {}  # as they are while a module runs: FSDP2 puts others there
+        self._parameters: dict[
+            str, list[nn.Parameter]
+        ] = {}  # as they are while a module runs: FSDP2 puts others there
         self._entered: dict[str, list[list[int]]] = {}  # versions of the inputs of modules that are running
         self._outputs: set[Edge] = set()
         self._total = 0
+        self._is_compiled = False
 
     def watching(self) -> ExitStack:
         stack = ExitStack()
         # Run compiled parts as written: what counts operations sees into nothing else.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Using `torch.compile")  # the counter watches modules by hooks
         counter = stack.enter_context(FlopCounterMode(display=False))
 
-        def enter(name: str) -> Callable[..., None]:
+        def enter(name: str) -> Callable[..., Any]:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:  # noqa: ARG001
+                self._is_compiled |= name == "" and _runs_compiled()
                 visit = self._visits.setdefault(name, _Visit(counter.get_total_flops()))
                 args, kwargs = tree_map(_alias, (args, kwargs))  # what goes past the module has edges of its own
                 visit.inputs |= _edges([args, kwargs])
@@ -141,7 +151,7 @@ class _Visits:
             earlier = [other for other in names[:number] if not _is_inside(name, other)]
             before = tuple(other for other in earlier if not any(_is_inside(other, outer) for outer in earlier))
             if before:
-                ends.append(LateLayers(name, share, frozenset(names[number:]), before))
+                ends.append(LateLayers(name, share, frozenset(names[number:]), before, self._is_compiled))
         return ends
 
     def holds(self, end: LateLayers, parameters: Collection[nn.Parameter]) -> bool:
@@ -176,6 +186,16 @@ def _what_is_trained_on(output: Any) -> Any:
         if isinstance(found, Tensor) and found.requires_grad:
             return found
     return output
+
+
+def _runs_compiled() -> bool:
+    """Tell whether the code that is running was called through what `torch.compile` returns."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _is_inside(name: str, other: str) -> bool:

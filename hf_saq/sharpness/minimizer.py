@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from . import sharding
@@ -46,7 +45,6 @@ class SharpnessAwareMinimizer:
 
     One buffer of the size of the quantized weights is needed: `g_q`, which becomes `eps` in place; it is part of no
     state dict. (In cases 1 and 2 it is the gradient of the latent weights, of which case 2 also saves a copy.)
-
     Parameters may be replaced, frozen or unfrozen between steps; each step perturbs what is trainable at that time.
 
     Under FSDP2 (`fully_shard`, before or after this is built) that buffer is whole on each process, not sharded. What
@@ -69,7 +67,7 @@ class SharpnessAwareMinimizer:
     Attributes:
         ascent_norm (`float`): `norm` of the last perturbation.
         radius_factor (`float`): Factor of `rho` in the next [`climb`]; a schedule may adapt it.
-        late (`LateLayers`, *optional*): The layers that are perturbed, where not all are, see [`perturb_only`].
+        late (`LateLayers`, *optional*): The layers that are perturbed, where not all are, see [`perturb_last_layers`].
         skipped (`int`): How often `norm` was zero or not finite, so that `eps` was 0 (plain training on that step).
 
     Raises:
@@ -95,8 +93,7 @@ class SharpnessAwareMinimizer:
         self.perturb = tuple(perturb)
         self.ascent_norm, self.radius_factor, self.skipped = 0.0, 1.0, 0
         self.late: LateLayers | None = None
-        self._prefix = SharedPrefix(model)
-        self._seam = Seam()
+        self._seam, self._prefix = Seam(), SharedPrefix(model)
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
         self._rng: list[RNGState] = []  # one per first pass, oldest first
         self._eps: Displacement | None = None  # made of the gradients of the first passes
@@ -122,22 +119,23 @@ class SharpnessAwareMinimizer:
         self._seam.leaves, self._grads, self._rng, self._eps = {}, None, [], None
         self._prefix.forget()
 
-    def find_late_layers(self, depth: float, run: Callable[[], object]) -> LateLayers:
-        """Find the last layers for [`perturb_only`], see `find_late_layers` in `late_layers.py`."""
-        sharding.reshard(self.model)
-        every = PerturbedTensors(self.model, self.perturb)
-        with self._pass():
-            return find_late_layers(self.model, depth, {*every.latent, *every.in_place}, run)
+    def perturb_last_layers(self, depth: float, run: Callable[[], object]) -> LateLayers:
+        """Perturb only the last layers from now on, see [`find_late_layers`] for `depth` and `run`.
 
-    def perturb_only(self, late: LateLayers | None, share_prefix: bool = True) -> None:
-        """Perturb only these last layers from now on, all if `None`.
-
-        Args:
-            share_prefix: Whether the layers before them run once for both passes, see `shared_prefix.py`. The second
-                pass must then have the batch of the first, and nothing but `ascent` and `perturbed` may be used.
+        The layers before them run once for both passes where they can, see `shared_prefix.py`. The second pass must
+        then have the batch of the first, and of all contexts only `ascent` and `perturbed` may be used.
         """
-        self.late = late
-        self._prefix = SharedPrefix(self.model, late if share_prefix else None)
+        sharding.reshard(self.model)
+        self.perturb_all()
+        with self._pass():
+            self.late = find_late_layers(self.model, depth, {*self._tensors.latent, *self._tensors.in_place}, run)
+        self._prefix = SharedPrefix(self.model, self.late)
+        self._find_tensors()
+        return self.late
+
+    def perturb_all(self) -> None:
+        """Perturb all layers again."""
+        self.late, self._prefix = None, SharedPrefix(self.model)
         self._find_tensors()
 
     def _find_tensors(self) -> None:
@@ -208,8 +206,7 @@ class SharpnessAwareMinimizer:
 
     def _asked_of_parameters(self) -> list[nn.Parameter]:
         """List the parameters whose own gradient enters `eps`."""
-        latent = list(self._tensors.latent) if latent_weights_are_asked(self.case) else []
-        return [*latent, *self._tensors.in_place]
+        return [*(self._tensors.latent if latent_weights_are_asked(self.case) else ()), *self._tensors.in_place]
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
@@ -296,21 +293,7 @@ class SharpnessAwareMinimizer:
             if not completed or not self._rng:
                 self.reset()
 
-    @contextmanager
-    def displaced(self, eps: Displacement) -> Iterator[None]:
+    def displaced(self, eps: Displacement) -> AbstractContextManager[None]:
         """Run the block at the perturbed point and change nothing else: normalization statistics are updated there."""
         sharding.reshard(self.model)
-        before, self._seam.is_in_a_pass = self._seam.is_in_a_pass, True
-        # Clear the cache of autocast: inside of one autocast block it would carry low-precision copies of parameters
-        # from one point to the other.
-        torch.clear_autocast_cache()
-        try:
-            with eps.shifted(), self._seam.adding(eps.outputs):
-                try:
-                    yield
-                finally:
-                    self._seam.is_in_a_pass = before
-                    sharding.reshard(self.model)
-            self._seam.rounding.conclude(self.rho)
-        finally:
-            torch.clear_autocast_cache()
+        return self._seam.displaced(self.model, eps, self.rho)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..quantizers import Quantizer
 from ..quantizers.straight_through import asks_for_operations
 from . import sharding
+from .displacement import Displacement
 from .parameter_gradients import ClearingWatch
 from .perturbed_tensors import QuantizedWeight
 from .rounding import RoundingCheck
@@ -132,6 +133,24 @@ class Seam:
             yield
         finally:
             self._added = before
+
+    @contextmanager
+    def displaced(self, model: nn.Module, eps: Displacement, rho: float) -> Iterator[None]:
+        """Run the block as a pass of `model` with `eps`, made with the radius `rho`, in place."""
+        before, self.is_in_a_pass = self.is_in_a_pass, True
+        # Clear the cache of autocast: inside of one autocast block it would carry low-precision copies of parameters
+        # from one point to the other.
+        torch.clear_autocast_cache()
+        try:
+            with eps.shifted(), self.adding(eps.outputs):
+                try:
+                    yield
+                finally:
+                    self.is_in_a_pass = before
+                    sharding.reshard(model)
+            self.rounding.conclude(rho)
+        finally:
+            torch.clear_autocast_cache()
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
         if self.is_in_a_pass and module is self._watched:

@@ -8,6 +8,7 @@ passes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,15 +24,17 @@ from .perturbed_tensors import own_parameters
 from .random_state import RNGState
 
 
-def reason_against_sharing(model: nn.Module) -> str:
-    """Say why the passes of `model` cannot share a prefix; `""` if they can."""
+def reason_against_sharing(model: nn.Module, late: LateLayers) -> str:
+    """Say why the passes of `model` cannot share what comes before `late`; `""` if they can."""
     modules = list(model.modules())
     if any(sharding.is_sharded(p) for p in model.parameters()):
         return "its parameters are sharded (FSDP2) and go away after each layer"
-    if any(getattr(m, name, False) is True for m in modules for name in ("gradient_checkpointing", "grad_checkpointing")):
+    if any(
+        getattr(m, name, False) is True for m in modules for name in ("gradient_checkpointing", "grad_checkpointing")
+    ):
         return "gradient checkpointing keeps nothing of the layers that come before"
-    if any(getattr(m, "_compiled_call_impl", None) is not None for m in modules):
-        return "compiled code has the layers that come before inside of it"
+    if late.is_compiled or any(getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+        return "the model is compiled (torch.compile), layers that come before with it"
     return ""
 
 
@@ -71,13 +74,21 @@ class SharedPrefix:
 
     Args:
         model: The model that runs in both passes.
-        late: The layers that are perturbed; `None`: all.
+        late: The layers that are perturbed; `None`: all. If something speaks against sharing what comes before them,
+            it warns and does nothing either.
 
     Attributes:
         parameters: Parameters of the prefix, to which no gradient may flow in a first pass.
     """
 
     def __init__(self, model: nn.Module, late: LateLayers | None = None):
+        reason = "" if late is None else reason_against_sharing(model, late)
+        if late is not None and reason:
+            warnings.warn(
+                f"ascent_depth: perturbed steps take two whole passes, because {reason}. The result is the same.",
+                stacklevel=2,
+            )
+            late = None
         self._late, self._kept = late, list[_Kept]()
         self._modules: dict[str, nn.Module] = {}
         self._norms: list[nn.Module] = []
@@ -86,7 +97,9 @@ class SharedPrefix:
             self._modules = {name: model.get_submodule(name) for name in (*late.before, late.first)}
             inside = own_parameters(model, late.modules)
             self.parameters = [p for name, p in model.named_parameters() if name not in inside]
-            self._norms = [m for name, m in model.named_modules() if name not in late.modules and running_statistics(m)]
+            self._norms = [
+                m for name, m in model.named_modules() if name not in late.modules and running_statistics(m)
+            ]
 
     def forget(self) -> None:
         """Let go of what first passes left; their graphs are freed."""
@@ -124,8 +137,8 @@ class SharedPrefix:
             yield
         if any(p.grad is not None for p in self.parameters):
             raise RuntimeError(
-                f"The loss reaches layers before {self._late.first} by another way than through it, in this step though "
-                "not in the first one, so that its two passes cannot share them. Leave ascent_depth out."
+                f"The loss reaches layers before {self._late.first} by another way than through it, in this step "
+                "though not in the first one, so that its two passes cannot share them. Leave ascent_depth out."
             )
         self._kept.append(kept)
 
@@ -135,18 +148,18 @@ class SharedPrefix:
         if self._late is None or not self._kept:
             yield
             return
-        kept = self._kept.pop(0)
+        kept, first_name = self._kept.pop(0), self._late.first
 
         def replay(name: str) -> Callable[..., Any]:
             return lambda *args, **kwargs: _next(kept.outputs[name], name)  # noqa: ARG005
 
         def put_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:  # noqa: ARG001
-            return _next(kept.inputs, self._late.first).again(self._late.first)
+            return _next(kept.inputs, first_name).again(first_name)
 
         with ExitStack() as stack:
             for name in kept.outputs:
                 stack.enter_context(_with_forward(self._modules[name], replay(name)))
-            first = self._modules[self._late.first]
+            first = self._modules[first_name]
             stack.callback(first.register_forward_pre_hook(put_inputs, with_kwargs=True).remove)
             yield
 
@@ -168,14 +181,14 @@ def _detached(value: Any) -> Any:
 def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let `module` run `forward` inside the block."""
     own = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 @contextmanager

@@ -103,6 +103,10 @@ BAD_SAQ = [
         for value in (0, 0.0, -0.5, 1.5, NAN, True, "1")
     ),
     *(
+        ("ascent_depth", value, f"SAQConfig.ascent_depth={value!r}; expected a share of a model, > 0 and <= 1.")
+        for value in (0, 0.0, -0.5, 1.5, NAN, True, "1")
+    ),
+    *(
         ("reuse", value, f"SAQConfig.reuse={value!r}; expected one of [None, 'stale', 'previous', 'look', 'echo'].")
         for value in ("last", "", True, 1)
     ),
@@ -128,7 +132,11 @@ BAD_SAQ = [
         ("look_alpha", value, f"SAQConfig.look_alpha={value!r}; expected a finite number >= 0.")
         for value in (-1, NAN, INF, None, "1")
     ),
-    ("schedule", "cheap", "SAQConfig.schedule='cheap'; expected one of [None, 'full', 'balanced', 'free']."),
+    (
+        "schedule",
+        "cheap",
+        "SAQConfig.schedule='cheap'; expected one of [None, 'full', 'balanced', 'last_layers', 'free'].",
+    ),
     *(
         ("scale_lr_ratio", value, f"SAQConfig.scale_lr_ratio={value!r}; expected a finite number >= 0.")
         for value in (-1, NAN, INF, "1", None)

@@ -14,6 +14,7 @@ from training import quantized_model
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
 from hf_saq.sharpness.late_layers import find_late_layers
 from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
+from hf_saq.sharpness.shared_prefix import SharedPrefix
 
 FIRST = {
     ("vit", 0.5): "vit.layers.1",
@@ -39,10 +40,7 @@ class Training:
         self.batches = list(zip(x.chunk(count), y.chunk(count), strict=True))
         if not shared:
             self.step._choose_layers(lambda: self.backward(self.batches[0]))
-            self.minimizer.perturb_only(self.minimizer.late, share_prefix=False)
-
-    def find(self, depth):
-        return self.minimizer.find_late_layers(depth, lambda: self.backward(self.batches[0]))
+            self.minimizer._prefix = SharedPrefix(self.model)
 
     def backward(self, batch, reduce=True):
         loss = nn.functional.cross_entropy(self.model(pixel_values=batch[0]).logits, batch[1]) / len(self.batches)
@@ -152,7 +150,8 @@ def ends_of(net, depth):
     ("depth", "first", "share"), [(0.9, "b", 20 / 52), (0.39, "b", 20 / 52), (0.38, "c", 4 / 52), (0.01, "c", 4 / 52)]
 )
 def test_the_longest_end_within_the_depth(depth, first, share):
-    """`act` has nothing to perturb before `b`, so that it begins the same end; where none is short enough, the shortest."""
+    """`act` has nothing to perturb before `b`, so that it begins the same end. Where none is short enough, the
+    shortest."""
     end = ends_of(Chain(), depth)
     assert end.first in {first, "act"} and end.share == pytest.approx(share)
     assert {"b", "c"} & end.modules and "a" in end.before and "a" not in end.modules
@@ -175,8 +174,9 @@ def test_branches_side_by_side_to_the_end_are_refused():
 def test_two_heads_and_windows(build, first):
     """DeiT's logits are made by two heads of one trunk; the blocks of Swin are stages."""
     model = quantize(build(), SAQQuantizationConfig(weight_bits=4, activation_bits=4))
-    training = Training(calibrate(model, [{"pixel_values": images(8)}]), 0.5)
-    assert training.find(0.35).first == first
+    training = Training(calibrate(model, [{"pixel_values": images(8)}]), 0.35)
+    training.run(1)
+    assert training.minimizer.late.first == first
 
 
 def test_a_shortcut_in_a_later_step_is_told():
@@ -192,7 +192,7 @@ def test_a_shortcut_in_a_later_step_is_told():
     net = quantize(Sometimes(), SAQQuantizationConfig(activation_bits=None))
     x = torch.randn(3, 4)
     minimizer = SharpnessAwareMinimizer(net, rho=0.1)
-    minimizer.perturb_only(minimizer.find_late_layers(0.5, lambda: net(x).sum().backward()))
+    minimizer.perturb_last_layers(0.5, lambda: net(x).sum().backward())
     net.zero_grad()
     net.shortcut = True
     with pytest.raises(RuntimeError, match="reaches layers before b by another way"):
@@ -204,7 +204,7 @@ def test_more_forwards_in_the_second_pass_are_told():
     net = quantize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), SAQQuantizationConfig(activation_bits=None))
     x = torch.randn(3, 4)
     minimizer = SharpnessAwareMinimizer(net, rho=0.1)
-    minimizer.perturb_only(minimizer.find_late_layers(0.5, lambda: net(x).sum().backward()))
+    minimizer.perturb_last_layers(0.5, lambda: net(x).sum().backward())
     with minimizer.ascent():
         net(x).square().sum().backward()
     with pytest.raises(RuntimeError, match="0 runs more often in the second pass of a step than in its first"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from resume_runs import swin
@@ -118,12 +120,19 @@ def test_drop_path_is_the_same_in_both_passes(tmp_path):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # dynamo looks at every tensor
-def test_torch_compile(tmp_path):
+@pytest.mark.parametrize(
+    "knobs", [dict(ascent_depth=0.5), pytest.param(dict(schedule="full"), marks=pytest.mark.slow)], ids=str
+)
+def test_torch_compile(knobs, tmp_path):
     """`--torch_compile`: the same training as without, to float rounding. The backend that compiles nothing shows what
-    matters here: that both passes are traced as they are meant."""
-    plain = trained("vit", tmp_path, max_steps=2)
+    matters here: that both passes are traced as they are meant, and that nothing of the first is put into the second,
+    which compiled code would not notice."""
+    how = SAQConfig(rho=0.1, **knobs)
+    plain = trained("vit", tmp_path, how, max_steps=2)
     torch._dynamo.reset()
-    compiled = trained("vit", tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    said = pytest.warns(UserWarning, match="two whole passes, because the model is compiled")
+    with said if "ascent_depth" in knobs else nullcontext():
+        compiled = trained("vit", tmp_path, how, max_steps=2, torch_compile=True, torch_compile_backend="eager")
     for (name, a), b in zip(plain.model.named_parameters(), compiled.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
     logs = [[e["sharpness"] for e in run.state.log_history if "loss" in e] for run in (plain, compiled)]

@@ -74,8 +74,8 @@ class PerturbationSchedule(Knobs):
         if self.ascent_depth < 1 and (self.trigger or self.reuse is not None or self.ascent_fraction < 1):
             raise ValueError(
                 f"ascent_depth={self.ascent_depth} with ascent_fraction={self.ascent_fraction}, reuse={self.reuse!r}, "
-                f"trigger={self.trigger}: layers before the perturbed ones run once where both passes are of one whole "
-                "batch. Leave those out, or ascent_depth."
+                f"trigger={self.trigger}: layers before the perturbed ones run once where both passes are of one "
+                "whole batch. Leave those out, or ascent_depth."
             )
         if self.match_radius and not self.rule.can_match_radius(self):
             raise ValueError(

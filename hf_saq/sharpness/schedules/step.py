@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from ..frozen_batch_norm import frozen_norm_statistics
 from ..minimizer import SharpnessAwareMinimizer
 from ..parameter_gradients import set_aside
 from ..random_state import RNGState
-from ..shared_prefix import reason_against_sharing
 from .radius import RadiusMatch
 from .rule import Backward, MicroBatch, Outcome
 from .schedule import PerturbationSchedule
@@ -103,19 +101,11 @@ class ScheduledStep:
 
     def _choose_layers(self, run: Callable[[], object]) -> None:
         """Decide which layers are perturbed, by one pass more that leaves no trace."""
-        minimizer, before = self.minimizer, RNGState()
-        with set_aside(minimizer.model.parameters()), frozen_norm_statistics(minimizer.model):
-            late = minimizer.find_late_layers(self.schedule.ascent_depth, run)
+        model, before = self.minimizer.model, RNGState()
+        with set_aside(model.parameters()), frozen_norm_statistics(model):
+            late = self.minimizer.perturb_last_layers(self.schedule.ascent_depth, run)
         before.restore()
-        reason = reason_against_sharing(minimizer.model)
-        minimizer.perturb_only(late, share_prefix=not reason)
         logger.info("Perturbing from %s on: %.1f%% of the operations.", late.first, 100 * late.share)
-        if reason:
-            warnings.warn(
-                f"ascent_depth={self.schedule.ascent_depth}: perturbed steps take two whole passes, because {reason}. "
-                "The result is the same.",
-                stacklevel=2,
-            )
 
     def batches_of(self, drawn: Sequence[Any], step: int, total_steps: int) -> Sequence[Any]:
         """Return the micro-batches that optimizer step `step` uses: `drawn`, unless the schedule comes back to others.
@@ -136,7 +126,7 @@ class ScheduledStep:
         """Forget what earlier steps left, as for a new training."""
         self.minimizer.reset()
         if self.minimizer.late is not None:
-            self.minimizer.perturb_only(None)
+            self.minimizer.perturb_all()
         self.rule.forget()
         if self.radius is not None:
             self.radius.forget()

@@ -25,8 +25,8 @@ def test_costs_that_follow_from_others():
 
 def test_presets_are_among_what_is_compared():
     assert preset_methods()["full"] == "full"
-    assert preset_methods()["free"] == "echo 2"
-    assert set(preset_methods()) == {"full", "balanced", "free"}
+    assert preset_methods()["free"] == "echo 2" and preset_methods()["last_layers"] == "last eighth"
+    assert set(preset_methods()) == {"full", "balanced", "last_layers", "free"}
 
 
 def record(method, seed, test, share=0.0, epochs=10):

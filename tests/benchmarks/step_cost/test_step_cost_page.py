@@ -58,10 +58,10 @@ def test_the_page_by_hand(tmp_path):
     assert "\n".join(rows) in text and "1 thread(s) each, cpu, freed memory handed back," in text
     assert "| linear | 1.13 | 1.20 |\n| conv | 1.10 | - |" in text
     rows = [
-        "| vit-small | 8 | 1 | 1.90 | - | - | - | 1.01 | +0.75 |",
-        "| vit-small | 2 | 2 | 2.10 | - | - | - | 1.01 | +0.75 |",
+        "| vit-small | 8 | 1 | 1.90 | - | - | - | - | 1.01 | +0.75 |",
+        "| vit-small | 2 | 2 | 2.10 | - | - | - | - | 1.01 | +0.75 |",
     ]
-    assert "\n".join([*rows, "| resnet18 | 8 | 1 | 1.80 | - | - | - | 1.01 | +0.75 |"]) in text
+    assert "\n".join([*rows, "| resnet18 | 8 | 1 | 1.80 | - | - | - | - | 1.01 | +0.75 |"]) in text
     assert "### vit-small, batches of 2, 2 processes" in text and "| full | 2.10 | 2.00 to 2.20 | +0.75 |" in text
     # Student's quantile for two degrees of freedom is 4.303, the standard error 0.5 / sqrt(3).
     assert "| vit, W4 | qat | 61.00 | 61.50 | +0.50 [-0.74, +1.74] |" in text

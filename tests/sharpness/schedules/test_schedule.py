@@ -47,6 +47,15 @@ REFUSED = [
     (dict(trigger=True, reuse="previous"), "the trigger alone decides"),
     (dict(trigger=True, reuse="stale", interval=2), "the trigger alone decides"),
     (dict(trigger=True, ascent_fraction=0.5), "must therefore see the whole batch"),
+    *(
+        (dict(ascent_depth=0.5, **knobs), "ascent_depth=0.5 with ascent_fraction=.*both passes are of one whole batch")
+        for knobs in (
+            dict(ascent_fraction=0.5),
+            dict(trigger=True),
+            dict(reuse="previous"),
+            *(dict(reuse=reuse, interval=2) for reuse in ("stale", "echo", "look")),
+        )
+    ),
 ]
 
 
@@ -57,7 +66,9 @@ def test_contradictions_are_refused_with_a_reason(knobs, reason):
 
 
 def test_every_pair_is_either_refused_above_or_works():
-    values = dict(interval=(1, 2), ascent_fraction=(1.0, 0.5), reuse=(None, "stale", "previous", "look"))
+    values = dict(
+        interval=(1, 2), ascent_fraction=(1.0, 0.5), ascent_depth=(1.0, 0.5), reuse=(None, "stale", "previous", "look")
+    )
     for combination in itertools.product(*values.values(), (False, True), (0.0, 0.5)):
         knobs = dict(zip([*values, "trigger", "start"], combination, strict=True))
         given = {k: v for k, v in knobs.items() if v != getattr(PerturbationSchedule(), k)}
@@ -73,7 +84,7 @@ def test_every_pair_is_either_refused_above_or_works():
 
 def test_presets():
     costs = {name: PerturbationSchedule(**resolve_preset(name, {})).cost for name in PRESETS}
-    assert costs == {"full": 2.0, "balanced": 1.125, "free": 1.0}
+    assert costs == {"full": 2.0, "balanced": 1.125, "last_layers": 1.125, "free": 1.0}
     assert resolve_preset(None, {"interval": 3, "reuse": None}) == {**PRESETS["full"], "interval": 3}
     assert resolve_preset(None, {"interval": None}) == PRESETS["balanced"]
     assert resolve_preset("balanced", {"ascent_fraction": 0.125}) == PRESETS["balanced"]
