@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: shared-inputs install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
+.PHONY: shared-inputs install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules directions ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
 
 install: $(STAMP)
 
@@ -98,6 +98,11 @@ step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QA
 
 schedules: step-cost  ## write docs/schedules.md; runs that are not in benchmarks/results/schedules are done first
 	$(TEST_ENV) $(BIN)/python -m benchmarks.schedules.sweep
+
+directions: $(STAMP)  ## docs/directions.md: where a cheap perturbation points, on two pretrained models; some minutes
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.directions.measure --task flowers --bits 4
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.directions.measure --task flowers-vit --bits 4 \
+	    --lr 3e-4 --steps 60 --rho 0.03
 
 ways: $(STAMP)  ## write docs/ways.md; runs that are not in benchmarks/results/ways are done first, about half an hour
 	$(TEST_ENV) $(BIN)/python -m benchmarks.ways.sweep
