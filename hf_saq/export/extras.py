@@ -1,4 +1,4 @@
-"""Import the libraries that exporting needs, which not everybody has installed, and say how to get them."""
+"""Import the libraries that exporting needs, which not everybody has installed: how to get them, what they say."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ CPU has that type, and quantizes inputs of int4 weights again, in groups of its 
 
 ROUNDS_BIASES = "WeightBiasQuantization"
 """The optimizer of ONNX Runtime that rounds the bias of a convolution to the product of its two scales."""
+
+
+MOST_SAID = 300
+"""Characters of a library's error that are passed on."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what a library says of an error as one sentence, cut where it is long."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    said = said if len(said) <= MOST_SAID else f"{said[:MOST_SAID]}..."
+    return said if said.endswith((".", "!", "?")) else f"{said}."
 
 
 def check_engine(engine: str) -> None:

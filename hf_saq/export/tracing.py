@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .extras import needed
+from .extras import in_one_line, needed
 from .integer_copy import LogitsOnly
 from .operators import OPSET, translation_table
 
 OUTPUT = "logits"
-MOST = 300
-"""Characters of an error of torch that are passed on."""
 PREFIX = "model."
 """What stands before the names of a model's tensors in the graph: they are those of `LogitsOnly`."""
 
@@ -37,7 +35,7 @@ def trace(model: nn.Module, example: Tensor) -> Any:
             whole(two)
         except Exception as error:
             raise ValueError(
-                f"{name} does not run on inputs of shape {tuple(two.shape)}: {_in_one_line(error)} Pass the "
+                f"{name} does not run on inputs of shape {tuple(two.shape)}: {in_one_line(error)} Pass the "
                 "image_size that it takes, or example=, a batch of its inputs."
             ) from error
     with warnings.catch_warnings(), torch.no_grad():
@@ -56,7 +54,7 @@ def trace(model: nn.Module, example: Tensor) -> Any:
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ValueError(
-                f"{name} cannot be traced: {_in_one_line(_first_of(error))} What its forward computes must not depend "
+                f"{name} cannot be traced: {in_one_line(_first_of(error))} What its forward computes must not depend "
                 "on values, and operators of its own must be known to torch.onnx."
             ) from error
     assert program is not None
@@ -74,12 +72,6 @@ def _first_of(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _in_one_line(error: BaseException) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = said if len(said) <= MOST else f"{said[:MOST]}..."
-    return said if said.endswith((".", "!", "?")) else f"{said}."
 
 
 def _with_names_of(graph_model: Any) -> Any:

@@ -93,7 +93,7 @@ class SharpnessAwareMinimizer:
         self.perturb = tuple(perturb)
         self.ascent_norm, self.radius_factor, self.skipped = 0.0, 1.0, 0
         self.late: LateLayers | None = None
-        self._seam, self._prefix = Seam(), SharedPrefix(model)
+        self._seam = Seam()
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
         self._rng: list[RNGState] = []  # one per first pass, oldest first
         self._eps: Displacement | None = None  # made of the gradients of the first passes
@@ -129,19 +129,19 @@ class SharpnessAwareMinimizer:
         self.perturb_all()
         with self._pass():
             self.late = find_late_layers(self.model, depth, {*self._tensors.latent, *self._tensors.in_place}, run)
-        self._prefix = SharedPrefix(self.model, self.late)
         self._find_tensors()
         return self.late
 
     def perturb_all(self) -> None:
         """Perturb all layers again."""
-        self.late, self._prefix = None, SharedPrefix(self.model)
+        self.late = None
         self._find_tensors()
 
     def _find_tensors(self) -> None:
         sharding.check_parallelism(self.model, self.case, self.sync)
         self._tensors = PerturbedTensors(self.model, self.perturb, None if self.late is None else self.late.modules)
         self._seam.attach(self._tensors.by_quantizer)
+        self._prefix = SharedPrefix(self.model, self.late)
 
     # First pass --------------------------------------------------------------------------------------------------
 

@@ -229,6 +229,15 @@ def test_gradient_checkpointing_takes_two_whole_passes_with_the_same_result():
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
+def test_parameters_that_were_replaced_have_gradients_too():
+    training = Training(quantized_model("vit"), 0.5)
+    training.run(1)
+    layer = training.model.vit.layers[0].mlp.fc1
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    training.run(1)
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+
+
 def test_a_new_training_looks_for_its_layers_again():
     training = Training(quantized_model("vit"), 0.5)
     training.run(1)

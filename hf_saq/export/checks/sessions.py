@@ -9,13 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import OPENVINO_PROPERTIES, ROUNDS_BIASES, needed
+from ..extras import OPENVINO_PROPERTIES, ROUNDS_BIASES, in_one_line, needed
 from .refusing import ExportCheckError
 
 Inputs = dict[str, np.ndarray]
-
-MOST = 300
-"""Characters of what an engine says that are passed on."""
 
 INTEGER_OPERATORS = {"QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"}
 """Operators of ONNX Runtime that multiply integers."""
@@ -91,10 +88,9 @@ def run_graph(engine: str, content: bytes, inputs: Inputs) -> dict[str, np.ndarr
     except ImportError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())
         others = [library for library in ENGINES if library != LIBRARY_OF[engine]]
         raise ExportCheckError(
-            f"export not written, {engine} cannot run the graph: {said[:MOST]}{'...' if len(said) > MOST else ''} "
+            f"export not written, {engine} cannot run the graph: {in_one_line(error)} "
             f"To export for other engines alone, pass engines={others} (--engines {' '.join(others)})."
         ) from error
 

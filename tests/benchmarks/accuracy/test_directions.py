@@ -16,7 +16,8 @@ from hf_saq.sharpness import Displacement
 
 
 def test_the_whole_batch_in_the_last_layers_is_a_projection():
-    """Its cosine is the share of the last layers in the length of the whole `eps`; made as long as that, they are it."""
+    """Its cosine is the share of the last layers in the length of the whole `eps`; made as long as that, they are the
+    `eps` of the last layers."""
     model = quantized_model("resnet").train()
     batch = {"pixels": images(8).double(), "labels": torch.arange(8) % 3}
     found = {way: (values, share) for way, values, share in directions_of(model, batch, 0.01)}
