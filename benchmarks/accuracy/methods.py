@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_saq.sharpness.schedules import PRESETS
-
 from ..shared.schedule_variants import saq_config
 
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
@@ -57,7 +55,7 @@ METHODS: dict[str, Method] = {
     "case 2": Method({"case": 2}, radius_of="case 2", rate_of=SAQ),
     "case 1": Method({"case": 1}, radius_of="case 1", rate_of=SAQ),
     ADAPTIVE: Method({"adaptive": True}, radius_of=ADAPTIVE),
-    BALANCED: Method(dict(PRESETS["balanced"])),
+    BALANCED: Method({"interval": 1, "ascent_fraction": 0.125, "reuse": None, "trigger": False}),
     "qat, distilled": Method(saq=None, distill_alpha=DISTILL_ALPHA),
     "case 3, distilled": Method(distill_alpha=DISTILL_ALPHA),
     ECHO: Method({"reuse": "echo", "interval": 2}, radius_of=ECHO),
@@ -68,7 +66,7 @@ METHODS: dict[str, Method] = {
     "qat, echoed batches": Method(saq=None, echoed=True),
     "qat, clean statistics": Method(saq=None, clean_batches=CLEAN_BATCHES),
 }
-"""`case 2` is SAM as it stands, on a quantized model; `balanced` is the preset. In the order of the tables.
+"""`case 2` is SAM as it stands, on a quantized model; `balanced` is the preset, as the runs that are stored name it. In the order of the tables.
 
 The last two are controls: they share with cheap schedules all but the perturbation (docs/protocol.md)."""
 

@@ -157,7 +157,7 @@ def table(setting: Setting) -> str:
         passes = METHODS[method].passes
         more = []
         if measured:
-            if "ascent_depth" not in (saq or {}):  # what runs once for two passes was counted twice
+            if (saq or {}).get("ascent_depth", 1) == 1:  # what runs once for two passes was counted twice
                 passes = METHODS[method].length * mean(run["outcome"]["passes"] for run in runs)
             seconds = mean(run["outcome"]["cpu_seconds"] for run in runs)
             more = [f"{seconds:.0f}", f"{runs[0]['arguments']['lr']:g}"]

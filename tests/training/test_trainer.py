@@ -37,7 +37,9 @@ def test_gradient_clipping_sees_the_final_gradient_only(tmp_path):
     assert largest_difference(trainer.model, unclipped) > 1e3 * TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "mobilenet_v2" else f for f in FAMILIES]
+)
 def test_rho_zero_and_case_none_are_plain_training_bit_for_bit(family, tmp_path):
     states = []
     for saq_config in (SAQConfig(rho=0.0, schedule="full"), SAQConfig(case=None), None):

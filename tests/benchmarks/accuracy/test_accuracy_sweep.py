@@ -11,7 +11,8 @@ from benchmarks.accuracy import page, study
 from benchmarks.accuracy import sweep as script
 from benchmarks.accuracy.methods import QAT, SAQ
 from benchmarks.accuracy.tasks import TASKS
-from hf_saq.sharpness.schedules import PRESETS
+from benchmarks.shared.schedule_variants import saq_config
+from hf_saq.sharpness.schedules import PRESETS, PerturbationSchedule
 
 
 def stored(tmp_path):
@@ -95,7 +96,9 @@ def test_the_best_radius_on_validation_is_taken(tiny, tmp_path, monkeypatch):
     script.main([*tiny, "--methods", QAT, SAQ, "case 2", "balanced"])
     chosen = {r["arguments"]["method"]: r["arguments"]["saq"] for n, r in stored(tmp_path).items() if "trial" not in n}
     assert chosen[QAT] is None and chosen[SAQ] == {"rho": 0.1} and chosen["case 2"] == {"rho": 0.3, "case": 2}
-    assert chosen["balanced"] == {"rho": 0.1, **PRESETS["balanced"]}
+    balanced = chosen["balanced"]
+    assert balanced.pop("rho") == 0.1  # the other fields say the preset in the words of the runs that are stored
+    assert saq_config(0.1, balanced).perturbation_schedule() == PerturbationSchedule(**PRESETS["balanced"])
 
 
 def test_every_method_chooses_for_itself(tiny, tmp_path, monkeypatch):
