@@ -66,7 +66,8 @@ METHODS: dict[str, Method] = {
     "qat, echoed batches": Method(saq=None, echoed=True),
     "qat, clean statistics": Method(saq=None, clean_batches=CLEAN_BATCHES),
 }
-"""`case 2` is SAM as it stands, on a quantized model; `balanced` is the preset, as the runs that are stored name it. In the order of the tables.
+"""`case 2` is SAM as it stands, on a quantized model; `balanced` is the preset, in the words of the runs that are
+stored. In the order of the tables.
 
 The last two are controls: they share with cheap schedules all but the perturbation (docs/protocol.md)."""
 
