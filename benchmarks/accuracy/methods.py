@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     MATCHED: Method({"ascent_fraction": 0.125, "match_radius": True}, radius_of=MATCHED, clean_batches=CLEAN_BATCHES),
     INTERVAL: Method({"interval": 5}),
     LATE: Method({"ascent_depth": 0.125}, radius_of=LATE, rate_of=SAQ),
-    HEAD: Method({"ascent_depth": 0.02}, radius_of=HEAD, rate_of=SAQ),
+    HEAD: Method({"ascent_depth": 0.02}, radius_of=LATE, rate_of=SAQ),
     "qat, echoed batches": Method(saq=None, echoed=True),
     "qat, clean statistics": Method(saq=None, clean_batches=CLEAN_BATCHES),
 }
