@@ -97,15 +97,15 @@ class _Visits:
     def __init__(self, model: nn.Module):
         self._model = model
         self._visits: dict[str, _Visit] = {}  # in the order of their first run
-        self._parameters: dict[
-            str, list[nn.Parameter]
-        ] = {}  # as they are while a module runs: FSDP2 puts others there
+        # Hold parameters as they are while a module runs: FSDP2 has others there than outside of it.
+        self._parameters: dict[str, list[nn.Parameter]] = {}
         self._entered: dict[str, list[list[int]]] = {}  # versions of the inputs of modules that are running
         self._outputs: set[Edge] = set()
         self._total = 0
         self._is_compiled = False
 
     def watching(self) -> ExitStack:
+        """Watch the forward passes inside the block."""
         stack = ExitStack()
         # Run compiled parts as written: what counts operations sees into nothing else.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -143,7 +143,7 @@ class _Visits:
         return stack
 
     def ends(self) -> list[LateLayers]:
-        """List the ends that begin with each module, but for modules that hold others that run before."""
+        """List the ends that begin with each module that has others before it."""
         names = list(self._visits)
         ends = []
         for number, name in enumerate(names):
@@ -155,6 +155,7 @@ class _Visits:
         return ends
 
     def holds(self, end: LateLayers, parameters: Collection[nn.Parameter]) -> bool:
+        """Tell whether some of `parameters` belong to `end`."""
         return any(p in parameters for p in own_parameters(self._model, end.modules).values())
 
     def is_separate(self, end: LateLayers) -> bool:
