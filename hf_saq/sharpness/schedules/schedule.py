@@ -32,8 +32,8 @@ What goes together. `start` goes with everything, and so do all cases, `adaptive
 `ascent_depth` < 1 goes with `interval` alone: the others make `eps` of other passes than of the whole batch at hand,
 whose forward through the layers before is what the second pass shares.
 
-Under FSDP2: `interval`, `start`, `ascent_fraction` and `reuse="stale"`. The others read gradients that exist there
-only averaged over processes and in shards.
+Under FSDP2: `interval`, `start`, `ascent_fraction`, `ascent_depth` (in two whole passes) and `reuse="stale"`. The
+others read gradients that exist there only averaged over processes and in shards.
 """
 
 from __future__ import annotations
