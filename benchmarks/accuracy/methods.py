@@ -9,7 +9,7 @@ from ..shared.schedule_variants import saq_config
 
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
 ECHO, MATCHED, INTERVAL = "echo", "balanced, radius matched", "interval 5"
-LATE, HEAD = "last eighth", "head"
+LATE, SIXTH, HEAD = "last eighth", "last sixth", "head"
 CASES = ("case 1", "case 2")
 DISTILL_ALPHA = 0.5
 CLEAN_BATCHES = 15
@@ -62,6 +62,7 @@ METHODS: dict[str, Method] = {
     MATCHED: Method({"ascent_fraction": 0.125, "match_radius": True}, radius_of=MATCHED, clean_batches=CLEAN_BATCHES),
     INTERVAL: Method({"interval": 5}),
     LATE: Method({"ascent_depth": 0.125}, radius_of=LATE, rate_of=SAQ),
+    SIXTH: Method({"ascent_depth": 1 / 6}, radius_of=SIXTH, rate_of=SAQ),
     HEAD: Method({"ascent_depth": 0.02}, radius_of=LATE, rate_of=SAQ),
     "qat, echoed batches": Method(saq=None, echoed=True),
     "qat, clean statistics": Method(saq=None, clean_batches=CLEAN_BATCHES),
