@@ -11,6 +11,8 @@ CANDIDATES = 100
 QUANTILES = 2**16
 LEAST_SQUARES_STEPS = 3
 RANGE_CANDIDATES = 50
+TOGETHER = 2**16
+"""How many values candidates have in all that are tried at once: small tensors take most of their time in calls."""
 MOST_SKIPPED = 8
 """How many steps two neighbouring values of a channel may be apart for its grid to be recognised."""
 
@@ -33,7 +35,8 @@ def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shi
     """
     if torch.Size(scale_shape).numel() == 1:
         x = _quantiles(x)
-    shared = shared_dimensions(x, scale_shape)
+    # Count dimensions from the last one: candidates that are tried at once stand in one more before the first.
+    shared = [d - x.ndim for d in shared_dimensions(x, scale_shape)]
     tiny = torch.finfo(x.dtype).tiny
 
     def total(t: Tensor) -> Tensor:
@@ -43,27 +46,33 @@ def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shi
         return (x / s).sub_(shift).round_().clamp_(qmin, qmax).add_(shift)
 
     largest = x.abs().amax(dim=shared, keepdim=True) if shared else x.abs()
-    scale = (largest / (qmax + shift)).clamp_min(tiny)
-    best = total(codes(scale).mul_(scale).sub_(x).square_())
+    scale = largest  # until the first candidates, of which the whole range is one
+    best = torch.full_like(largest, torch.inf)
 
-    def keep_if_better(candidate: Tensor) -> None:
+    def keep_best(candidates: Tensor) -> None:
+        """Keep the best of `candidates`, `(n,)` and the shape of `scale`, the first of equals, if it is better."""
         nonlocal scale, best
-        error = total(codes(candidate).mul_(candidate).sub_(x).square_())
+        candidates = candidates.clamp_min(tiny)
+        errors = total(codes(candidates).mul_(candidates).sub_(x).square_())
+        first = errors.argmin(dim=0, keepdim=True)
+        error, candidate = errors.gather(0, first)[0], candidates.gather(0, first)[0]
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, candidate, scale)
 
-    for k in range(1, CANDIDATES):
-        keep_if_better((largest * (k / CANDIDATES) / (qmax + shift)).clamp_min(tiny))
+    # Begin with the whole range, which is kept where others are as good.
+    fractions = torch.tensor([CANDIDATES, *range(1, CANDIDATES)], dtype=x.dtype, device=x.device) / CANDIDATES
+    for some in fractions.split(max(1, TOGETHER // x.numel())):
+        keep_best(largest * some.view(-1, *[1] * x.ndim) / (qmax + shift))
     if scale.numel() == 1:
-        keep_if_better(_step_of_own_grid(_places(x, shift)).clamp_min(tiny).expand_as(scale))
+        keep_best(_step_of_own_grid(_places(x, shift)).expand_as(scale)[None])
     else:
         step = _steps_of_own_grids(x, shared, shift)
         for skipped in range(1, MOST_SKIPPED + 1):
-            keep_if_better((step / skipped).clamp_min(tiny))
+            keep_best((step / skipped)[None])
     for _ in range(LEAST_SQUARES_STEPS):
         q = codes(scale)
-        keep_if_better((total(x * q) / total(q.square()).clamp_min(tiny)).clamp_min(tiny))
+        keep_best((total(x * q) / total(q.square()).clamp_min(tiny))[None])
     return torch.where(largest > 0, scale, 0).reshape(scale_shape)
 
 
@@ -91,14 +100,14 @@ def _step_of_own_grid(places: Tensor) -> Tensor:
 
 def _steps_of_own_grids(x: Tensor, shared: list[int], shift: float) -> Tensor:
     """Find [`_step_of_own_grid`] of each channel. It may be a few times the real step: a channel has few values."""
-    kept = [d for d in range(x.ndim) if d not in shared]
+    kept = [d for d in range(-x.ndim, 0) if d not in shared]
     places = _places(x.permute(*kept, *shared).flatten(len(kept)), shift)
     distances = places.sort(dim=-1).values.diff(dim=-1)
     least = places.abs().amax(dim=-1, keepdim=True) * torch.finfo(x.dtype).eps * 8
     step = distances.where(distances > least, torch.inf)
     # A channel of one value has no distances, and one value alone not even one that is zero.
     step = step.amin(dim=-1).nan_to_num(posinf=0.0) if step.shape[-1] else step.sum(dim=-1)
-    return step.reshape([1 if d in shared else x.shape[d] for d in range(x.ndim)])
+    return step.reshape([1 if d in shared else x.shape[d] for d in range(-x.ndim, 0)])
 
 
 def mse_range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
