@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -43,6 +44,11 @@ def local_directory(source: str, revision: str | None = None) -> Path:
         raise ValueError(f"{source} is a file; expected the directory of a saved model or a repository on the Hub.")
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(NEEDED_FILES)))
+    except HFValidationError:
+        raise ValueError(
+            f"{source}: no such directory, and no name that a repository on the Hub could have; expected the "
+            "directory of a saved model or NAMESPACE/NAME."
+        ) from None
     except OSError as error:
         raise OSError(f"{source} is not a directory here and could not be had from the Hub: {error}") from error
 

@@ -182,6 +182,10 @@ def broken(saved, model, tmp_path) -> Path:
         (["inspect", "{}/empty"], "has no config.json; expected that of a saved model."),
         (["inspect", "{}"], "has no config.json; did you mean one of its folders: "),
         (["inspect", "{}/file"], "is a file; expected the directory of a saved model or a repository"),
+        *[
+            ([command, "{}/nowhere", *more], "/nowhere: no such directory, and no name that a repository on the Hub")
+            for command, *more in (("inspect",), ("pack", "{}/new"), ("eval", "--data", "digits"), ("benchmark",))
+        ],
         (["pack", "{}/unquantized", "{}/new"], "quantization_config.quant_method is None"),
         (["pack", "{}/cut", "{}/new"], "model.safetensors"),
         (["pack", "{}/unquantized", "{}/cut"], "exists and is not an empty directory; name a new one"),
