@@ -46,7 +46,7 @@ def mse_scale(x: Tensor, scale_shape: tuple[int, ...], qmin: int, qmax: int, shi
         return (x / s).sub_(shift).round_().clamp_(qmin, qmax).add_(shift)
 
     largest = x.abs().amax(dim=shared, keepdim=True) if shared else x.abs()
-    scale = largest  # until the first candidates, of which the whole range is one
+    scale = (largest / (qmax + shift)).clamp_min(tiny)  # the whole range; kept where every error overflows
     best = torch.full_like(largest, torch.inf)
 
     def keep_best(candidates: Tensor) -> None:
