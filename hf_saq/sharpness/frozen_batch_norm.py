@@ -9,12 +9,17 @@ import torch
 from torch import Tensor, nn
 
 
+def has_running_statistics(module: nn.Module) -> bool:
+    """Tell whether `module` itself, without those inside of it, has a buffer that a training forward updates."""
+    return any(name.startswith("running_") for name in module._buffers)
+
+
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """List the buffers that a training forward updates: all buffers of modules with a `running_*` one (BatchNorm)."""
     return [
         buffer
         for module in model.modules()
-        if any(name.startswith("running_") for name in module._buffers)
+        if has_running_statistics(module)
         for buffer in module._buffers.values()
         if buffer is not None
     ]

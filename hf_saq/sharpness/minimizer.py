@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from . import sharding
+from .depth import LateLayers, SharedPrefix, find_late_layers
 from .displacement import Displacement
 from .frozen_batch_norm import frozen_norm_statistics
-from .late_layers import LateLayers, find_late_layers
 from .parameter_gradients import (
     Mark,
     add_gradients,
@@ -23,7 +23,6 @@ from .parameter_gradients import (
 from .perturbed_tensors import PerturbedTensors
 from .random_state import RNGState
 from .seam import Seam
-from .shared_prefix import SharedPrefix
 from .three_cases import Case, Climb, Gradients, climb, latent_weights_are_asked
 
 
@@ -122,8 +121,8 @@ class SharpnessAwareMinimizer:
     def perturb_last_layers(self, depth: float, run: Callable[[], object]) -> LateLayers:
         """Perturb only the last layers from now on, see [`find_late_layers`] for `depth` and `run`.
 
-        The layers before them run once for both passes where they can, see `shared_prefix.py`. The second pass must
-        then have the batch of the first, and of all contexts only `ascent` and `perturbed` may be used.
+        The layers before them run once for both passes where they can, see `depth/shared_prefix.py`. The second pass
+        must then have the batch of the first, and of all contexts only `ascent` and `perturbed` may be used.
         """
         sharding.reshard(self.model)
         self.perturb_all()
@@ -139,7 +138,7 @@ class SharpnessAwareMinimizer:
 
     def _find_tensors(self) -> None:
         sharding.check_parallelism(self.model, self.case, self.sync)
-        self._tensors = PerturbedTensors(self.model, self.perturb, None if self.late is None else self.late.modules)
+        self._tensors = PerturbedTensors(self.model, self.perturb, None if self.late is None else self.late.parameters)
         self._seam.attach(self._tensors.by_quantizer)
         self._prefix = SharedPrefix(self.model, self.late)
 

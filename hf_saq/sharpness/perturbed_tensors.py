@@ -43,7 +43,7 @@ class PerturbedTensors:
         self.parameters = list(model.parameters())
         self._signature = _signature(model)
         kinds = kinds_of_parameters(model)
-        movable = set(self.parameters if inside is None else own_parameters(model, inside).values())
+        movable = {p for name, p in model.named_parameters() if inside is None or name in inside}
         in_place = [(name, p) for name, p in in_place_parameters(model, perturb) if p in movable]
         weights = quantized_weights(model) if "weight" in perturb else []
         self.weights = [entry for entry in weights if entry.weight in movable]
@@ -65,11 +65,6 @@ class PerturbedTensors:
 
 def _signature(model: nn.Module) -> list[tuple[int, bool]]:
     return [(id(p), p.requires_grad) for p in model.parameters()]
-
-
-def own_parameters(model: nn.Module, modules: Collection[str]) -> dict[str, nn.Parameter]:
-    """Map names to the parameters that some modules hold themselves; shared ones belong to the first that has them."""
-    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in modules}
 
 
 def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:

@@ -12,9 +12,8 @@ from torch import nn
 from training import quantized_model
 
 from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, quantize
-from hf_saq.sharpness.late_layers import find_late_layers
+from hf_saq.sharpness.depth import SharedPrefix, find_late_layers
 from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
-from hf_saq.sharpness.shared_prefix import SharedPrefix
 
 FIRST = {
     ("vit", 0.5): "vit.layers.1",
@@ -106,9 +105,8 @@ def test_only_the_last_layers_are_perturbed():
     training = Training(quantized_model("vit", torch.float32), 0.5)
     training.run(1)
     moved = {entry.name for entry in training.minimizer._tensors.weights}
-    assert moved == {name for name, m in training.model.named_modules() if hasattr(m, "weight_quantizer")} & {
-        *training.minimizer.late.modules
-    }
+    quantized = {name for name, m in training.model.named_modules() if hasattr(m, "weight_quantizer")}
+    assert moved == {name for name in quantized if f"{name}.weight" in training.minimizer.late.parameters}
     assert "vit.layers.1.mlp.fc1" in moved and not any("layers.0" in name for name in moved)
 
 
@@ -153,7 +151,7 @@ def test_the_longest_end_within_the_depth(depth, first, share):
     shortest."""
     end = ends_of(Chain(), depth)
     assert end.first in {first, "act"} and end.share == pytest.approx(share)
-    assert {"b", "c"} & end.modules and "a" in end.before and "a" not in end.modules
+    assert "c.weight" in end.parameters and "a" in end.before and "a.weight" not in end.parameters
 
 
 def test_an_activation_in_place_is_not_the_first():

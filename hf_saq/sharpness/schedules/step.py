@@ -85,7 +85,7 @@ class ScheduledStep:
         action = self.schedule.action(step, total_steps)
         if action == "plain":
             return Outcome(backward(batches[k]))
-        if self.schedule.ascent_depth < 1 and self.minimizer.late is None:
+        if self.schedule.ascent_depth < 1 and k == 0 and not self._knows_layers():
             self._choose_layers(lambda: backward(batches[k], reduce=False))
         progress = step / total_steps
         if self.radius is not None and k == 0:
@@ -99,12 +99,18 @@ class ScheduledStep:
                 self.radius.end_step()
         return outcome
 
+    def _knows_layers(self) -> bool:
+        late = self.minimizer.late
+        return late is not None and late.is_current(self.minimizer.model)
+
     def _choose_layers(self, run: Callable[[], object]) -> None:
         """Decide which layers are perturbed, by one pass more that leaves no trace."""
         model, before = self.minimizer.model, RNGState()
-        with set_aside(model.parameters()), frozen_norm_statistics(model):
-            late = self.minimizer.perturb_last_layers(self.schedule.ascent_depth, run)
-        before.restore()
+        try:
+            with set_aside(model.parameters()), frozen_norm_statistics(model):
+                late = self.minimizer.perturb_last_layers(self.schedule.ascent_depth, run)
+        finally:
+            before.restore()
         logger.info("Perturbing from %s on: %.1f%% of the operations.", late.first, 100 * late.share)
 
     def batches_of(self, drawn: Sequence[Any], step: int, total_steps: int) -> Sequence[Any]:

@@ -32,8 +32,11 @@ def test_the_whole_batch_in_the_last_layers_is_a_projection():
     with minimizer.ascent():
         loss().backward()
     whole = minimizer.climb()
-    layers = {name: name.rpartition(".weight_quantizer")[0] or name.rpartition(".")[0] for name in whole.named(model)}
-    parts = {name: eps for name, eps in whole.named(model).items() if layers[name] in late.modules}
+    moved = {
+        name: f"{before}.weight" if (before := name.rpartition(".weight_quantizer")[0]) else name
+        for name in whole.named(model)
+    }
+    parts = {name: eps for name, eps in whole.named(model).items() if moved[name] in late.parameters}
     length = math.sqrt(sum(eps.square().sum().item() for eps in parts.values()))
     longer = Displacement.from_named({name: eps * 0.01 / length for name, eps in parts.items()}, model)
     losses = [loss().item()]

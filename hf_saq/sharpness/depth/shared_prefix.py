@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from . import sharding
-from .frozen_batch_norm import running_statistics
-from .late_layers import LateLayers, versions_of
-from .perturbed_tensors import own_parameters
-from .random_state import RNGState
+from .. import sharding
+from ..frozen_batch_norm import has_running_statistics
+from ..random_state import RNGState
+from .late_layers import LateLayers
+from .visits import is_inside, versions_of
 
 
 def reason_against_sharing(model: nn.Module, late: LateLayers) -> str:
@@ -33,9 +33,9 @@ def reason_against_sharing(model: nn.Module, late: LateLayers) -> str:
         getattr(m, name, False) is True for m in modules for name in ("gradient_checkpointing", "grad_checkpointing")
     ):
         return "gradient checkpointing keeps nothing of the layers that come before"
-    if late.is_compiled or any(getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+    if any(getattr(m, "_compiled_call_impl", None) is not None for m in modules):
         return "the model is compiled (torch.compile), layers that come before with it"
-    return ""
+    return late.obstacle
 
 
 class _Inputs:
@@ -78,7 +78,8 @@ class SharedPrefix:
             it warns and does nothing either.
 
     Attributes:
-        parameters: Parameters of the prefix, to which no gradient may flow in a first pass.
+        parameters: All parameters but those of the late layers. The graph of a first pass must begin with them, as
+            the second one goes on with it.
     """
 
     def __init__(self, model: nn.Module, late: LateLayers | None = None):
@@ -89,17 +90,20 @@ class SharedPrefix:
                 stacklevel=2,
             )
             late = None
-        self._late, self._kept = late, list[_Kept]()
+        self._model, self._late, self._kept = model, late, list[_Kept]()
         self._modules: dict[str, nn.Module] = {}
         self._norms: list[nn.Module] = []
         self.parameters: list[nn.Parameter] = []
+        self._inside: list[nn.Parameter] = []
+        self._trained: dict[str, nn.Parameter] = {}
         if late is not None:
             self._modules = {name: model.get_submodule(name) for name in (*late.before, late.first)}
-            inside = own_parameters(model, late.modules)
-            self.parameters = [p for name, p in model.named_parameters() if name not in inside]
-            self._norms = [
-                m for name, m in model.named_modules() if name not in late.modules and running_statistics(m)
-            ]
+            own = {name: p for name, p in model.named_parameters() if name not in late.parameters}
+            self.parameters = list(own.values())
+            self._inside = [p for name, p in own.items() if any(is_inside(name, outer) for outer in late.before)]
+            self._trained = {name: p for name, p in own.items() if name in late.trained_before}
+            before = [m for name in late.before for m in self._modules[name].modules()]
+            self._norms = [m for m in dict.fromkeys(before) if has_running_statistics(m)]
 
     def forget(self) -> None:
         """Let go of what first passes left; their graphs are freed."""
@@ -110,58 +114,106 @@ class SharedPrefix:
         """Keep what the prefix computes inside the block, and end the backward of the block where the prefix ends.
 
         Raises:
-            RuntimeError: If the backward reached the prefix all the same.
+            RuntimeError: If the backward reached the prefix all the same, or the first late module runs twice.
         """
         if self._late is None:
             yield
             return
-        kept = _Kept()
+        kept, first_name = _Kept(), self._late.first
 
         def keep_output(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-                kept.outputs.setdefault(name, []).append(output)
+                if prefix.is_running:
+                    # Keep tensors in lists of their own: the model may take them out of its.
+                    kept.outputs.setdefault(name, []).append(tree_map(lambda leaf: leaf, output))
 
             return hook
 
         def keep_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:  # noqa: ARG001
+            if not prefix.is_running:
+                raise RuntimeError(
+                    f"{first_name} runs twice in a forward pass of the model, in this step though not in the first "
+                    "one, so that its two passes cannot share what comes before. Leave ascent_depth out."
+                )
+            prefix.is_running = False
             kept.inputs.append(_Inputs(args, kwargs))
             return tree_map(_detached, (args, kwargs))
 
         with ExitStack() as stack:
+            prefix = stack.enter_context(_Prefix(self._model))
             for name in self._late.before:
                 stack.callback(self._modules[name].register_forward_hook(keep_output(name)).remove)
             for norm in self._norms:
                 stack.enter_context(_updating_copies(norm))
-            first = self._modules[self._late.first]
+            first = self._modules[first_name]
             stack.callback(first.register_forward_pre_hook(keep_inputs, with_kwargs=True).remove)
             yield
-        if any(p.grad is not None for p in self.parameters):
+        if any(p.grad is not None for p in self._inside):
             raise RuntimeError(
-                f"The loss reaches layers before {self._late.first} by another way than through it, in this step "
-                "though not in the first one, so that its two passes cannot share them. Leave ascent_depth out."
+                f"The loss reaches layers before {first_name} by another way than through it, so that the two passes "
+                "of a step cannot share them. Leave ascent_depth out."
             )
         self._kept.append(kept)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Let the forward inside the block get past the prefix with what the oldest recording kept."""
+        """Let the forward inside the block get past the prefix with what the oldest recording kept.
+
+        Raises:
+            RuntimeError: If the backward, the first time, does not reach all of the prefix that it once reached.
+        """
         if self._late is None or not self._kept:
             yield
             return
         kept, first_name = self._kept.pop(0), self._late.first
 
         def replay(name: str) -> Callable[..., Any]:
-            return lambda *args, **kwargs: _next(kept.outputs[name], name)  # noqa: ARG005
+            forward = self._modules[name].forward  # which modules that run later again need
+
+            def replayed(*args: Any, **kwargs: Any) -> Any:
+                if not prefix.is_running:
+                    return forward(*args, **kwargs)
+                # Copy, as what comes next may change it in place, and the graph needs it as it was.
+                return tree_map(_copied, _next(kept.outputs[name], name))
+
+            return replayed
 
         def put_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:  # noqa: ARG001
+            prefix.is_running = False
             return _next(kept.inputs, first_name).again(first_name)
 
         with ExitStack() as stack:
+            prefix = stack.enter_context(_Prefix(self._model))
             for name in kept.outputs:
                 stack.enter_context(_with_forward(self._modules[name], replay(name)))
             first = self._modules[first_name]
             stack.callback(first.register_forward_pre_hook(put_inputs, with_kwargs=True).remove)
             yield
+        missing = [name for name, p in self._trained.items() if p.grad is None]
+        self._trained = {}
+        if missing:
+            raise RuntimeError(
+                f"The gradient of a step whose passes share what comes before {first_name} does not reach "
+                f"{', '.join(missing[:5])}, as it does without ascent_depth. Leave ascent_depth out."
+            )
+
+
+class _Prefix:
+    """Tells where a forward of the model is: in the prefix, from its begin until somebody says otherwise."""
+
+    def __init__(self, model: nn.Module):
+        self.is_running = True
+        self._model = model
+
+    def __enter__(self) -> _Prefix:
+        self._handle = self._model.register_forward_pre_hook(self._begin)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        self.is_running = True
 
 
 def _next(kept: list[Any], name: str) -> Any:
@@ -175,6 +227,10 @@ def _next(kept: list[Any], name: str) -> Any:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager

@@ -1,0 +1,6 @@
+"""Perturb the last layers of a model alone, and run those before them once for both passes of a step."""
+
+from .late_layers import LateLayers, find_late_layers
+from .shared_prefix import SharedPrefix
+
+__all__ = ["LateLayers", "SharedPrefix", "find_late_layers"]
