@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import QUANT_METHOD
 from ..storage import staged
 from ..storage.saved_directory import PROCESSOR_FILES, TIMM
 from ..storage.weight_files import is_model_file, weight_file_bytes
@@ -19,13 +18,24 @@ CONFIG_FILE = "config.json"
 RECORD = "hf_saq_export"
 """Key in `config.json` of what the export says about itself."""
 EXPORT_VERSION = 1
+NOT_OF_THE_MODEL = (
+    RECORD,
+    "storage",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "architectures",
+)
+"""Fields of a configuration that say how a model was stored, not which one it is."""
 
 
-def check_free(directory: Path, overwrite: bool) -> None:
+def check_free(directory: Path, overwrite: bool, config: Any = None) -> None:
     """Raise `ValueError` if an export must not be written to `directory`.
 
     Args:
         overwrite: Whether an earlier export, or files of the quantized model itself, may be there.
+        config: The configuration of the model that is exported, or `None`.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; expected a directory to write.")
@@ -34,12 +44,32 @@ def check_free(directory: Path, overwrite: bool) -> None:
             f"{directory} holds files already; name another directory or pass overwrite=True (--overwrite)."
         )
     fields = _fields_of(directory)
-    quantization = fields.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if fields and RECORD not in fields and method != QUANT_METHOD:
+    if not fields or (RECORD in fields and not _holds_weights(directory)):
+        return
+    differences = _differences(fields, config)
+    if differences:
         raise ValueError(
-            f"{directory} holds another model, whose {CONFIG_FILE} would be replaced; name another directory."
+            f"{directory} holds another model, whose {CONFIG_FILE} differs in {', '.join(differences[:5])}; name "
+            "another directory."
         )
+
+
+def _differences(fields: dict[str, Any], config: Any) -> list[str]:
+    """Name what a stored configuration says otherwise than `config`, but for how weights are stored."""
+    if not hasattr(config, "to_json_string"):
+        return ["model_type"]
+    own = json.loads(config.to_json_string(use_diff=False))
+    for each in (own, fields := dict(fields)):
+        quantization = each.get("quantization_config")
+        each["quantization_config"] = {
+            name: value for name, value in (quantization or {}).items() if name not in NOT_OF_THE_MODEL
+        }
+    found = [name for name in fields if name not in NOT_OF_THE_MODEL and fields[name] != own.get(name)]
+    return sorted(found, key=lambda name: (name != "model_type", name))
+
+
+def _holds_weights(directory: Path) -> bool:
+    return directory.is_dir() and any(is_model_file(path.name) for path in directory.iterdir())
 
 
 def refuse_export(directory: Path, what: str) -> None:
@@ -66,9 +96,10 @@ def write_export(directory: Path, content: bytes, report: ExportReport, config: 
     with staged(directory) as stage:
         (stage / MODEL_FILE).parent.mkdir(parents=True)
         (stage / MODEL_FILE).write_bytes(content)
-        if hasattr(config, "save_pretrained"):
+        if not _holds_weights(directory) and hasattr(config, "save_pretrained"):
             config.save_pretrained(stage)
-        fields = _fields_of(stage)
+        # Leave what says how weights beside the graph are stored.
+        fields = _fields_of(directory if _holds_weights(directory) else stage)
         fields[RECORD] = {
             "format_version": EXPORT_VERSION,
             "file": report.file,
@@ -87,7 +118,7 @@ def write_export(directory: Path, content: bytes, report: ExportReport, config: 
 
 
 def _processor_of_earlier_export(directory: Path) -> list[Path]:
-    if RECORD not in _fields_of(directory) or any(is_model_file(path.name) for path in directory.iterdir()):
+    if RECORD not in _fields_of(directory) or _holds_weights(directory):
         return []
     return [directory / name for name in PROCESSOR_FILES if (directory / name).is_file()]
 

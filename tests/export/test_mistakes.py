@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -12,13 +15,14 @@ from tiny_models import conv_net, images, linear_net, resnet, vectors, vit
 from torch import nn
 from transformers import ViTImageProcessor
 
-from hf_saq import SAQQuantizationConfig, calibrate, quantize
+from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.cli import main
 from hf_saq.export import ExportCheckError, ExportedClassifier, export_onnx
 from hf_saq.export.checks import sessions
 from hf_saq.export.checks.sessions import onnxruntime_session
 from hf_saq.export.layout import check_free, write_export
 from hf_saq.export.report import ExportReport
+from hf_saq.storage import load_saved
 
 
 class Changed(nn.Module):
@@ -147,7 +151,7 @@ def test_what_an_export_may_write_over(tmp_path):
     report = ExportReport(FILE, 5, "int8", "cpu", ())
 
     def write(directory, config, processor=None):
-        check_free(directory, overwrite=True)
+        check_free(directory, True, config)
         write_export(directory, b"graph", report, config, processor)
         return {path.name for path in directory.iterdir()}
 
@@ -161,9 +165,29 @@ def test_what_an_export_may_write_over(tmp_path):
         assert "preprocessor_config.json" in write(tmp_path / "own", model.config)
     vit().save_pretrained(tmp_path / "float")
     before = (tmp_path / "float" / "config.json").read_text()
-    with pytest.raises(ValueError, match="holds another model, whose config.json would be replaced"):
+    with pytest.raises(ValueError, match="holds another model, whose config.json differs in quantization_config"):
         export_onnx(model, tmp_path / "float", check=False, overwrite=True)
     assert (tmp_path / "float" / "config.json").read_text() == before
+
+
+def test_a_graph_beside_saved_weights_leaves_them_loadable(tmp_path):
+    """Whatever they are stored as; and another quantized model is not written over, nor one by a plain module."""
+    model = quantized(resnet, {"pixel_values": images(8)})
+    pack(copy.deepcopy(model)).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    export_onnx(model, tmp_path, example=images(2), check=False, overwrite=True)
+    loaded, _ = load_saved(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), pack(model).buffers(), strict=True))
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.pop("hf_saq_export")["format_version"] == 1 and written == json.loads(config)
+    other = quantized(vit, {"pixel_values": images(8)})
+    with pytest.raises(ValueError, match="holds another model, whose config.json differs in model_type"):
+        export_onnx(other, tmp_path, example=images(2), check=False, overwrite=True)
+    with pytest.raises(ValueError, match="holds another model"):
+        export_onnx(quantized(conv_net, X), tmp_path, example=X, check=False, overwrite=True)
+    wider = quantized(lambda: resnet(seed=1), {"pixel_values": images(8)}, weight_bits=8)
+    with pytest.raises(ValueError, match="differs in quantization_config; name another directory"):
+        export_onnx(wider, tmp_path, example=images(2), check=False, overwrite=True)
 
 
 def test_an_export_of_an_export(tmp_path, capsys):

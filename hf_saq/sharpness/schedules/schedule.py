@@ -55,7 +55,8 @@ class PerturbationSchedule(Knobs):
         start: Fraction of training without perturbation, 0 to 1: 0 perturbs from the first step, 1 never.
         ascent_fraction: Share of a micro-batch's samples, in (0, 1], that the first pass sees; two at least.
         ascent_depth: Share of the operations of a forward pass, in (0, 1], counted from the loss: the layers that do
-            them are perturbed, the layers before run once for both passes. See [`find_late_layers`].
+            them are perturbed, the layers before run once for both passes. See [`find_late_layers`]. Where all
+            micro-batches of a step share one `eps` (`sync="global"`), their graphs are kept until the last of them.
         reuse: What the steps between take from earlier ones; a key of `SCHEDULES`.
         trigger: Whether to decide by the gradient norm, see [`NormTrigger`].
         match_radius: Whether to adapt the radius to that of the full step, see [`RadiusMatch`]; for
