@@ -82,13 +82,14 @@ shared-inputs: $(STAMP)  ## accuracy with query, key and value quantized once; t
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.sharing.measure --processes 2 --methods qat --seeds 0 1 2 3 4 5
 
 STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python -m benchmarks.step_cost.sweep
-PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" "last eighth" "echo 2" previous
+PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" previous
+TASK_WAYS := $(PRESET_WAYS) "echo 2" "last eighth" "last sixth" head
 FEW := --rounds 4 --steps 1
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT, with growth; about half an hour
 	$(STEP_COST) --models vit-small-images
 	$(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 $(PRESET_WAYS)
 	$(STEP_COST) --models resnet18-small-images $(PRESET_WAYS)
-	$(STEP_COST) --models vit-tiny-112 mobilenetv2-64 --batch_sizes 32 --rounds 12 --steps 2 $(PRESET_WAYS)
+	$(STEP_COST) --models vit-tiny-112 mobilenetv2-64 --batch_sizes 32 --rounds 12 --steps 2 $(TASK_WAYS)
 	$(STEP_COST) --models vit-tiny resnet18 --batch_sizes 16 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-small --batch_sizes 8 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-base resnet50 --batch_sizes 2 $(FEW) $(PRESET_WAYS)

@@ -37,6 +37,8 @@ WAYS: dict[str, dict[str, Any] | None] = {
     # "start 0.5" has half of the steps at cost 1, half at cost 2, and no step of another kind; echoed batches without
     # a perturbation cost what QAT does.
     **{name: config for name, config in VARIANTS.items() if name not in (QAT, "start 0.5", ECHOED)},
+    "last sixth": {"ascent_depth": 1 / 6},
+    "head": {"ascent_depth": 0.02},
 }
 """Fields of `SAQConfig` of each way to train, `None` for what is no SAQ. `qat again` shows how exact a ratio is.
 
