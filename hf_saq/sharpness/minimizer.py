@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from . import sharding
-from .depth import LateLayers, SharedPrefix, find_late_layers
+from .depth import LateLayers, SharedPrefix, find_late_layers, reason_of_a_trial
 from .displacement import Displacement
 from .frozen_batch_norm import frozen_norm_statistics
 from .parameter_gradients import (
@@ -39,8 +40,7 @@ class SharpnessAwareMinimizer:
     optimizer.step()
     ```
 
-    This is the one way to take a full step. Steps of one pass are made of [`displaced`], [`recorded`] and [`climb`];
-    [`ScheduledStep`] does so.
+    This is the one way to take a full step; [`ScheduledStep`] makes others of [`displaced`], [`recorded`], [`climb`].
 
     One buffer of the size of the quantized weights is needed: `g_q`, which becomes `eps` in place; it is part of no
     state dict. (In cases 1 and 2 it is the gradient of the latent weights, of which case 2 also saves a copy.)
@@ -87,9 +87,8 @@ class SharpnessAwareMinimizer:
             raise ValueError(f"rho={rho}; expected a finite number >= 0.")
         if case not in (1, 2, 3):
             raise ValueError(f"case={case}; expected 1, 2 or 3. For plain training use no minimizer.")
-        self.model = model
-        self.rho, self.case, self.adaptive, self.eta, self.sync = rho, case, adaptive, eta, sync
-        self.perturb = tuple(perturb)
+        self.model, self.rho, self.case, self.adaptive = model, rho, case, adaptive
+        self.eta, self.perturb, self.sync = eta, tuple(perturb), sync
         self.ascent_norm, self.radius_factor, self.skipped = 0.0, 1.0, 0
         self.late: LateLayers | None = None
         self._seam = Seam()
@@ -126,9 +125,13 @@ class SharpnessAwareMinimizer:
         """
         sharding.reshard(self.model)
         self.perturb_all()
-        with self._pass():
+        before = RNGState()
+        with self._pass(), set_aside(self._tensors.parameters):
             self.late = find_late_layers(self.model, depth, {*self._tensors.latent, *self._tensors.in_place}, run)
-        self._find_tensors()
+            self._find_tensors()
+            if obstacle := reason_of_a_trial(self.model, self._prefix, run, before):
+                self.late = replace(self.late, obstacle=obstacle)
+                self._find_tensors()
         return self.late
 
     def perturb_all(self) -> None:
@@ -211,14 +214,13 @@ class SharpnessAwareMinimizer:
     def _pass(self) -> Iterator[None]:
         """Mark the block as a pass; forget what was collected if the block ends by an exception."""
         before, self._seam.is_in_a_pass = self._seam.is_in_a_pass, True
-        completed = False
         try:
             yield
-            completed = True
+        except BaseException:
+            self.reset()
+            raise
         finally:
             self._seam.is_in_a_pass = before
-            if not completed:
-                self.reset()
 
     # From gradients to eps -----------------------------------------------------------------------------------------
 

@@ -82,10 +82,10 @@ def test_sharing_changes_no_bit(family, depth, case, how):
     assert whole.minimizer.late == shared.minimizer.late
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    # Two steps with one or two micro-batches, and the pass that finds the layers.
+    # Two steps with one or two micro-batches, the pass that finds the layers, and the trial.
     micro_batches = 2 * len(shared.batches)
-    assert calls[shared.minimizer.late.before[0]] == 1 + micro_batches
-    assert calls[shared.minimizer.late.first] == 1 + 2 * micro_batches
+    assert calls[shared.minimizer.late.before[0]] == 2 + micro_batches
+    assert calls[shared.minimizer.late.first] == 3 + 2 * micro_batches
 
 
 def count_calls(model):

@@ -121,6 +121,66 @@ class Remembering(Net):
         return self.head(x)
 
 
+class EarlyBias(Net):
+    """Reads a parameter of a late layer before."""
+
+    def forward(self, x):
+        x = self.blocks[0](self.stem(x) + self.blocks[1].bias)
+        return self.head(self.act(self.blocks[1](gelu(x))))
+
+
+class Handing(Net):
+    """Hands a parameter through a layer without parameters, past all others."""
+
+    def forward(self, x):
+        scale = self.act(self.pos)
+        return self.head(self.blocks[1](gelu(self.blocks[0](self.stem(x)))) * scale)
+
+
+class Noisy(Net):
+    """Draws random numbers between layers, for later."""
+
+    def forward(self, x):
+        x = self.drop(self.stem(x))
+        noise = 0.5 * torch.randn_like(x)
+        return self.head(self.blocks[1](gelu(self.blocks[0](x))) + noise)
+
+
+class Adding(Net):
+    """Changes what a frozen layer returned in place, and adds it at the end."""
+
+    frozen = True
+
+    def forward(self, x):
+        x = self.stem(x)
+        x += self.pos
+        return self.head(x + self.act(self.blocks[1](gelu(self.blocks[0](gelu(x))))))
+
+
+class Remarking(Net):
+    """Remembers a statistic of an early layer for the end."""
+
+    class Stem(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            self.mean = y.detach().mean(0)
+            return y
+
+    def __init__(self, *blocks):
+        super().__init__(*blocks)
+        self.stem = self.Stem(6, 8)
+
+    def forward(self, x):
+        return self.head(self.blocks[0](self.stem(x))) + self.stem.mean[:3]
+
+
+class Hooked(Net):
+    def forward(self, x):
+        x = self.stem(x)
+        x.register_hook(lambda grad: None)
+        return self.head(self.blocks[0](x))
+
+
 def plain_loss(net, x, y):
     return cross_entropy(net(x), y)
 
@@ -133,6 +193,16 @@ def of_a_teacher(net, x, y):
     with torch.no_grad():
         target = (x @ torch.ones(6, 500) @ torch.ones(500, 500))[:, :3] * 0
     return plain_loss(net, x, y) + (net(x) - target).square().mean()
+
+
+def pseudo_labels(net, x, y):
+    with torch.inference_mode():
+        y = net(x).argmax(-1)
+    return plain_loss(net, x, y.clone())
+
+
+def decayed(net, x, y):
+    return plain_loss(net, x, y) + 0.01 * sum(p.square().sum() for p in net.parameters())
 
 
 def adversarial(net, x, y):
@@ -150,6 +220,8 @@ AWKWARD = {
     "a list that is emptied": (Popping, 0.4, "head", plain_loss),
     "a list that grows": (Appending, 0.5, "head", plain_loss),
     "a buffer that changes its shape": (lambda: Remembering(*layers(1)), 0.3, "head", plain_loss),
+    "a late bias that is read before": (lambda: EarlyBias(*layers(2)), 0.5, "act", plain_loss),
+    "labels of its own": (lambda: Net(*layers()), 0.4, "blocks.2", pseudo_labels),
     "two views": (lambda: Net(*layers()), 0.4, "blocks.2", two_views),
     "other products in the loss": (lambda: Net(*layers()), 0.4, "blocks.2", of_a_teacher),
 }
@@ -183,7 +255,11 @@ def steps(net, depth, loss, shared=True, sizes=(6, 6, 4), between=lambda net, nu
 
 def built(build):
     torch.manual_seed(5)
-    return quantize(build(), SAQQuantizationConfig(activation_bits=None))
+    net = quantize(build(), SAQQuantizationConfig(activation_bits=None))
+    if getattr(net, "frozen", False):
+        net.stem.requires_grad_(False)
+        net.pos.requires_grad_(False)
+    return net
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -204,24 +280,55 @@ def test_layers_that_are_only_read_belong_to_their_block():
     assert "blocks.0.read.weight" not in minimizer.late.parameters
 
 
-@pytest.mark.parametrize(("loss", "reason"), [(adversarial, "gradients of the model's inputs"), (None, "outside of")])
-def test_what_cannot_be_shared_takes_two_whole_passes(loss, reason):
-    class Checkpointed(Net):
-        def forward(self, x):
-            x = self.stem(x)
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-            return self.head(x)
+class Checkpointed(Net):
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(x)
 
-    def build():
-        return Net(*layers()) if loss else Checkpointed(*layers())
 
+ANOTHER = "a trial .* the gradient of .* was another"
+NOT_SHARED = {
+    "gradients of images": (lambda: Net(*layers()), adversarial, "the loss asks for gradients of the model's inputs"),
+    "checkpointing": (lambda: Checkpointed(*layers()), plain_loss, "parts of it also run outside of its forward"),
+    "a parameter that passes a module": (lambda: Handing(*layers(2)), plain_loss, ANOTHER),
+    "random numbers": (lambda: Noisy(*layers(2)), plain_loss, ANOTHER),
+    "a change in place that goes past": (lambda: Adding(*layers(2)), plain_loss, ANOTHER),
+    "what a layer remembers": (lambda: Remarking(*layers(1)), two_views, ANOTHER),
+    "a term of the parameters": (lambda: Net(*layers()), decayed, "a trial .* by another way than through it"),
+    "hooks of tensors": (lambda: Hooked(*layers(1)), plain_loss, "a trial .*cannot register a hook"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SHARED)
+def test_what_cannot_be_shared_takes_two_whole_passes(name):
+    build, loss, reason = NOT_SHARED[name]
     with pytest.warns(UserWarning, match=f"two whole passes, because .*{reason}"):
-        found, _ = steps(built(build), 0.5, loss or plain_loss)
+        found, minimizer = steps(built(build), 0.5, loss)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected, _ = steps(built(build), 0.5, loss or plain_loss, shared=False)
+        expected, _ = steps(built(build), 0.5, loss, shared=False)
+    assert minimizer.late.obstacle and len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_first_layer_that_is_left_out_is_told():
+    class Leaving(Net):
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks if self.training else ():
+                x = block(x) if self.all or block is not self.blocks[2] else x
+            return self.head(x)
+
+    net = built(lambda: Leaving(*layers()))
+    net.all = True
+
+    def leave(net, number):
+        net.all = number == 0
+
+    with pytest.raises(RuntimeError, match="blocks.2, where the perturbed layers begin, did not run in this step"):
+        steps(net, 0.4, plain_loss, between=leave)
 
 
 def test_unfrozen_layers_are_looked_at_again():

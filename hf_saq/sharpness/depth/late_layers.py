@@ -22,7 +22,6 @@ class LateLayers:
         share: Share of the operations of a forward pass that are done from `first` on, in (0, 1].
         parameters: Parameters that are used from `first` on.
         before: Modules that run before `first` begins, without those inside of others of them.
-        trained_before: Parameters inside of `before` that had a gradient.
         trainable: Parameters that were trainable when the layers were found.
         obstacle: Why two passes of the model cannot share what comes before `first`; `""`: they can.
     """
@@ -31,7 +30,6 @@ class LateLayers:
     share: float
     parameters: frozenset[str]
     before: tuple[str, ...]
-    trained_before: frozenset[str]
     trainable: frozenset[str]
     obstacle: str
 
@@ -81,21 +79,19 @@ def find_late_layers(
 def _ends(model: nn.Module, visits: Visits) -> list[LateLayers]:
     """List the ends that begin with each module that has others before it."""
     owners = {name: visits.owner(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    trained = {name for name, p in model.named_parameters() if p.grad is not None}
     names = list(visits.of)
     ends = []
     for number, name in enumerate(names):
         earlier = [other for other in names[:number] if not is_inside(name, other)]
         if not earlier or not visits.of[name].can_be_first:
             continue
-        late, inside = set(names[number:]), set(earlier)
+        late = set(names[number:])
         ends.append(
             LateLayers(
                 first=name,
                 share=1 - visits.of[name].done_before / max(visits.total, 1),
                 parameters=frozenset(p for p, owner in owners.items() if owner in late),
                 before=tuple(other for other in earlier if not any(is_inside(other, outer) for outer in earlier)),
-                trained_before=frozenset(p for p in trained if owners[p] in inside),
                 trainable=_trainable(model),
                 obstacle=visits.obstacle,
             )
@@ -113,9 +109,8 @@ def _separated(visits: Visits, end: LateLayers) -> LateLayers | None:
     # Parameters of modules around the first one may be used after it, such as the scale of logits.
     if not all(is_inside(end.first, visits.owner(name)) for name in strange):
         return None
-    if strange and strange & visits.parameters_behind(inputs):
-        return None
-    return replace(end, parameters=end.parameters | strange)
+    parameters = end.parameters | strange
+    return None if parameters & visits.parameters_behind(inputs) else replace(end, parameters=parameters)
 
 
 def _refuse_compiled_parts(model: nn.Module) -> None:

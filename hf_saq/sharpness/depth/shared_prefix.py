@@ -95,15 +95,18 @@ class SharedPrefix:
         self._norms: list[nn.Module] = []
         self.parameters: list[nn.Parameter] = []
         self._inside: list[nn.Parameter] = []
-        self._trained: dict[str, nn.Parameter] = {}
         if late is not None:
             self._modules = {name: model.get_submodule(name) for name in (*late.before, late.first)}
             own = {name: p for name, p in model.named_parameters() if name not in late.parameters}
             self.parameters = list(own.values())
             self._inside = [p for name, p in own.items() if any(is_inside(name, outer) for outer in late.before)]
-            self._trained = {name: p for name, p in own.items() if name in late.trained_before}
             before = [m for name in late.before for m in self._modules[name].modules()]
             self._norms = [m for m in dict.fromkeys(before) if has_running_statistics(m)]
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether it runs once for both passes."""
+        return self._late is not None
 
     def forget(self) -> None:
         """Let go of what first passes left; their graphs are freed."""
@@ -148,6 +151,11 @@ class SharedPrefix:
             first = self._modules[first_name]
             stack.callback(first.register_forward_pre_hook(keep_inputs, with_kwargs=True).remove)
             yield
+        if not kept.inputs:
+            raise RuntimeError(
+                f"{first_name}, where the perturbed layers begin, did not run in this step, so that its two passes "
+                "cannot share what comes before. Leave ascent_depth out where a model leaves out layers."
+            )
         if any(p.grad is not None for p in self._inside):
             raise RuntimeError(
                 f"The loss reaches layers before {first_name} by another way than through it, so that the two passes "
@@ -157,11 +165,7 @@ class SharedPrefix:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Let the forward inside the block get past the prefix with what the oldest recording kept.
-
-        Raises:
-            RuntimeError: If the backward, the first time, does not reach all of the prefix that it once reached.
-        """
+        """Let the forward inside the block get past the prefix with what the oldest recording kept."""
         if self._late is None or not self._kept:
             yield
             return
@@ -189,13 +193,6 @@ class SharedPrefix:
             first = self._modules[first_name]
             stack.callback(first.register_forward_pre_hook(put_inputs, with_kwargs=True).remove)
             yield
-        missing = [name for name, p in self._trained.items() if p.grad is None]
-        self._trained = {}
-        if missing:
-            raise RuntimeError(
-                f"The gradient of a step whose passes share what comes before {first_name} does not reach "
-                f"{', '.join(missing[:5])}, as it does without ascent_depth. Leave ascent_depth out."
-            )
 
 
 class _Prefix:

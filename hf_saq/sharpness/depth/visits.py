@@ -161,8 +161,8 @@ def _edges(structure: Any) -> set[Edge]:
 
 
 def versions_of(structure: Any) -> list[int]:
-    """List how often each tensor in a structure has been changed in place."""
-    return [leaf._version for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+    """List how often each tensor in a structure has been changed in place; those of inference mode do not count."""
+    return [leaf._version for leaf in tree_leaves(structure) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _what_is_trained_on(output: Any) -> Any:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..frozen_batch_norm import frozen_norm_statistics
 from ..minimizer import SharpnessAwareMinimizer
-from ..parameter_gradients import set_aside
 from ..random_state import RNGState
 from .radius import RadiusMatch
 from .rule import Backward, MicroBatch, Outcome
@@ -104,10 +103,10 @@ class ScheduledStep:
         return late is not None and late.is_current(self.minimizer.model)
 
     def _choose_layers(self, run: Callable[[], object]) -> None:
-        """Decide which layers are perturbed, by one pass more that leaves no trace."""
+        """Decide which layers are perturbed, by up to three passes more that leave no trace."""
         model, before = self.minimizer.model, RNGState()
         try:
-            with set_aside(model.parameters()), frozen_norm_statistics(model):
+            with frozen_norm_statistics(model):
                 late = self.minimizer.perturb_last_layers(self.schedule.ascent_depth, run)
         finally:
             before.restore()

@@ -82,8 +82,8 @@ def test_training_equals_the_reference(family, case, accumulation, sync, knobs, 
     assert largest_difference(trainer.model, expected) < TOLERANCE
     fraction = knobs.get("ascent_fraction", 1)
     looked = [0] * STEPS
-    if "ascent_depth" in knobs:  # one more pass, which finds the last layers
-        looked[kinds.index("two passes")] = 1
+    if "ascent_depth" in knobs:  # three more passes: one finds the last layers, two try how they are perturbed
+        looked[kinds.index("two passes")] = 3
     passes = [accumulation * n for n in expected_samples(kinds, fraction)]
     assert samples == [n + BATCH * extra for n, extra in zip(passes, looked, strict=True)]
     passes = [accumulation * (2 if kind in ("two passes", "fired") else 1) for kind in kinds]

@@ -1,0 +1,67 @@
+"""Try once whether two passes that share what comes before the late layers give the gradients of whole passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..random_state import RNGState
+from .shared_prefix import SharedPrefix
+
+NOT_THE_SAME = 1e-3
+"""Relative difference of a gradient that is no rounding; shared passes compute with the same numbers."""
+
+
+def reason_of_a_trial(model: nn.Module, prefix: SharedPrefix, run: Callable[[], object], before: RNGState) -> str:
+    """Run both passes without a perturbation in between, and compare with the gradients that are in `p.grad`.
+
+    A model may do what nothing but a trial shows: hand values past the late layers, remember some, draw random numbers
+    between its layers.
+
+    Args:
+        run: Runs forward and backward of the batch that left the gradients in `p.grad`, which are put back.
+        before: The random state that this began with.
+
+    Returns:
+        Why the passes cannot share the prefix; `""` if they can.
+    """
+    if not prefix.is_shared:
+        return ""
+    parameters = dict(model.named_parameters())
+    expected = {name: p.grad for name, p in parameters.items()}
+    try:
+        for sharing in (prefix.recording, prefix.replaying):
+            before.restore()
+            for p in parameters.values():
+                p.grad = None
+            with sharing():
+                run()
+        wrong = _different({name: p.grad for name, p in parameters.items()}, expected)
+    except Exception as error:
+        return f"in a trial of sharing what comes before them the model failed ({error})"
+    finally:
+        prefix.forget()
+        for name, p in parameters.items():
+            p.grad = expected[name]
+    return f"in a trial of sharing what comes before them the gradient of {wrong[0]} was another" if wrong else ""
+
+
+def _different(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> list[str]:
+    """Name the gradients that are missing or differ by more than rounding."""
+    norms = {name: grad.double().norm() for name, grad in expected.items() if grad is not None}
+    if not norms:
+        return []
+    rounding = 1e-6 * torch.stack([norm.to("cpu") for norm in norms.values()]).norm()
+    different = []
+    for name, norm in norms.items():
+        grad = found[name]
+        if grad is None:
+            is_wrong = bool(norm > 0)
+        else:  # not finite, as in a step that fp16 skips: neither is right
+            distance = (grad.double() - expected[name].double()).norm().to("cpu")  # type: ignore[union-attr]
+            is_wrong = bool(distance > NOT_THE_SAME * norm.to("cpu") + rounding)
+        if is_wrong:
+            different.append(name)
+    return different
