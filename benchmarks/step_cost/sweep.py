@@ -38,7 +38,7 @@ from .meter import synchronize
 from .models import MODELS
 from .page import more_memory
 from .peak_memory import peak_bytes
-from .ways import BITS, FLOAT, WAYS, Bench, one_step_of, prepare
+from .ways import BITS, BY_DEFAULT, FLOAT, WAYS, Bench, one_step_of, prepare
 
 
 @dataclass
@@ -51,7 +51,7 @@ class CostArguments:
     )
     batch_sizes: list[int] = field(default_factory=lambda: [16], metadata={"help": "Images of a step on a process."})
     ways: list[str] = field(
-        default_factory=lambda: list(WAYS), metadata={"help": "Ways to train; qat is always among them."}
+        default_factory=lambda: list(BY_DEFAULT), metadata={"help": "Ways to train; qat is always among them."}
     )
     rounds: int = field(default=5, metadata={"help": "How often each way is timed."})
     steps: int = field(default=2, metadata={"help": "Steps in a row; one period where that is longer."})

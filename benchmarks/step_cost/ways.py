@@ -43,6 +43,8 @@ WAYS: dict[str, dict[str, Any] | None] = {
 """Fields of `SAQConfig` of each way to train, `None` for what is no SAQ. `qat again` shows how exact a ratio is.
 
 Presets are among them, under the names of what they stand for."""
+BY_DEFAULT = [name for name in WAYS if name not in ("echo 2", "echo 3", "last eighth", "last sixth", "head")]
+"""Those that are timed unless others are named. The rest are timed on models of the sizes that they are trained on."""
 
 
 class EverySecond(NormTrigger):
