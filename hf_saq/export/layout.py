@@ -19,15 +19,10 @@ RECORD = "hf_saq_export"
 """Key in `config.json` of what the export says about itself."""
 EXPORT_VERSION = 1
 NOT_OF_THE_MODEL = (
-    RECORD,
-    "storage",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-    "architectures",
+    *(RECORD, "storage", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"),
+    *("use_cache", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
 )
-"""Fields of a configuration that say how a model was stored, not which one it is."""
+"""Fields of a configuration that say how a model was stored or is called, not which one it is."""
 
 
 def check_free(directory: Path, overwrite: bool, config: Any = None) -> None:
@@ -64,7 +59,8 @@ def _differences(fields: dict[str, Any], config: Any) -> list[str]:
         each["quantization_config"] = {
             name: value for name, value in (quantization or {}).items() if name not in NOT_OF_THE_MODEL
         }
-    found = [name for name in fields if name not in NOT_OF_THE_MODEL and fields[name] != own.get(name)]
+    # Leave out what the class of the configuration does not know.
+    found = [name for name in fields if name in own and name not in NOT_OF_THE_MODEL and fields[name] != own[name]]
     return sorted(found, key=lambda name: (name != "model_type", name))
 
 

@@ -180,6 +180,10 @@ def test_a_graph_beside_saved_weights_leaves_them_loadable(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), pack(model).buffers(), strict=True))
     written = json.loads((tmp_path / "config.json").read_text())
     assert written.pop("hf_saq_export")["format_version"] == 1 and written == json.loads(config)
+    # A trainer leaves `use_cache` there, which configurations of image models do not have, and losses `problem_type`.
+    fields = {**json.loads(config), "use_cache": False, "problem_type": "regression"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    check_free(tmp_path, True, model.config)
     other = quantized(vit, {"pixel_values": images(8)})
     with pytest.raises(ValueError, match="holds another model, whose config.json differs in model_type"):
         export_onnx(other, tmp_path, example=images(2), check=False, overwrite=True)
