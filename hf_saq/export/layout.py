@@ -56,10 +56,10 @@ def _differences(fields: dict[str, Any], config: Any) -> list[str]:
     own = json.loads(config.to_json_string(use_diff=False))
     for each in (own, fields := dict(fields)):
         quantization = each.get("quantization_config")
-        each["quantization_config"] = {
-            name: value for name, value in (quantization or {}).items() if name not in NOT_OF_THE_MODEL
-        }
+        if isinstance(quantization, dict):
+            each["quantization_config"] = {k: v for k, v in quantization.items() if k not in NOT_OF_THE_MODEL}
     # Leave out what the class of the configuration does not know.
+    fields.setdefault("quantization_config", None)
     found = [name for name in fields if name in own and name not in NOT_OF_THE_MODEL and fields[name] != own[name]]
     return sorted(found, key=lambda name: (name != "model_type", name))
 
@@ -92,10 +92,11 @@ def write_export(directory: Path, content: bytes, report: ExportReport, config: 
     with staged(directory) as stage:
         (stage / MODEL_FILE).parent.mkdir(parents=True)
         (stage / MODEL_FILE).write_bytes(content)
-        if not _holds_weights(directory) and hasattr(config, "save_pretrained"):
-            config.save_pretrained(stage)
         # Leave what says how weights beside the graph are stored.
-        fields = _fields_of(directory if _holds_weights(directory) else stage)
+        fields = _fields_of(directory) if _holds_weights(directory) else {}
+        if not fields and hasattr(config, "save_pretrained"):
+            config.save_pretrained(stage)
+            fields = _fields_of(stage)
         fields[RECORD] = {
             "format_version": EXPORT_VERSION,
             "file": report.file,

@@ -184,11 +184,18 @@ def test_a_graph_beside_saved_weights_leaves_them_loadable(tmp_path):
     fields = {**json.loads(config), "use_cache": False, "problem_type": "regression"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     check_free(tmp_path, True, model.config)
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "quantization_config": "saq"}))
+    with pytest.raises(ValueError, match="differs in quantization_config; name another directory"):
+        check_free(tmp_path, True, model.config)
+    (tmp_path / "config.json").write_text(config)
     other = quantized(vit, {"pixel_values": images(8)})
     with pytest.raises(ValueError, match="holds another model, whose config.json differs in model_type"):
         export_onnx(other, tmp_path, example=images(2), check=False, overwrite=True)
     with pytest.raises(ValueError, match="holds another model"):
         export_onnx(quantized(conv_net, X), tmp_path, example=X, check=False, overwrite=True)
+    (tmp_path / "config.json").unlink()  # the weights lack it, and get that of the model again
+    export_onnx(model, tmp_path, example=images(2), check=False, overwrite=True)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "resnet"
     wider = quantized(lambda: resnet(seed=1), {"pixel_values": images(8)}, weight_bits=8)
     with pytest.raises(ValueError, match="differs in quantization_config; name another directory"):
         export_onnx(wider, tmp_path, example=images(2), check=False, overwrite=True)

@@ -61,7 +61,8 @@ class _Kept:
     """Holds what one first pass leaves for its second: in the order of calls, for each module.
 
     Attributes:
-        outputs: Of each module of the prefix. Their values are not used again: the model only has to get past them.
+        outputs: Of each module of the prefix. They only bring the model to the first late module, whose inputs are
+            those of the first pass.
         inputs: What the first late module was called with.
     """
 

@@ -40,12 +40,14 @@ def reason_of_a_trial(model: nn.Module, prefix: SharedPrefix, run: Callable[[], 
                 run()
         wrong = _different({name: p.grad for name, p in parameters.items()}, expected)
     except Exception as error:
-        return f"in a trial of sharing what comes before them the model failed ({error})"
+        return f"in a trial of running what comes before the perturbed layers once the model failed ({error})"
     finally:
         prefix.forget()
         for name, p in parameters.items():
             p.grad = expected[name]
-    return f"in a trial of sharing what comes before them the gradient of {wrong[0]} was another" if wrong else ""
+    if not wrong:
+        return ""
+    return f"in a trial of running what comes before the perturbed layers once the gradient of {wrong[0]} was another"
 
 
 def _different(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> list[str]:
