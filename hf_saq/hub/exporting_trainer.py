@@ -94,11 +94,12 @@ class ExportingTrainer(PublishingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer` does, and put the exported graph of these weights beside a model for use."""
         directory = Path(output_dir or str(self.args.output_dir))
+        is_checkpoint = _internal_call and output_dir is not None
+        if is_checkpoint or not self.args.should_save:  # read no file that another process is writing
+            super().save_model(output_dir, _internal_call)
+            return
         had_graph = _has_record(directory)
         super().save_model(output_dir, _internal_call)
-        is_checkpoint = _internal_call and output_dir is not None
-        if is_checkpoint or not self.args.should_save:
-            return
         if self.exported is not None and self._graph is not None and not self._graph.is_file():
             logger.warning("%s is not there any more; the model is saved without its export.", self._graph)
             self.exported, self._graph = None, None
@@ -136,4 +137,9 @@ def _put_graph(graph: Path, record: Any, directory: Path) -> None:
 
 
 def _has_record(directory: Path) -> bool:
-    return (directory / CONFIG_FILE).is_file() and RECORD in read_json_object(directory / CONFIG_FILE)
+    """Tell whether the model in `directory` may have an exported graph: its `config.json` says so, or is damaged."""
+    file = directory / CONFIG_FILE
+    try:
+        return file.is_file() and RECORD in read_json_object(file)
+    except ValueError:  # a killed save left it; this save replaces it
+        return True

@@ -48,6 +48,8 @@ class TellsInWords(Trainer):
         report = getattr(self.model, "quantization_report", None)
         if _internal_call or not isinstance(report, ConversionReport) or not report.converted:
             return
+        if not self.is_world_process_zero():  # look at no file that another process is writing
+            return
         directory = Path(output_dir or str(self.args.output_dir))
         size = weight_file_bytes(directory)
         if size is None:

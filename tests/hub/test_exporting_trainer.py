@@ -114,6 +114,34 @@ def test_what_it_prints(tmp_path, capsys, talking):
     assert not (tmp_path / "model" / GRAPH).exists()
 
 
+def test_a_process_that_does_not_save_reads_nothing_there(tmp_path, monkeypatch, talking):
+    trainer = trainer_in(tmp_path / "model")
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text("")  # as the process that saves has it while it writes
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    for module in ("run_in_words", "exporting_trainer"):
+        for read in ("weight_file_bytes", "read_json_object"):
+            monkeypatch.setattr(f"hf_saq.hub.{module}.{read}", _must_not_run, raising=False)
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "model"), _internal_call=True)
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
+def _must_not_run(*arguments):
+    raise AssertionError(f"read {arguments}")
+
+
+def test_a_save_replaces_what_a_killed_one_left(tmp_path):
+    trainer = trainer_in(tmp_path / "model")
+    (tmp_path / "model" / "onnx").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["ViT')
+    (tmp_path / "model" / GRAPH).write_bytes(b"of the weights that are replaced")
+    trainer.save_model()
+    AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / GRAPH).exists()
+
+
 def test_clear_errors(tmp_path, monkeypatch):
     floating = trainer_in(tmp_path / "float", model=vit(), saq_config=SAQConfig(case=None))
     with pytest.raises(ValueError, match="ViTForImageClassification is not quantized; expected a quantized model"):
