@@ -52,6 +52,11 @@ def each_by_itself(task: Task, methods: Sequence[str], accuracy: Accuracy) -> di
     tried: dict[str, dict[Chosen, float]] = {}
 
     def search(method: str) -> Chosen:
+        if task.trials == 1:  # there is nothing to choose
+            if METHODS[method].saq is None:
+                return Chosen(task.plain_learning_rates[0], None)
+            return Chosen(task.learning_rates[0], task.radii_of(method)[0])
+
         def scores(candidates: Sequence[Chosen]) -> dict[Chosen, float]:
             with ThreadPoolExecutor(len(candidates)) as threads:  # they only wait for the pool of processes
                 return dict(zip(candidates, threads.map(lambda c: accuracy(method, c), candidates), strict=True))

@@ -85,7 +85,7 @@ class SAQConfig:
     match_radius: bool | None = field(
         default=None,
         metadata={
-            "help": "With ascent_fraction: adapt the radius so that the loss rises as much as in "
+            "help": "With ascent_fraction or ascent_depth: adapt the radius so that the loss rises as much as in "
             "the full step, measured now and then, in every 128th step later on."
         },
     )

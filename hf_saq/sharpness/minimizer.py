@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from . import sharding
-from .depth import LateLayers, SharedPrefix, find_late_layers, reason_of_a_trial
+from .depth import LateLayers, SharedPrefix, choose_late_layers
 from .displacement import Displacement
 from .frozen_batch_norm import frozen_norm_statistics
 from .parameter_gradients import (
@@ -125,19 +124,27 @@ class SharpnessAwareMinimizer:
         """
         sharding.reshard(self.model)
         self.perturb_all()
-        before = RNGState()
-        with self._pass(), set_aside(self._tensors.parameters):
-            self.late = find_late_layers(self.model, depth, {*self._tensors.latent, *self._tensors.in_place}, run)
-            self._find_tensors()
-            if obstacle := reason_of_a_trial(self.model, self._prefix, run, before):
-                self.late = replace(self.late, obstacle=obstacle)
-                self._find_tensors()
+        with self._seam.a_pass(or_else=self.reset), set_aside(self._tensors.parameters):
+            perturbed = {*self._tensors.latent, *self._tensors.in_place}
+            self.late = choose_late_layers(self.model, depth, perturbed, run)
+        self._find_tensors()
         return self.late
 
     def perturb_all(self) -> None:
         """Perturb all layers again."""
         self.late = None
         self._find_tensors()
+
+    @contextmanager
+    def all_perturbed(self) -> Iterator[None]:
+        """Perturb all layers in steps that begin and end inside the block."""
+        late, tensors, prefix = self.late, self._tensors, self._prefix
+        self.perturb_all()
+        try:
+            yield
+        finally:
+            self.late, self._tensors, self._prefix = late, tensors, prefix
+            self._seam.attach(self._tensors.by_quantizer)
 
     def _find_tensors(self) -> None:
         sharding.check_parallelism(self.model, self.case, self.sync)
@@ -167,7 +174,7 @@ class SharpnessAwareMinimizer:
         grads = self._begin_first_pass()
         wanted = {*self._asked_of_parameters(), *(self._tensors.latent if clean is not None else ())}
         wanted |= set(self._prefix.parameters)  # the second pass computes their gradients in the graph of this one
-        with self._pass(), set_aside(self._tensors.parameters), self._prefix.recording():
+        with self._seam.a_pass(or_else=self.reset), set_aside(self._tensors.parameters), self._prefix.recording():
             with self._seam.catching(pass_on=clean is not None or "scale" in self.perturb):
                 with without_gradients(self._tensors.costly, but=wanted) as idle:
                     with self._seam.clearing_with(Mark(idle)):
@@ -189,7 +196,7 @@ class SharpnessAwareMinimizer:
         """
         sharding.check_whole(self.model, "A step that uses and records the same gradients")
         grads = self._begin_first_pass()
-        with self._pass(), self._seam.catching(pass_on=True):
+        with self._seam.a_pass(or_else=self.reset), self._seam.catching(pass_on=True):
             with recorded_gradients(self._asked_of_parameters(), grads) as recorder:
                 with self._seam.clearing_with(recorder):
                     yield
@@ -209,18 +216,6 @@ class SharpnessAwareMinimizer:
     def _asked_of_parameters(self) -> list[nn.Parameter]:
         """List the parameters whose own gradient enters `eps`."""
         return [*(self._tensors.latent if latent_weights_are_asked(self.case) else ()), *self._tensors.in_place]
-
-    @contextmanager
-    def _pass(self) -> Iterator[None]:
-        """Mark the block as a pass; forget what was collected if the block ends by an exception."""
-        before, self._seam.is_in_a_pass = self._seam.is_in_a_pass, True
-        try:
-            yield
-        except BaseException:
-            self.reset()
-            raise
-        finally:
-            self._seam.is_in_a_pass = before
 
     # From gradients to eps -----------------------------------------------------------------------------------------
 

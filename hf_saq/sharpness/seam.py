@@ -8,7 +8,7 @@ only that of the last use is kept if a layer runs twice.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -86,6 +86,18 @@ class Seam:
             # Expand one element: a zero of the weight's shape then takes no memory. Only its gradient does.
             zero = torch.zeros((), dtype=entry.weight.dtype, device=entry.weight.device)
             self.leaves.setdefault(entry.quantizer, zero.expand(entry.weight.shape).requires_grad_())
+
+    @contextmanager
+    def a_pass(self, or_else: Callable[[], None]) -> Iterator[None]:
+        """Mark the block as a pass; call `or_else` if it ends by an exception."""
+        before, self.is_in_a_pass = self.is_in_a_pass, True
+        try:
+            yield
+        except BaseException:
+            or_else()
+            raise
+        finally:
+            self.is_in_a_pass = before
 
     @contextmanager
     def catching(self, pass_on: bool) -> Iterator[None]:

@@ -14,6 +14,7 @@ from . import (
     flowers_vit,
     flowers_vit_224,
     flowers_vit_480,
+    flowers_vit_pooled,
 )
 
 TASKS: dict[str, Task] = {
@@ -24,6 +25,7 @@ TASKS: dict[str, Task] = {
     "cifar-vit": cifar_vit.TASK,
     "flowers-vit": flowers_vit.TASK,
     "flowers-vit-480": flowers_vit_480.TASK,
+    "flowers-vit-pooled": flowers_vit_pooled.TASK,
     "caltech-vit": caltech_vit.TASK,
     "flowers-efficientnet": flowers_efficientnet.TASK,
     "flowers-vit-224": flowers_vit_224.TASK,

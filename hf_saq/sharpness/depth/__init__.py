@@ -2,6 +2,6 @@
 
 from .late_layers import LateLayers, find_late_layers
 from .shared_prefix import SharedPrefix
-from .trial import reason_of_a_trial
+from .trial import choose_late_layers
 
-__all__ = ["LateLayers", "SharedPrefix", "find_late_layers", "reason_of_a_trial"]
+__all__ = ["LateLayers", "SharedPrefix", "choose_late_layers", "find_late_layers"]

@@ -104,11 +104,6 @@ class SharedPrefix:
             before = [m for name in late.before for m in self._modules[name].modules()]
             self._norms = [m for m in dict.fromkeys(before) if has_running_statistics(m)]
 
-    @property
-    def is_shared(self) -> bool:
-        """Tell whether it runs once for both passes."""
-        return self._late is not None
-
     def forget(self) -> None:
         """Let go of what first passes left; their graphs are freed."""
         self._kept = []

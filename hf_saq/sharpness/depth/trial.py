@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..random_state import RNGState
-from .shared_prefix import SharedPrefix
+from .late_layers import LateLayers, find_late_layers
+from .shared_prefix import SharedPrefix, reason_against_sharing
 
 NOT_THE_SAME = 1e-3
 """Relative difference of a gradient that is no rounding; shared passes compute with the same numbers."""
 
 
-def reason_of_a_trial(model: nn.Module, prefix: SharedPrefix, run: Callable[[], object], before: RNGState) -> str:
+def choose_late_layers(
+    model: nn.Module, depth: float, perturbed: Collection[nn.Parameter], run: Callable[[], object]
+) -> LateLayers:
+    """Find late layers as [`find_late_layers`], whose arguments these are, and try whether passes can share the rest.
+
+    Gradients are left in `p.grad`; there must be none before.
+    """
+    before = RNGState()
+    late = find_late_layers(model, depth, perturbed, run)
+    if reason_against_sharing(model, late):
+        return late
+    return replace(late, obstacle=_reason_of_a_trial(model, SharedPrefix(model, late), run, before))
+
+
+def _reason_of_a_trial(model: nn.Module, prefix: SharedPrefix, run: Callable[[], object], before: RNGState) -> str:
     """Run both passes without a perturbation in between, and compare with the gradients that are in `p.grad`.
 
     A model may do what nothing but a trial shows: hand values past the late layers, remember some, draw random numbers
@@ -27,8 +43,6 @@ def reason_of_a_trial(model: nn.Module, prefix: SharedPrefix, run: Callable[[], 
     Returns:
         Why the passes cannot share the prefix; `""` if they can.
     """
-    if not prefix.is_shared:
-        return ""
     parameters = dict(model.named_parameters())
     expected = {name: p.grad for name, p in parameters.items()}
     try:

@@ -1,4 +1,4 @@
-"""Match the radius of an `eps` that is made of a part of its batch to that of the full step."""
+"""Match the radius of an `eps` that is made of a part of its batch, or for a part of the model, to the full step's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..minimizer import SharpnessAwareMinimizer
 from ..parameter_gradients import set_aside
 from ..random_state import RNGState
 from .knobs import Knobs
-from .rule import Backward, MicroBatch
+from .rule import Backward, MicroBatch, Outcome
 from .rules import TwoPasses
 
 EVERY = 128
@@ -33,8 +33,9 @@ LARGEST_CHANGE = math.log(2)
 class RadiusMatch:
     """Finds the factor of `rho` at which `eps` raises the loss as much as the full step's `eps` does at `rho`.
 
-    An `eps` of the same length that is made of a part of the batch climbs less: by how much depends on the model, so
-    that a constant factor such as `1 / sqrt(ascent_fraction)` is right for one and harms another. Now and then the
+    An `eps` of the same length that is made of a part of the batch, or that moves the last layers alone, climbs less:
+    by how much depends on the model, so that a constant factor such as `1 / sqrt(ascent_fraction)` is right for one
+    and harms another. Now and then the
     full step's two passes run on the micro-batches of a step before its own ones. With `r` the rise of the loss that
     the step's `eps` caused and `R` that of the full step, the factor is multiplied by `sqrt(R / r)`, within bounds:
     the exact ratio would be right for a linear loss and too much for a convex one, and single batches are noisy.
@@ -55,13 +56,14 @@ class RadiusMatch:
         """Start anew, with the radius as it is."""
         self.factor, self.steps = 1.0, 0
         self.minimizer.radius_factor = 1.0
-        self._full: tuple[Tensor, Tensor] | None = None
+        self._full: tuple[Tensor, Tensor] | None = None  # its loss and by how much it rises
+        self._rises: list[Tensor] = []
         self._perturbed: list[Tensor] = []
 
     def begin_step(self, batches: Sequence[Any], backward: Backward, progress: float) -> None:
         """Run the full step's passes if it is time to measure; gradients, random state and statistics stay as they
         are."""
-        self._full, self._perturbed = None, []
+        self._full, self._rises, self._perturbed = None, [], []
         is_power_of_two = self.steps.bit_count() == 1
         is_due = is_power_of_two if self.steps < EVERY else self.steps % EVERY == 0
         self.steps += 1
@@ -75,7 +77,11 @@ class RadiusMatch:
             return backward(batch, reduce=False)
 
         try:
-            with set_aside(minimizer.model.parameters()), frozen_norm_statistics(minimizer.model):
+            with (
+                set_aside(minimizer.model.parameters()),
+                frozen_norm_statistics(minimizer.model),
+                minimizer.all_perturbed(),
+            ):
                 outcomes = [
                     reference.micro_batch(MicroBatch(k, batches, unreduced, "two passes", progress))
                     for k in range(len(batches))
@@ -84,19 +90,21 @@ class RadiusMatch:
             before.restore()
             minimizer.reset()
             minimizer.radius_factor, minimizer.skipped = self.factor, skipped
-        clean, rises = [o.loss for o in outcomes], [rise for o in outcomes for rise in o.sharpness]
-        self._full = sum(clean[1:], clean[0]), sum(rises[1:], rises[0])
+        self._full = _sum([o.loss for o in outcomes]), _sum([rise for o in outcomes for rise in o.sharpness])
 
-    def add(self, perturbed_loss: Tensor) -> None:
-        """Take in the loss of one micro-batch at the point that the step's own `eps` leads to."""
-        self._perturbed.append(perturbed_loss)
+    def add(self, outcome: Outcome) -> None:
+        """Take in what one micro-batch gave with the step's own `eps`."""
+        if outcome.is_clean:
+            self._rises += outcome.sharpness
+        else:
+            self._perturbed.append(outcome.loss)
 
     def end_step(self) -> None:
         """Adapt the factor if this step was measured; alike on all processes."""
-        if self._full is None or not self._perturbed:
+        if self._full is None or not (self._rises or self._perturbed):
             return
         clean, full_rise = self._full
-        rise = sum(self._perturbed[1:], self._perturbed[0]) - clean
+        rise = _sum(self._rises) if self._rises else _sum(self._perturbed) - clean
         wanted, found = sharding.averaged(full_rise).item(), sharding.averaged(rise).item()
         if not (math.isfinite(wanted) and math.isfinite(found) and wanted > 0):
             return
@@ -113,3 +121,7 @@ class RadiusMatch:
         """Take what [`state`] gave."""
         self.factor, self.steps = values["factor"], int(values["steps"])
         self.minimizer.radius_factor = self.factor
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return sum(values[1:], values[0])

@@ -124,7 +124,7 @@ class StepRule(ABC):
 
     @classmethod
     def can_match_radius(cls, knobs: Knobs) -> bool:  # noqa: ARG003
-        """Tell whether each step has an `eps` made of a part of its own batch, whose radius may be matched."""
+        """Tell whether each step has an `eps` of a part of its batch, or of the model, to match the radius of."""
         return False
 
     @classmethod

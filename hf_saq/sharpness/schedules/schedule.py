@@ -15,7 +15,7 @@ Cost of one optimizer step, in forward+backward passes; a plain step costs 1, th
 | `reuse="previous"`      | `eps` from the gradient that the only pass of the step before gave  | 1               |
 | `reuse="echo"`          | use each batch k steps in a row, perturb all but the first of them  | 1               |
 | `reuse="look"`          | keep a component of every k-th gradient, add it to those between    | 1 + 1/k         |
-| `match_radius`          | adapt the radius of an `eps` that is made of a part of its batch     | + 1/64          |
+| `match_radius`          | adapt the radius of an `eps` of a part of its batch, or of the model | + 1/64          |
 | `trigger`               | perturb when the gradient is long against its running mean          | 1 + fired share |
 
 What goes together. `start` goes with everything, and so do all cases, `adaptive` and both kinds of `sync`:
@@ -60,7 +60,7 @@ class PerturbationSchedule(Knobs):
         reuse: What the steps between take from earlier ones; a key of `SCHEDULES`.
         trigger: Whether to decide by the gradient norm, see [`NormTrigger`].
         match_radius: Whether to adapt the radius to that of the full step, see [`RadiusMatch`]; for
-            `ascent_fraction` below 1 without `reuse`.
+            `ascent_fraction` or `ascent_depth` below 1 without `reuse`.
         look_alpha: Length of what `reuse="look"` adds, relative to the gradient, >= 0.
 
     Raises:
@@ -80,9 +80,10 @@ class PerturbationSchedule(Knobs):
             )
         if self.match_radius and not self.rule.can_match_radius(self):
             raise ValueError(
-                f"match_radius=True with ascent_fraction={self.ascent_fraction}, reuse={self.reuse!r}, trigger="
-                f"{self.trigger}: the radius is matched where each step has a perturbation made of a part of its own "
-                "batch. Set ascent_fraction below 1 without reuse, or leave match_radius out."
+                f"match_radius=True with ascent_fraction={self.ascent_fraction}, ascent_depth={self.ascent_depth}, "
+                f"reuse={self.reuse!r}, trigger={self.trigger}: the radius is matched where each step has a "
+                "perturbation made of a part of its own batch, or of the model. Set ascent_fraction or ascent_depth "
+                "below 1 without reuse, or leave match_radius out."
             )
 
     @property

@@ -92,8 +92,7 @@ class ScheduledStep:
         outcome = self.rule.micro_batch(micro := MicroBatch(k, batches, backward, action, progress))
         if self.radius is not None:
             outcome.radius_factor = self.radius.factor if micro.is_last else None
-            if not outcome.is_clean:
-                self.radius.add(outcome.loss)
+            self.radius.add(outcome)
             if micro.is_last:
                 self.radius.end_step()
         return outcome

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from statistics import mean
 
 import pytest
 
 from benchmarks.accuracy.choosing import Chosen, choose
 from benchmarks.accuracy.methods import ADAPTIVE, LONGER, QAT, SAQ
 from benchmarks.accuracy.tasks import TASKS
+from benchmarks.shared.places import RESULTS
 
 
 @pytest.fixture
@@ -94,3 +98,36 @@ def test_an_unequal_budget_is_refused(task):
         dataclasses.replace(task, radii=(0.1, 0.2, 0.3, 0.4))
     with pytest.raises(ValueError, match="expected 3, as many as learning_rates and adaptive_radii"):
         dataclasses.replace(task, adaptive_radii=(1.0, 2.0))
+
+
+def test_where_there_is_one_of_each_nothing_is_tried(task):
+    task = dataclasses.replace(
+        task, learning_rates=(2e-3,), plain_learning_rates=(1e-3,), radii=(0.1,), adaptive_radii=(1.0,)
+    )
+    accuracy, asked = recorded(lambda method, settings: 0.5)
+    assert choose(task, [QAT, SAQ, "case 1", ADAPTIVE], accuracy) == {
+        QAT: Chosen(1e-3, None),
+        SAQ: Chosen(2e-3, 0.1),
+        "case 1": Chosen(2e-3, 0.1),
+        ADAPTIVE: Chosen(2e-3, 1.0),
+    }
+    assert not asked
+
+
+def test_the_pooled_radius_is_the_best_in_the_mean_over_all_methods():
+    """As docs/protocol.md says, from the stored trials; and the learning rates are those chosen there."""
+    pooled, directory = TASKS["flowers-vit-pooled"], Path(__file__).parents[3] / RESULTS / "accuracy"
+    methods = [SAQ, "case 1", "case 2", "last eighth", "last sixth", "head"]
+
+    def validation(method: str, rho: float) -> float:
+        name = f"flowers-vit-w4-{method.replace(' ', '-')}-trial-lr0.0003-rho{rho:g}-seed100.json"
+        return json.loads((directory / name).read_text())["outcome"]["validation"]
+
+    means = {rho: mean(validation(method, rho) for method in methods) for rho in (0.01, 0.03, 0.1)}
+    assert pooled.radii == (max(means, key=means.__getitem__),)
+    stored = {
+        method: json.loads((directory / f"flowers-vit-w4-{method.replace(' ', '-')}-seed0.json").read_text())
+        for method in [QAT, *methods]
+    }
+    assert pooled.plain_learning_rates == (stored[QAT]["arguments"]["lr"],)
+    assert {(stored[method]["arguments"]["lr"],) for method in methods} == {pooled.learning_rates}

@@ -13,6 +13,7 @@ from training import BATCH, Images, make_trainer, quantized_model
 from hf_saq import SAQConfig, SharpnessAwareMinimizer
 from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
 from hf_saq.sharpness.schedules.radius import EVERY, LARGEST, RadiusMatch
+from hf_saq.sharpness.schedules.rule import Outcome
 
 RHO = 1e-3
 SAMPLES, FEATURES = 64, 12
@@ -29,10 +30,22 @@ class Linear(nn.Module):
         return (x @ self.w).mean()
 
 
-def set_up(fraction: float):
-    model = Linear()
+class TwoLayers(nn.Module):
+    """`x A b`, the mean over samples: `A` comes first, `b` is the end of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(FEATURES, 4, bias=False, dtype=torch.float64)
+        self.b = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)).mean()
+
+
+def set_up(model: nn.Module | None = None, **knobs: float):
+    model = model or Linear()
     minimizer = SharpnessAwareMinimizer(model, rho=RHO, perturb=["other"])
-    step = ScheduledStep(minimizer, PerturbationSchedule(ascent_fraction=fraction, match_radius=True))
+    step = ScheduledStep(minimizer, PerturbationSchedule(match_radius=True, **knobs))
 
     def backward(batch, reduce=True):
         loss = model(batch)
@@ -48,7 +61,7 @@ def test_the_factor_goes_to_the_ratio_of_the_rises():
     measurements."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64) + 0.2
-    model, step, backward = set_up(0.25)
+    model, step, backward = set_up(ascent_fraction=0.25)
     g, part = x.mean(dim=0), x[: SAMPLES // 4].mean(dim=0)
     cosine = float(g @ part / g.norm() / part.norm())
     assert 0.3 < cosine < 0.9  # something to match
@@ -62,7 +75,31 @@ def test_the_factor_goes_to_the_ratio_of_the_rises():
     assert math.log(factors[-1] * cosine) == pytest.approx(math.log(cosine) * 0.5**7, rel=0.02)
 
 
-def test_what_is_measured_leaves_no_trace_but_the_factor():
+def test_of_the_last_layers_it_goes_to_the_ratio_of_the_rises_too():
+    """To first order the full step raises the loss by `rho * |g|` with `g` of all layers, and `eps` in the last ones
+    by `rho * |g_late|`; the rest is of second order in `rho`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64) + 0.2
+    torch.manual_seed(0)
+    model, step, backward = set_up(TwoLayers(), ascent_depth=0.1)
+    model(x).backward()
+    ratio = float((model.a.weight.grad.square().sum() / model.b.weight.grad.square().sum() + 1).sqrt())
+    assert 1.2 < ratio < 8  # something to match
+    model.zero_grad()
+    factors, norms = [], []
+    for number in range(5):
+        outcome = step.micro_batch(0, [x], backward, number, 5)
+        factors.append(outcome.radius_factor)
+        norms.append(step.minimizer.ascent_norm)
+        assert step.minimizer.late.first == "b"
+        model.zero_grad()
+    late = model.a(x).detach().mean(dim=0).norm().item()
+    assert norms == pytest.approx([late] * 5, rel=1e-6)  # the step's own `eps` is of the last layers, measured or not
+    assert factors[0] == factors[1] == 1.0 and factors[3] == pytest.approx(ratio**0.75, rel=0.02) == factors[4]
+
+
+@pytest.mark.parametrize("knobs", [dict(ascent_fraction=0.5), dict(ascent_depth=0.25)], ids=str)
+def test_what_is_measured_leaves_no_trace_but_the_factor(knobs: dict):
     """A measured step with a factor that stays 1 gives the gradients, statistics and random state of one that is not
     measured."""
     found = []
@@ -70,7 +107,7 @@ def test_what_is_measured_leaves_no_trace_but_the_factor():
         torch.manual_seed(0)
         model = quantized_model("resnet", torch.float32).train()
         minimizer = SharpnessAwareMinimizer(model, rho=0.1)
-        step = ScheduledStep(minimizer, PerturbationSchedule(ascent_fraction=0.5, match_radius=matched))
+        step = ScheduledStep(minimizer, PerturbationSchedule(match_radius=matched, **knobs))
         if matched:
             step.radius.end_step = lambda: None
         data = Images(2 * BATCH, torch.float32)
@@ -97,7 +134,7 @@ def test_what_is_measured_leaves_no_trace_but_the_factor():
 
 
 def test_a_perturbation_that_does_not_climb_gets_a_larger_radius_within_bounds():
-    model, step, backward = set_up(0.25)
+    model, step, backward = set_up(ascent_fraction=0.25)
     downhill = torch.cat([-torch.ones(SAMPLES // 4, FEATURES), torch.ones(3 * SAMPLES // 4, FEATURES)]).double()
     for number in range(EVERY + 1):
         step.micro_batch(0, [downhill], backward, number, EVERY + 1)
@@ -109,16 +146,19 @@ def test_a_perturbation_that_does_not_climb_gets_a_larger_radius_within_bounds()
 def test_a_loss_that_is_not_finite_changes_nothing(bad: float):
     minimizer = SharpnessAwareMinimizer(Linear(), rho=RHO, perturb=["other"])
     match = RadiusMatch(minimizer)
-    match._full = torch.tensor(1.0), torch.tensor(0.5)
-    match.add(torch.tensor(bad))
-    match.end_step()
-    assert match.factor == 1.0 and minimizer.radius_factor == 1.0
+    for outcome in (Outcome(torch.tensor(bad), is_clean=False), Outcome(torch.tensor(1.0), [torch.tensor(bad)])):
+        match._full = torch.tensor(1.0), torch.tensor(0.5)
+        match.add(outcome)
+        match.end_step()
+        match._rises, match._perturbed = [], []
+        assert match.factor == 1.0 and minimizer.radius_factor == 1.0
 
 
 @pytest.mark.parametrize("sync", ["local", "global"])
-def test_the_trainer_logs_it_and_resumes_with_it(sync: str, tmp_path):
+@pytest.mark.parametrize("part", [dict(ascent_fraction=0.5), dict(ascent_depth=0.25)], ids=str)
+def test_the_trainer_logs_it_and_resumes_with_it(part: dict, sync: str, tmp_path):
     """Accumulation of two, stopped after a measured step: the resumed run ends where the whole one does."""
-    knobs = dict(ascent_fraction=0.5, match_radius=True)
+    knobs = dict(**part, match_radius=True)
     how = dict(knobs=knobs, max_steps=6, save_strategy="steps", save_steps=3)
     whole = make_trainer("vit", 3, 2, sync, tmp_path / "whole", **how)
     whole.train()
@@ -149,7 +189,9 @@ def test_a_second_training_starts_with_the_radius_as_it_is(tmp_path):
     ids=str,
 )
 def test_where_there_is_nothing_to_match(knobs: dict):
-    with pytest.raises(ValueError, match="match_radius=True with ascent_fraction=.*Set ascent_fraction below 1"):
+    with pytest.raises(
+        ValueError, match="match_radius=True with ascent_fraction=.*Set ascent_fraction or ascent_depth below"
+    ):
         PerturbationSchedule(match_radius=True, **knobs)
     with pytest.raises(ValueError, match="SAQConfig.match_radius=True with ascent_fraction=.*"):
         SAQConfig(match_radius=True, **knobs)

@@ -42,7 +42,7 @@ class TwoPasses(StepRule):
 
     @classmethod
     def can_match_radius(cls, knobs: Knobs) -> bool:
-        return cls is TwoPasses and knobs.ascent_fraction < 1
+        return cls is TwoPasses and min(knobs.ascent_fraction, knobs.ascent_depth) < 1
 
     @classmethod
     def perturbs_statistics(cls, knobs: Knobs) -> bool:

@@ -1,0 +1,22 @@
+"""Task: ViT-tiny on Oxford Flowers-102 with one radius for every method, which all of their trials chose together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import flowers_vit
+
+RADIUS = 0.1
+
+TASK = replace(
+    flowers_vit.TASK,
+    title="Flowers-102, ViT-tiny, one radius",
+    description=f"{flowers_vit.TASK.description} Every perturbation has the radius that was best in the mean over the "
+    "trials of all methods there (docs/protocol.md).",
+    bits=(4,),
+    # The rates that plain QAT and SAQ chose there.
+    learning_rates=(3e-4,),
+    plain_learning_rates=(2e-4,),
+    radii=(RADIUS,),
+    adaptive_radii=(1.0,),
+)
