@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..storage import staged
 from ..storage.saved_directory import PROCESSOR_FILES, TIMM
+from ..storage.stored_tensors import tensor_with_other_values
 from ..storage.weight_files import is_model_file, weight_file_bytes
 from .report import ExportReport
 
@@ -25,12 +28,12 @@ NOT_OF_THE_MODEL = (
 """Fields of a configuration that say how a model was stored or is called, not which one it is."""
 
 
-def check_free(directory: Path, overwrite: bool, config: Any = None) -> None:
+def check_free(directory: Path, overwrite: bool, model: nn.Module | None = None) -> None:
     """Raise `ValueError` if an export must not be written to `directory`.
 
     Args:
         overwrite: Whether an earlier export, or files of the quantized model itself, may be there.
-        config: The configuration of the model that is exported, or `None`.
+        model: What is exported; `None`: nothing of it may be there.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; expected a directory to write.")
@@ -41,12 +44,18 @@ def check_free(directory: Path, overwrite: bool, config: Any = None) -> None:
     fields = _fields_of(directory)
     if not fields or (RECORD in fields and not _holds_weights(directory)):
         return
-    differences = _differences(fields, config)
+    differences = _differences(fields, getattr(model, "config", None))
     if differences:
         raise ValueError(
             f"{directory} holds another model, whose {CONFIG_FILE} differs in {', '.join(differences[:5])}; name "
             "another directory."
         )
+    if model is not None and weight_file_bytes(directory) is not None:
+        if name := tensor_with_other_values(model, directory):
+            raise ValueError(
+                f"{directory} holds other weights of this {type(model).__name__}: {name} differs. Save the model "
+                "there first, or name another directory."
+            )
 
 
 def _differences(fields: dict[str, Any], config: Any) -> list[str]:

@@ -76,7 +76,7 @@ def export_onnx(
     if tuned_for not in TUNED_FOR:
         raise ValueError(f"tuned_for={tuned_for!r}; expected one of {list(TUNED_FOR)}.")
     directory = Path(directory)
-    check_free(directory, overwrite, getattr(model, "config", None))
+    check_free(directory, overwrite, model)
     engines = installed_engines() if engines is None else engines
     if isinstance(engines, str) or (check and not engines):
         raise ValueError(

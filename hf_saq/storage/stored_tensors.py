@@ -112,3 +112,22 @@ def names_on_disk(model: nn.Module) -> dict[str, str] | None:
     if any(id(tensor) not in names for tensor in renamed.values()):
         return None
     return {names[id(tensor)]: name for name, tensor in renamed.items()}
+
+
+def tensor_with_other_values(model: nn.Module, directory: Path) -> str | None:
+    """Name a floating-point tensor of `model` whose values in the weight files of `directory` are others.
+
+    Tensors that one of the two stores in another form, as packed codes are, or in another type are not compared.
+    `None`: there is none, or names on disk are not known.
+    """
+    stored, names = StoredTensors(directory), names_on_disk(model) or {}
+    for name, tensor in model.state_dict().items():
+        source = names.get(name)
+        if source is None or source not in stored.names or not tensor.is_floating_point():
+            continue
+        if stored.kind_of(source) == (tensor.shape, tensor.dtype):
+            found = stored.tensor(source)
+            # Scales are not numbers before calibration.
+            if found is not None and not torch.allclose(found, tensor.cpu(), rtol=0, atol=0, equal_nan=True):
+                return name
+    return None

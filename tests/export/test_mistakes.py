@@ -150,19 +150,19 @@ def test_what_an_export_may_write_over(tmp_path):
     model, processor = quantize(vit(), SAQQuantizationConfig()), ViTImageProcessor(size={"height": 16, "width": 16})
     report = ExportReport(FILE, 5, "int8", "cpu", ())
 
-    def write(directory, config, processor=None):
-        check_free(directory, True, config)
-        write_export(directory, b"graph", report, config, processor)
+    def write(directory, model, processor=None):
+        check_free(directory, True, model)
+        write_export(directory, b"graph", report, model.config, processor)
         return {path.name for path in directory.iterdir()}
 
-    assert "preprocessor_config.json" in write(tmp_path / "a", model.config, processor)
+    assert "preprocessor_config.json" in write(tmp_path / "a", model, processor)
     with pytest.raises(ValueError, match="holds files already; .*overwrite=True"):
         check_free(tmp_path / "a", overwrite=False)
-    assert write(tmp_path / "a", resnet().config) == {"config.json", "onnx"}
+    assert write(tmp_path / "a", resnet()) == {"config.json", "onnx"}
     model.save_pretrained(tmp_path / "own")
     processor.save_pretrained(tmp_path / "own")
     for _ in range(2):
-        assert "preprocessor_config.json" in write(tmp_path / "own", model.config)
+        assert "preprocessor_config.json" in write(tmp_path / "own", model)
     vit().save_pretrained(tmp_path / "float")
     before = (tmp_path / "float" / "config.json").read_text()
     with pytest.raises(ValueError, match="holds another model, whose config.json differs in quantization_config"):
@@ -183,10 +183,10 @@ def test_a_graph_beside_saved_weights_leaves_them_loadable(tmp_path):
     # A trainer leaves `use_cache` there, which configurations of image models do not have, and losses `problem_type`.
     fields = {**json.loads(config), "use_cache": False, "problem_type": "regression"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    check_free(tmp_path, True, model.config)
+    check_free(tmp_path, True, model)
     (tmp_path / "config.json").write_text(json.dumps({**fields, "quantization_config": "saq"}))
     with pytest.raises(ValueError, match="differs in quantization_config; name another directory"):
-        check_free(tmp_path, True, model.config)
+        check_free(tmp_path, True, model)
     (tmp_path / "config.json").write_text(config)
     other = quantized(vit, {"pixel_values": images(8)})
     with pytest.raises(ValueError, match="holds another model, whose config.json differs in model_type"):
@@ -217,3 +217,18 @@ def test_inputs_that_an_export_does_not_take(engine: str, tmp_path):
         loaded(torch.zeros(2, 3, 9, 8))
     with pytest.raises(ValueError, match="pixel_values has NaN"):
         loaded(torch.full((2, 3, 8, 8), float("nan")))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_graph_is_not_put_beside_weights_of_another_training(packed, tmp_path):
+    """Their configurations are the same."""
+    model = quantized(resnet, {"pixel_values": images(8)})
+    (pack(copy.deepcopy(model)) if packed else model).save_pretrained(tmp_path)
+    check_free(tmp_path, True, model)
+    check_free(tmp_path, True, pack(copy.deepcopy(model)))
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).weight.add_(1e-3)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds other weights of this ResNet.*: resnet.*weight differs. Save the"):
+        export_onnx(model, tmp_path, example=images(2), check=False, overwrite=True)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
