@@ -20,6 +20,7 @@ ORDER = (
     "lazy",
     "registration",
     "tables",
+    "outputs",
     "data",
     "quantizers",
     "layers",

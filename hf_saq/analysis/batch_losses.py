@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..outputs import logits_of
 from ..sharpness import RNGState
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -115,22 +116,6 @@ def labelled_loss(model: nn.Module, batch: Any) -> Tensor:
         f"`batches` holds a {type(batch).__name__}; expected a dict of keyword inputs with labels, or a pair of "
         "inputs and labels. Pass `loss=` with a function of model and batch for batches of another type."
     )
-
-
-def logits_of(output: Any) -> Tensor:
-    """Find the logits in what a model returned: a tensor, an output of transformers, or a tuple that begins with them.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        found = output[0]
-    if found is None:
-        raise ValueError(f"The model returned a {type(output).__name__}; expected logits: a tensor, or `.logits`.")
-    return found
 
 
 @contextmanager

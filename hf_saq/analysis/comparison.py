@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..layers import PackedLayer, QuantizedLayer
+from ..outputs import logits_of
 from ..tables import text_table
 from .agreement import decibels
-from .batch_losses import LabelledBatches, Loss, left_as_it_was, logits_of
+from .batch_losses import LabelledBatches, Loss, left_as_it_was
 from .progress import progress_bar
 from .results import Result, new_figure
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import conversion
 from ..layers import HoldsQuantizers, PackedLayer, QuantizedLayer
 from ..layers.shared_input import SharedInput, refers_to_anothers_quantizer, refuse_orphaned_inputs
+from ..outputs import logits_of
 from ..quantizers import Quantizer
 from .integer_layers import IntegerActivation, IntegerLayer
 
@@ -82,16 +83,3 @@ class LogitsOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return logits_of(self.model(x))
-
-
-def logits_of(output: Any) -> Tensor:
-    """Take the logits out of what a classifier returned."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ValueError(
-        f"the model returns a {type(output).__name__} without `logits`; only classifiers can be exported: models that "
-        "return a tensor, or an output with `logits`."
-    )

@@ -72,6 +72,9 @@ class SharpnessAwareMinimizer:
         ValueError: If an argument is out of range or `perturb` selects no tensor of the model.
     """
 
+    _tensors: PerturbedTensors
+    _prefix: SharedPrefix
+
     def __init__(
         self,
         model: nn.Module,

@@ -16,7 +16,7 @@ def _torch(path: Path, threads: int, quantized: bool, compiled: bool = False, de
     import torch
 
     from ..conversion import keep_decoded
-    from ..export.integer_copy import logits_of
+    from ..outputs import logits_of
     from ..storage.saved_directory import load_float, load_saved
 
     torch.set_num_threads(threads)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..export.integer_copy import logits_of
 from ..layers import PackedLayer, QuantizedLayer
+from ..outputs import logits_of
 from .forms import FORMS, StoredForms
 from .inputs import images_for
 from .machine import cores, machine, versions

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, ViTImageProcessor, pipeline
 
 from hf_saq.export import ExportedClassifier, export_onnx
 from hf_saq.export.checks.whole_model import own_logits
-from hf_saq.export.integer_copy import logits_of
+from hf_saq.outputs import logits_of
 
 ENGINES = ["onnxruntime", "openvino"]
 

@@ -27,11 +27,12 @@ from tiny_models import (
 from torch import nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.export.integer_copy import integer_copy, logits_of
+from hf_saq.export.integer_copy import integer_copy
 from hf_saq.export.integer_layers import IntegerLayer
 from hf_saq.export.operators import quantize_dequantize
 from hf_saq.export.stored_grids import ActivationGrid, WeightGrid
 from hf_saq.layers import QuantizedLayer
+from hf_saq.outputs import logits_of
 from hf_saq.quantizers import QUANTIZERS, QuantizerSettings
 
 MODELS = {

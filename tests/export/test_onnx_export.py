@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.export import export_onnx
 from hf_saq.export.extras import needed
-from hf_saq.export.integer_copy import logits_of
+from hf_saq.outputs import logits_of
 
 FILE = "onnx/model_quantized.onnx"
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ...conversion.observing import PassThrough
+from ...outputs import logits_of
 from ...quantizers import Quantizer
 from ...quantizers.settings import check_bits
 from ...tables import text_table
 from ..agreement import agreement, signal_to_noise
-from ..batch_losses import LabelledBatches, Loss, left_as_it_was, logits_of
+from ..batch_losses import LabelledBatches, Loss, left_as_it_was
 from ..progress import progress_bar
 from ..results import Result, new_figure
 from ..weight_point import WeightPoint

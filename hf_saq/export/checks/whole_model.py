@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...outputs import logits_of
 from ...quantizers import Quantizer
-from ..integer_copy import logits_of
 from ..tracing import OUTPUT
 from .sessions import run_graph
 

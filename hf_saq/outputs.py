@@ -1,0 +1,27 @@
+"""Find the logits in what a classifier returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def logits_of(output: Any) -> Tensor:
+    """Take the logits: `output` is that tensor, has it as `logits`, as outputs of transformers do, or begins with it.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(
+        f"the model returns a {type(output).__name__} without `logits`; expected a classifier, which returns a "
+        "tensor, an output with `logits`, or a tuple that begins with them."
+    )
