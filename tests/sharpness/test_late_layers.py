@@ -210,6 +210,31 @@ def test_more_forwards_in_the_second_pass_are_told():
     assert "forward" not in vars(net[0])  # and the model is as it was
 
 
+@pytest.mark.filterwarnings("ignore:ascent_depth. perturbed steps take two whole passes")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_code_that_is_compiled_for_the_last_layers_serves_all_of_them_too():
+    """What is compiled while the last layers are perturbed has no hooks at the others; they get theirs later."""
+    net = quantize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), SAQQuantizationConfig(activation_bits=None))
+    torch._dynamo.reset()
+    net.compile(backend="eager")
+    x = torch.randn(3, 4)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.1, perturb=["weight"])
+    minimizer.perturb_last_layers(0.5, lambda: net(x).sum().backward())
+    torch._dynamo.reset()
+
+    def perturbed() -> set[nn.Module]:
+        with minimizer.ascent():
+            net(x).square().sum().backward()
+        with minimizer.perturbed() as eps:
+            net(x).square().sum().backward()
+            return set(eps.outputs)
+
+    assert perturbed() == {net[1].weight_quantizer}
+    with minimizer.all_perturbed():
+        assert perturbed() == {net[0].weight_quantizer, net[1].weight_quantizer}
+    assert perturbed() == {net[1].weight_quantizer}
+
+
 def test_gradient_checkpointing_takes_two_whole_passes_with_the_same_result():
     found = []
     for checkpointing in (False, True):
