@@ -8,8 +8,11 @@ from typing import Any
 from torch import Tensor
 
 
-def logits_of(output: Any) -> Tensor:
-    """Take the logits: `output` is that tensor, has it as `logits`, as outputs of transformers do, or begins with it.
+def logits_of(output: Any, may_be_first: bool = False) -> Tensor:
+    """Take the logits: `output` is that tensor, or has it as `logits`, as outputs of transformers do.
+
+    Args:
+        may_be_first: Whether they may also be the first of several values, as where `return_dict=False`.
 
     Raises:
         ValueError: If there are none.
@@ -17,11 +20,11 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output:
+    if may_be_first and isinstance(output, (tuple, list)) and output:
         found = output[0]
     if isinstance(found, Tensor):
         return found
     raise ValueError(
         f"the model returns a {type(output).__name__} without `logits`; expected a classifier, which returns a "
-        "tensor, an output with `logits`, or a tuple that begins with them."
+        f"tensor or an output with `logits`{', or a tuple that begins with them' if may_be_first else ''}."
     )

@@ -88,6 +88,8 @@ def how(records: Sequence[dict[str, Any]]) -> str:
 
 
 def how_chosen(task: Task) -> str:
+    if task.trials == 1:
+        return "Learning rates and the radius are those that other trials chose ([protocol.md](protocol.md))."
     if task.trials:
         at = "" if task.tuned_at is None else f", at {task.tuned_at} bits for all"
         return (

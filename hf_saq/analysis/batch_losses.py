@@ -111,7 +111,7 @@ def labelled_loss(model: nn.Module, batch: Any) -> Tensor:
             )
         return loss
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return F.cross_entropy(logits_of(model(batch[0])), batch[1])
+        return F.cross_entropy(logits_of(model(batch[0]), may_be_first=True), batch[1])
     raise ValueError(
         f"`batches` holds a {type(batch).__name__}; expected a dict of keyword inputs with labels, or a pair of "
         "inputs and labels. Pass `loss=` with a function of model and batch for batches of another type."

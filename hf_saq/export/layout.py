@@ -41,16 +41,21 @@ def check_free(directory: Path, overwrite: bool, model: nn.Module | None = None)
         raise ValueError(
             f"{directory} holds files already; name another directory or pass overwrite=True (--overwrite)."
         )
-    fields = _fields_of(directory)
-    if not fields or (RECORD in fields and not _holds_weights(directory)):
+    fields, config, holds_weights = _fields_of(directory), getattr(model, "config", None), _holds_weights(directory)
+    if not holds_weights and (not fields or RECORD in fields):
         return
-    differences = _differences(fields, getattr(model, "config", None))
+    if not fields and hasattr(config, "to_json_string"):
+        raise ValueError(
+            f"{directory} holds weights without a {CONFIG_FILE} that can be read, so that it is not known what they "
+            "are. Save the model there first, or name another directory."
+        )
+    differences = _differences(fields, config) if fields else []
     if differences:
         raise ValueError(
             f"{directory} holds another model, whose {CONFIG_FILE} differs in {', '.join(differences[:5])}; name "
             "another directory."
         )
-    if model is not None and weight_file_bytes(directory) is not None:
+    if model is not None and holds_weights:
         if name := tensor_with_other_values(model, directory):
             raise ValueError(
                 f"{directory} holds other weights of this {type(model).__name__}: {name} differs. Save the model "

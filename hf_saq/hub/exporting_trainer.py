@@ -94,18 +94,26 @@ class ExportingTrainer(PublishingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer` does, and put the exported graph of these weights beside a model for use."""
         directory = Path(output_dir or str(self.args.output_dir))
-        is_checkpoint = _internal_call and output_dir is not None
-        if is_checkpoint or not self.args.should_save:  # read no file that another process is writing
-            super().save_model(output_dir, _internal_call)
-            return
-        had_graph = _has_record(directory)
         super().save_model(output_dir, _internal_call)
+        is_checkpoint = _internal_call and output_dir is not None
+        if is_checkpoint or not self.args.should_save:
+            return
         if self.exported is not None and self._graph is not None and not self._graph.is_file():
             logger.warning("%s is not there any more; the model is saved without its export.", self._graph)
             self.exported, self._graph = None, None
         if self._graph is not None:
             _put_graph(self._graph, self._record, directory)
-        elif had_graph:  # of other weights, beside which it would pass for these
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save as `Trainer` does; remove the graph of an earlier export there, which would pass for these weights."""
+        directory = Path(output_dir or str(self.args.output_dir))
+        if not self.args.should_save:  # read no file that another process is writing
+            super()._save(output_dir, state_dict)
+            return
+        had_graph = _has_record(directory)
+        super()._save(output_dir, state_dict)
+        is_present = self._graph is not None and self._graph.resolve() == (directory / MODEL_FILE).resolve()
+        if had_graph and not is_present:
             (directory / MODEL_FILE).unlink(missing_ok=True)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):

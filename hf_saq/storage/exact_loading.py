@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .stored_tensors import StoredTensors, names_on_disk
+from .stored_tensors import StoredTensors, names_there
 
 
 def load_exactly(model: nn.Module, directory: str | Path) -> None:
@@ -25,14 +25,11 @@ def load_exactly(model: nn.Module, directory: str | Path) -> None:
     """
     stored = StoredTensors(Path(directory))
     state = model.state_dict(keep_vars=True)
-    where = names_on_disk(model)
-    if where is None:  # the file has another form, which only transformers can turn into this one
+    names = names_there(model, stored)
+    if names is None:  # the file has another form, which only transformers can turn into this one
         assert isinstance(model, PreTrainedModel)
         model.load_state_dict(type(model).from_pretrained(directory, dtype=model.dtype).state_dict())
         return
-    # Try both kinds of names: a model that was loaded from a file with other names saves under those again.
-    same = {name: name for name in state}
-    names = max((where, same), key=lambda scheme: len(stored.names.intersection(scheme.values())))
     found = _with_tied(state, {name: names[name] for name in state if names.get(name) in stored.names})
     left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     missing = [name for name in state if name not in found and name not in left_out]

@@ -114,20 +114,36 @@ def names_on_disk(model: nn.Module) -> dict[str, str] | None:
     return {names[id(tensor)]: name for name, tensor in renamed.items()}
 
 
-def tensor_with_other_values(model: nn.Module, directory: Path) -> str | None:
-    """Name a floating-point tensor of `model` whose values in the weight files of `directory` are others.
+def names_there(model: nn.Module, stored: StoredTensors) -> dict[str, str] | None:
+    """Map names of tensors in a model to those that `stored` may have them under, as [`names_on_disk`].
 
-    Tensors that one of the two stores in another form, as packed codes are, or in another type are not compared.
-    `None`: there is none, or names on disk are not known.
+    A model that was loaded from a file with other names saves under those again, so both kinds are tried.
     """
-    stored, names = StoredTensors(directory), names_on_disk(model) or {}
-    for name, tensor in model.state_dict().items():
+    where = names_on_disk(model)
+    if where is None:
+        return None
+    same = {name: name for name in model.state_dict(keep_vars=True)}
+    return max((where, same), key=lambda scheme: len(stored.names.intersection(scheme.values())))
+
+
+def tensor_with_other_values(model: nn.Module, directory: Path) -> str | None:
+    """Name a tensor of `model` that the weight files of `directory` have with other values.
+
+    Tensors that one of the two stores in another form, as packed codes are, or in another type are not compared. If
+    there is nothing to compare, the first one is named.
+
+    Returns:
+        `None`: there is none, or transformers stores the tensors of such models in a form of its own.
+    """
+    stored = StoredTensors(directory)
+    names, compared, state = names_there(model, stored), False, model.state_dict()
+    if names is None:
+        return None
+    for name, tensor in state.items():
         source = names.get(name)
-        if source is None or source not in stored.names or not tensor.is_floating_point():
-            continue
-        if stored.kind_of(source) == (tensor.shape, tensor.dtype):
-            found = stored.tensor(source)
+        if source in stored.names and stored.kind_of(source) == (tensor.shape, tensor.dtype):
+            compared, found = True, stored.tensor(source)
             # Scales are not numbers before calibration.
             if found is not None and not torch.allclose(found, tensor.cpu(), rtol=0, atol=0, equal_nan=True):
                 return name
-    return None
+    return None if compared else next(iter(state), None)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from quantized_models import quantized
+from safetensors.torch import save_file
 from test_checks import FILE, X
 from tiny_models import conv_net, images, linear_net, resnet, vectors, vit
 from torch import nn
@@ -193,9 +194,6 @@ def test_a_graph_beside_saved_weights_leaves_them_loadable(tmp_path):
         export_onnx(other, tmp_path, example=images(2), check=False, overwrite=True)
     with pytest.raises(ValueError, match="holds another model"):
         export_onnx(quantized(conv_net, X), tmp_path, example=X, check=False, overwrite=True)
-    (tmp_path / "config.json").unlink()  # the weights lack it, and get that of the model again
-    export_onnx(model, tmp_path, example=images(2), check=False, overwrite=True)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "resnet"
     wider = quantized(lambda: resnet(seed=1), {"pixel_values": images(8)}, weight_bits=8)
     with pytest.raises(ValueError, match="differs in quantization_config; name another directory"):
         export_onnx(wider, tmp_path, example=images(2), check=False, overwrite=True)
@@ -232,3 +230,38 @@ def test_a_graph_is_not_put_beside_weights_of_another_training(packed, tmp_path)
     with pytest.raises(ValueError, match="holds other weights of this ResNet.*: resnet.*weight differs. Save the"):
         export_onnx(model, tmp_path, example=images(2), check=False, overwrite=True)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", [None, "", '{"model_type": "res'], ids=["missing", "empty", "cut off"])
+def test_a_graph_is_not_put_beside_weights_of_an_unknown_model(damage, tmp_path):
+    """Even of this very model: what would be written does not say how they are stored."""
+    model = quantized(resnet, {"pixel_values": images(8)})
+    pack(copy.deepcopy(model)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if damage is not None:
+        (tmp_path / "config.json").write_text(damage)
+    with pytest.raises(ValueError, match="holds weights without a config.json that can be read"):
+        export_onnx(model, tmp_path, example=images(2), check=False, overwrite=True)
+
+
+def test_plain_modules_are_compared_too(tmp_path):
+    model, other = quantized(conv_net, X), quantize(vit(), SAQQuantizationConfig())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    check_free(tmp_path, True, model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match="holds other weights of this"):
+        check_free(tmp_path, True, model)
+    save_file(other.state_dict(), tmp_path / "model.safetensors")  # nothing of which is in the model
+    with pytest.raises(ValueError, match="holds other weights of this"):
+        check_free(tmp_path, True, model)
+
+
+def test_packed_codes_are_compared_where_both_are_packed(tmp_path):
+    model = pack(quantized(resnet, {"pixel_values": images(8)}))
+    model.save_pretrained(tmp_path)
+    check_free(tmp_path, True, model)
+    codes = next(b for b in model.buffers() if b.dtype == torch.uint8 and b.numel() > 8)
+    codes[..., 0] ^= 1
+    with pytest.raises(ValueError, match="holds other weights of this"):
+        check_free(tmp_path, True, model)

@@ -132,6 +132,21 @@ def _must_not_run(*arguments):
     raise AssertionError(f"read {arguments}")
 
 
+def test_a_graph_of_other_weights_goes_before_a_push_that_fails(tmp_path, monkeypatch):
+    trainer = trainer_in(tmp_path / "model")
+    trainer.export_onnx(check=False)
+    trainer.exported, trainer._graph = None, None  # as training does
+    trainer.args.push_to_hub = True
+
+    def no_connection(**arguments):
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(trainer, "push_to_hub", no_connection)
+    with pytest.raises(ConnectionError):
+        trainer.save_model()
+    assert not (tmp_path / "model" / GRAPH).exists()
+
+
 def test_a_save_replaces_what_a_killed_one_left(tmp_path):
     trainer = trainer_in(tmp_path / "model")
     (tmp_path / "model" / "onnx").mkdir(parents=True)

@@ -21,7 +21,12 @@ class Named:
     ids=lambda output: type(output).__name__,
 )
 def test_they_are_found(output):
-    assert logits_of(output) is LOGITS
+    assert logits_of(output, may_be_first=True) is LOGITS
+    if isinstance(output, (tuple, list)):
+        with pytest.raises(ValueError, match="or an output with `logits`\\."):
+            logits_of(output)
+    else:
+        assert logits_of(output) is LOGITS
 
 
 @pytest.mark.parametrize(
@@ -31,4 +36,4 @@ def test_they_are_found(output):
 )
 def test_what_has_none_is_refused(output):
     with pytest.raises(ValueError, match=f"returns a {type(output).__name__} without `logits`; expected a classifier"):
-        logits_of(output)
+        logits_of(output, may_be_first=True)

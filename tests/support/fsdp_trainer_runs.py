@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tiny_models import images
 from training import make_trainer
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_saq import SAQTrainer
 
@@ -24,6 +24,17 @@ NOT_SHARDED = {
     "trigger": dict(trigger=True),
 }
 """Schedules that read gradients of parameters as each process computes them."""
+
+
+MATCHED = dict(ascent_depth=0.5, match_radius=True)
+
+
+class LooksWithoutGradients(TrainerCallback):
+    """Runs forward alone after each step, as an evaluation does: it leaves the outermost parameters whole."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            model(pixel_values=images(4).double())
 
 
 def accept_cpu(init):
@@ -102,6 +113,9 @@ def run(output: Path) -> tuple[dict, Accelerator]:
     late = trainer_of(3, "global", output / "runs", knobs=dict(ascent_depth=0.5))
     late.train()
     results["last layers"] = {"trained": state_of(late), "first": late.minimizer.late.first}
+    matched = trainer_of(3, "global", output / "runs", knobs=MATCHED, callbacks=[LooksWithoutGradients()])
+    matched.train()
+    results["radius matched"] = {"trained": state_of(matched), **matched.scheduled_step.radius.state()}
 
     common = dict(sync="local", output=output / "refused")
     results["refused"] = {

@@ -101,6 +101,7 @@ def make_trainer(
 ) -> SAQTrainer:
     """`knobs`: further fields of `SAQConfig`. Running statistics stay those of training, as references keep them."""
     changes.setdefault("gradient_accumulation_steps", accumulation)
+    callbacks = changes.pop("callbacks", None)
     steps = changes.get("max_steps", STEPS)
     return cls(
         quantized_model(family, dtype),
@@ -113,6 +114,7 @@ def make_trainer(
             **{"norm_batches": 0, **(knobs or {"schedule": "full"})},
         ),
         train_dataset=Images(BATCH * steps * accumulation * processes, dtype),
+        callbacks=callbacks,
     )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, PROCESSES, RHO, RUNS, STEPS, batch, loss_of, net
-from fsdp_trainer_runs import NOT_SHARDED
+from fsdp_trainer_runs import MATCHED, NOT_SHARDED
 from fsdp_trainer_runs import RUNS as TRAINER_RUNS
 from processes import SUPPORT, run_python
 from reference import package_name, to_reference, train_reference
-from training import reference_result, scheduled_reference
+from training import make_trainer, reference_result, scheduled_reference
 
 TOLERANCE = 1e-11
 
@@ -115,6 +115,17 @@ def test_the_last_layers_alone_equal_the_reference(trained):
     reference, _ = scheduled_reference("vit", 3, 2, "global", dict(ascent_depth=0.5), processes=2)
     assert trained["last layers"]["first"] == "vit.layers.1"
     assert difference(trained["last layers"]["trained"], reference) < TOLERANCE
+
+
+def test_the_radius_is_matched_as_in_one_process(trained, tmp_path):
+    """Which takes the micro-batches of both. Whole parameters left by a forward alone change nothing."""
+    alone = make_trainer("vit", 3, 4, "global", tmp_path, knobs=MATCHED)
+    alone.train()
+    found, expected = trained["radius matched"], alone.scheduled_step.radius.state()
+    assert found["steps"] == expected["steps"] == 3 and found["factor"] == pytest.approx(expected["factor"], rel=1e-9)
+    assert abs(expected["factor"] - 1) > 1e-3  # something was matched
+    state = alone.model.state_dict()
+    assert max(float((found["trained"][name] - value).abs().max()) for name, value in state.items()) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", NOT_SHARDED)

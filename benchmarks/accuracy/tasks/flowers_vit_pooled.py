@@ -1,4 +1,4 @@
-"""Task: ViT-tiny on Oxford Flowers-102 with one radius for every method, which all of their trials chose together."""
+"""Task: ViT-tiny on Oxford Flowers-102 with one radius for every method, which the trials of six chose together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TASK = replace(
     flowers_vit.TASK,
     title="Flowers-102, ViT-tiny, one radius",
     description=f"{flowers_vit.TASK.description} Every perturbation has the radius that was best in the mean over the "
-    "trials of all methods there (docs/protocol.md). Training is in float32.",
+    "trials of six methods there (docs/protocol.md). Training is in float32.",
     bits=(4,),
     # The rates that plain QAT and SAQ chose there.
     learning_rates=(3e-4,),

@@ -261,7 +261,7 @@ def _run(model: nn.Module, data: LabelledBatches) -> tuple[list[float], list[Ten
     logits: list[Tensor] = []
 
     def keep(model: nn.Module, args: tuple, output: Any) -> None:  # noqa: ARG001 (a forward hook)
-        logits.append(logits_of(output).cpu())
+        logits.append(logits_of(output, may_be_first=True).cpu())
 
     handle = model.register_forward_hook(keep)
     try:

@@ -42,14 +42,16 @@ class RadiusMatch:
 
     Args:
         minimizer: Its `radius_factor` is set here.
+        of_parts: Whether `eps` is made of parts of batches. Where one cannot be parted, as it is too small, the rise
+            that it gives is the full step's and says nothing; the factor stays as it is.
 
     Attributes:
         factor (`float`): What `rho` is multiplied by.
         steps (`int`): Perturbed steps so far.
     """
 
-    def __init__(self, minimizer: SharpnessAwareMinimizer):
-        self.minimizer = minimizer
+    def __init__(self, minimizer: SharpnessAwareMinimizer, of_parts: bool):
+        self.minimizer, self.of_parts = minimizer, of_parts
         self.forget()
 
     def forget(self) -> None:
@@ -72,6 +74,7 @@ class RadiusMatch:
         minimizer, reference = self.minimizer, TwoPasses(self.minimizer, Knobs())
         before, skipped = RNGState(), minimizer.skipped
         minimizer.radius_factor = 1.0
+        sharding.reshard(minimizer.model)  # gradients are set aside where the passes will leave theirs
 
         def unreduced(batch: Any, reduce: bool = True) -> Tensor:  # noqa: ARG001 (a `Backward`)
             return backward(batch, reduce=False)
@@ -105,6 +108,8 @@ class RadiusMatch:
             return
         clean, full_rise = self._full
         rise = _sum(self._rises) if self._rises else _sum(self._perturbed) - clean
+        if self.of_parts and self._rises:
+            rise = rise * float("nan")  # other processes average with this one
         wanted, found = sharding.averaged(full_rise).item(), sharding.averaged(rise).item()
         if not (math.isfinite(wanted) and math.isfinite(found) and wanted > 0):
             return

@@ -63,7 +63,7 @@ class ScheduledStep:
     ):
         self.minimizer, self.schedule = minimizer, schedule
         self.rule = schedule.rule(minimizer, schedule, loss_scale, sample_names)
-        self.radius = RadiusMatch(minimizer) if schedule.match_radius else None
+        self.radius = RadiusMatch(minimizer, schedule.ascent_fraction < 1) if schedule.match_radius else None
 
     def micro_batch(self, k: int, batches: Sequence[Any], backward: Backward, step: int, total_steps: int) -> Outcome:
         """Leave the gradients of micro-batch `k` of optimizer step `step` in `p.grad`.

@@ -145,13 +145,28 @@ def test_a_perturbation_that_does_not_climb_gets_a_larger_radius_within_bounds()
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_changes_nothing(bad: float):
     minimizer = SharpnessAwareMinimizer(Linear(), rho=RHO, perturb=["other"])
-    match = RadiusMatch(minimizer)
-    for outcome in (Outcome(torch.tensor(bad), is_clean=False), Outcome(torch.tensor(1.0), [torch.tensor(bad)])):
+    outcomes = {
+        True: Outcome(torch.tensor(bad), is_clean=False),
+        False: Outcome(torch.tensor(1.0), [torch.tensor(bad)]),
+    }
+    for of_parts, outcome in outcomes.items():
+        match = RadiusMatch(minimizer, of_parts)
         match._full = torch.tensor(1.0), torch.tensor(0.5)
         match.add(outcome)
         match.end_step()
-        match._rises, match._perturbed = [], []
         assert match.factor == 1.0 and minimizer.radius_factor == 1.0
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (16, 2), (2, 16)], ids=str)
+def test_batches_that_are_too_small_to_part_say_nothing(sizes):
+    """Their first pass sees them whole, so that they rise as in the full step."""
+    model, step, backward = set_up(ascent_fraction=0.125)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(size, FEATURES, generator=generator, dtype=torch.float64) for size in sizes]
+    step.radius.load_state({"factor": 1.5, "steps": 1})  # the next one is measured
+    for k in range(2):
+        step.micro_batch(k, batches, backward, 1, 4)
+    assert step.radius.factor == step.minimizer.radius_factor == 1.5 and step.radius.steps == 2
 
 
 @pytest.mark.parametrize("sync", ["local", "global"])
