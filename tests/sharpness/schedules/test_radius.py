@@ -169,8 +169,16 @@ def test_batches_that_are_too_small_to_part_say_nothing(sizes):
     assert step.radius.factor == step.minimizer.radius_factor == 1.5 and step.radius.steps == 2
 
 
-@pytest.mark.parametrize("sync", ["local", "global"])
-@pytest.mark.parametrize("part", [dict(ascent_fraction=0.5), dict(ascent_depth=0.25)], ids=str)
+@pytest.mark.parametrize(
+    ("part", "sync"),
+    [
+        (dict(ascent_fraction=0.5), "local"),
+        (dict(ascent_depth=0.25), "global"),
+        pytest.param(dict(ascent_fraction=0.5), "global", marks=pytest.mark.slow),
+        pytest.param(dict(ascent_depth=0.25), "local", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_trainer_logs_it_and_resumes_with_it(part: dict, sync: str, tmp_path):
     """Accumulation of two, stopped after a measured step: the resumed run ends where the whole one does."""
     knobs = dict(**part, match_radius=True)
