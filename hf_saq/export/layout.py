@@ -33,7 +33,7 @@ def check_free(directory: Path, overwrite: bool, model: nn.Module | None = None)
 
     Args:
         overwrite: Whether an earlier export, or files of the quantized model itself, may be there.
-        model: What is exported; `None`: nothing of it may be there.
+        model: What is exported.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; expected a directory to write.")

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 from . import flowers_vit
 
-RADIUS = 0.1
-
 TASK = replace(
     flowers_vit.TASK,
     title="Flowers-102, ViT-tiny, one radius",
@@ -17,7 +15,7 @@ TASK = replace(
     # The rates that plain QAT and SAQ chose there.
     learning_rates=(3e-4,),
     plain_learning_rates=(2e-4,),
-    radii=(RADIUS,),
+    radii=(0.1,),
     adaptive_radii=(1.0,),
     precision="float32",  # bfloat16 is many times slower on CPUs without instructions for it
 )

@@ -35,10 +35,10 @@ class RadiusMatch:
 
     An `eps` of the same length that is made of a part of the batch, or that moves the last layers alone, climbs less:
     by how much depends on the model, so that a constant factor such as `1 / sqrt(ascent_fraction)` is right for one
-    and harms another. Now and then the
-    full step's two passes run on the micro-batches of a step before its own ones. With `r` the rise of the loss that
-    the step's `eps` caused and `R` that of the full step, the factor is multiplied by `sqrt(R / r)`, within bounds:
-    the exact ratio would be right for a linear loss and too much for a convex one, and single batches are noisy.
+    and harms another. Now and then the full step's two passes run on the micro-batches of a step before its own ones.
+    With `r` the rise of the loss that the step's `eps` caused and `R` that of the full step, the factor is multiplied
+    by `sqrt(R / r)`, within bounds: the exact ratio would be right for a linear loss and too much for a convex one,
+    and single batches are noisy.
 
     Args:
         minimizer: Its `radius_factor` is set here.
