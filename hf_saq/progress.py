@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -28,13 +28,22 @@ def bars_of_ours_alone() -> Iterator[None]:
 
 
 def with_progress(items: Iterable[Item], doing: str) -> Iterable[Item]:
-    """Go through `items`, with a bar named `doing` once that has taken two seconds.
+    """Go through `items`, with a bar named `doing` where [`progress_bar`] shows one."""
+    return tqdm(items, desc=doing, **_how())
+
+
+def progress_bar(total: int, doing: str, show: bool = True) -> tqdm:
+    """Make a bar of `total` steps named `doing`, shown once they have taken two seconds. A context with `update()`.
 
     There is none where the progress bars of transformers are disabled, by `transformers.utils.logging`.
     """
+    return tqdm(total=total, desc=doing, **_how(show))
+
+
+def _how(show: bool = True) -> dict[str, Any]:
     # Look whether transformers is loaded and do not import it: nobody can have disabled its bars otherwise.
     theirs = sys.modules.get("transformers.utils.logging")
     is_off = theirs is not None and not theirs.is_progress_bar_enabled()
     if _ours_alone:
         is_off = not sys.stderr.isatty()
-    return tqdm(items, desc=doing, delay=SECONDS_WITHOUT, disable=is_off, leave=False)
+    return {"delay": SECONDS_WITHOUT, "disable": is_off or not show, "leave": False}

@@ -14,10 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..layers import PackedLayer, QuantizedLayer
 from ..outputs import logits_of
+from ..progress import progress_bar
 from ..tables import text_table
 from .agreement import decibels
 from .batch_losses import LabelledBatches, Loss, left_as_it_was
-from .progress import progress_bar
 from .results import Result, new_figure
 
 COMPARED = (QuantizedLayer, PackedLayer, nn.Linear, _ConvNd)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..progress import progress_bar
 from ..tables import text_table
 from .batch_losses import LabelledBatches, Loss, left_as_it_was
 from .directions import before_quantizers, filter_normalized
-from .progress import progress_bar
 from .results import Result, new_figure
 from .weight_point import WeightPoint
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..progress import progress_bar
 from ..sharpness import Displacement
 from ..tables import text_table
 from .batch_losses import LabelledBatches, Loss, left_as_it_was
 from .curvature import hessian_trace, largest_eigenvalue, random_vector
-from .progress import progress_bar
 from .results import Result, new_figure
 from .weight_point import WeightPoint, norm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -20,7 +21,27 @@ class SuggestingParser(argparse.ArgumentParser):
         if found:
             close = difflib.get_close_matches(found[1] or found[2], sorted(set(_words(self))), n=1)
             message += f"; did you mean {close[0]}?" if close else ""
-        super().error(message)
+        super().error(message + self._swallowed(message))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def _swallowed(self, message: str) -> str:
+        """Say where paths belong, if an option of several values may have taken them for its own."""
+        places = [str(action.metavar) for action in self._actions if not action.option_strings and action.metavar]
+        lists = [
+            option
+            for action in self._actions
+            if action.nargs == "+"
+            for option in action.option_strings
+            if option in self._given
+        ]
+        is_missing = message.startswith("the following arguments are required")
+        guilty = [option for option in lists if is_missing or message.startswith(f"argument {option}: invalid")]
+        if not places or not guilty:
+            return ""
+        return f"; {' '.join(places)} must come before {' and '.join(guilty)}, which takes all that follows it"
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -9,7 +9,8 @@ import datasets
 import torch
 from datasets import Dataset as HFDataset
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
+
+from ..progress import with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def readable_row(dataset: HFDataset, index: int) -> dict:
 def without_unreadable(dataset: HFDataset, split: str) -> HFDataset:
     """Return `dataset` without the rows whose image cannot be read, which a warning names; it reads every image."""
     kept, reasons = [], []
-    for index in tqdm(range(len(dataset)), desc=f"reading images ({split})", delay=2, disable=None):
+    for index in with_progress(range(len(dataset)), f"reading images ({split})"):
         try:
             readable_row(dataset, index)
             kept.append(index)

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from ..installing import how_to_install
-from .engines import ENGINES
+from .engines import RUNNERS
 from .extras import check_engine
 from .layout import CONFIG_FILE, EXPORT_VERSION, RECORD
 
@@ -32,7 +32,7 @@ class ExportedClassifier(nn.Module):
 
     Attributes:
         config: The model's configuration; `None` where the model had none.
-        engine (`str`): A key of `ENGINES`.
+        engine (`str`): `"onnxruntime"` or `"openvino"`.
     """
 
     main_input_name = "pixel_values"
@@ -42,7 +42,7 @@ class ExportedClassifier(nn.Module):
         super().__init__()
         check_engine(engine)
         self.config, self.engine = config, engine
-        self._run = ENGINES[engine](content, threads, exact)
+        self._run = RUNNERS[engine](content, threads, exact)
         self.eval()
 
     @classmethod

@@ -34,4 +34,4 @@ def _openvino(content: bytes, threads: int | None, exact: bool = False) -> RunFu
     return lambda x: compiled(x)[0]
 
 
-ENGINES: dict[str, Callable[..., RunFunction]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+RUNNERS: dict[str, Callable[..., RunFunction]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

@@ -39,11 +39,11 @@ def _torch(path: Path, threads: int, quantized: bool, compiled: bool = False, de
 
 def _engine(name: str) -> Callable[[Path, int], Load]:
     def prepare(path: Path, threads: int) -> Load:
-        from ..export.engines import ENGINES
+        from ..export.engines import RUNNERS
         from ..export.extras import needed
 
         needed(name)
-        return lambda: ENGINES[name](path.read_bytes(), threads)
+        return lambda: RUNNERS[name](path.read_bytes(), threads)
 
     return prepare
 

@@ -229,6 +229,11 @@ def test_wrong_arguments_are_status_2(argv, capsys):
         (["export", "a", "b", "--wieghts", "int4"], "unrecognized arguments: --wieghts int4; did you mean --weights?"),
         (["export", "a", "b", "--overw"], "unrecognized arguments: --overw"),  # no abbreviations
         (["pack", "a", "b", "--zzz"], "unrecognized arguments: --zzz\n"),
+        (["export", "--engines", "onnxruntime", "a", "b"], "required: .*; DIR OUT must come before --engines, which"),
+        (["benchmark", "--threads", "2", "a"], "invalid int value: 'a'; DIR must come before --threads, which"),
+        (["export", "a", "--engines", "b"], "required: OUT; DIR OUT must come before --engines, which"),
+        (["benchmark", "a", "--rounds", "b"], "invalid int value: 'b'\n"),
+        (["export", "a", "--overwrite"], "required: OUT\n"),
     ],
 )
 def test_what_is_mistyped_is_answered_with_what_there_is(argv, message, capsys):

@@ -1,14 +1,16 @@
-"""Bars come after two seconds, in calibration, first scales and packing, and not where transformers has none."""
+"""Bars come after two seconds, from calibration to analysis, and not where transformers has none."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
+import torch
 import transformers
 from tiny_models import images, vit
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, progress, quantize
+from hf_saq.analysis import sharpness
 
 CONFIG = SAQQuantizationConfig(weight_bits=4, activation_bits=4, scale_init="mean")
 
@@ -22,7 +24,10 @@ def bars():
 
 
 def work() -> None:
-    pack(calibrate(quantize(vit(), CONFIG), [images(2), images(2)]))
+    model = calibrate(quantize(vit(), CONFIG), [images(2), images(2)])
+    batch = {"pixel_values": images(2), "labels": torch.tensor([0, 1])}
+    sharpness(model, [batch], 0.1, power_iterations=1, trace_samples=2)
+    pack(model)
 
 
 def test_short_work_shows_none(bars, capsys):
@@ -34,7 +39,7 @@ def test_long_work_shows_one(bars, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_WITHOUT", 0.0)
     work()
     shown = capsys.readouterr().err
-    for doing in ("first scales", "running batches", "packing"):
+    for doing in ("first scales", "running batches", "sharpness", "packing"):
         assert f"{doing}:" in shown
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from ...conversion.observing import ActivationObserver, PassThrough
 from ...layers import HoldsQuantizers, QuantizedLayer
 from ...quantizers import Observer, Quantizer
 from ..batch_losses import LabelledBatches
+from .changing import with_bits
 
 Operand = Literal["weight", "activation"]
 CALIBRATION_BATCHES = 8
@@ -72,19 +73,10 @@ class Candidates:
         found = {}
         for quantizer in operand.quantizers:
             if bits != quantizer.bits and (quantizer, bits) not in self._made:
-                self._made[quantizer, bits] = self._fitted(quantizer, bits, operand.weight)
+                seen = self._seen[quantizer] if operand.weight is None else (operand.weight,)
+                self._made[quantizer, bits] = with_bits(quantizer, bits, *seen)
             found[quantizer] = quantizer if bits == quantizer.bits else self._made[quantizer, bits]
         return found
-
-    def _fitted(self, quantizer: Quantizer, bits: int, weight: Tensor | None) -> Quantizer:
-        new = type(quantizer)(replace(quantizer.settings, bits=bits))
-        new.to(quantizer.range_state.device).to(next(quantizer.parameters()).dtype)
-        new.path = quantizer.path
-        if weight is None:
-            new.initialize(*self._seen[quantizer])
-        else:
-            new.initialize(weight)
-        return new
 
 
 @torch.no_grad()

@@ -46,14 +46,14 @@ def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) ->
                 raise ValueError(f"change_bits: {name} does not quantize its {role}; it has no {field} to change.")
             for child, quantizer in own:
                 if quantizer.bits != bits:
-                    changes[layer, child] = with_bits(quantizer, bits, getattr(layer, "weight", None))
+                    changes[layer, child] = with_bits(quantizer, bits, *([layer.weight] if role == "weight" else []))
     groups = [_readers(model, one, bits_of) for one, bits_of in shared.items()]
     for (layer, child), quantizer in changes.items():
         setattr(layer, child, quantizer)
     for layers, bits in groups:
         quantizer = layers[0].activation_quantizer  # type: ignore[assignment]
         if quantizer.bits != bits:
-            give_readers(layers, with_bits(quantizer, bits, None))
+            give_readers(layers, with_bits(quantizer, bits))
     report = getattr(model, "quantization_report", None)
     for planned in report.layers if isinstance(report, ConversionReport) else []:
         planned.settings.update(overrides.get(planned.name, {}))
@@ -81,12 +81,15 @@ def with_overrides(config: SAQQuantizationConfig, overrides: Mapping[str, Mappin
     return config.replace(overrides=kept)
 
 
-def with_bits(quantizer: Quantizer, bits: int, weight: Any) -> Quantizer:
-    """Make a quantizer like `quantizer` with other bits; one of weights is fitted to `weight`, others wait."""
+def with_bits(quantizer: Quantizer, bits: int, *seen: Any) -> Quantizer:
+    """Make a quantizer like `quantizer` with other bits, fitted to `seen`, what [`Quantizer.initialize`] takes.
+
+    Without, it waits to be calibrated.
+    """
     new = type(quantizer)(replace(quantizer.settings, bits=bits))
     new.to(quantizer.range_state.device).to(next(quantizer.parameters()).dtype)
     new.path = quantizer.path
     new.train(quantizer.training)
-    if quantizer.role == "weight":
-        new.initialize(weight)
+    if seen:
+        new.initialize(*seen)
     return new

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ...conversion.observing import PassThrough
 from ...outputs import logits_of
+from ...progress import progress_bar
 from ...quantizers import Quantizer
 from ...quantizers.settings import check_bits
 from ...tables import text_table
 from ..agreement import agreement, signal_to_noise
 from ..batch_losses import LabelledBatches, Loss, left_as_it_was
-from ..progress import progress_bar
 from ..results import Result, new_figure
 from ..weight_point import WeightPoint
 from .candidates import Candidates, Operand, observe_activations, observed, quantized_operands, replaced

@@ -20,11 +20,11 @@ from ...export.layout import MODEL_FILE
 from ...export.onnx_export import TUNED_FOR
 from ...export.stored_grids import CODE_RANGE
 from ...layers import QuantizedLayer
+from ...progress import progress_bar
 from ...quantizers import Quantizer, check_bits
 from ...timing.machine import cores, machine, versions
 from ...timing.nodes import layer_times, owners_of_nodes, time_nodes
 from ..batch_losses import left_as_it_was
-from ..progress import progress_bar
 from .candidates import QuantizedOperand, quantized_operands
 from .changing import change_bits
 from .export_forms import LayerForm, Pair, forms_of, pairs_of

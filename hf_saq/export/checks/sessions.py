@@ -70,7 +70,7 @@ RUNS: dict[str, Callable[[bytes, Inputs], dict[str, np.ndarray]]] = {
 }
 """What runs a graph once: inputs by name -> outputs by name."""
 LIBRARY_OF = {AS_IT_IS: "onnxruntime", ROUNDED: "onnxruntime", EXACT: "onnxruntime", "OpenVINO": "openvino"}
-ENGINES = {"onnxruntime": (AS_IT_IS, ROUNDED), "openvino": ("OpenVINO",)}
+VERIFIED_BY = {"onnxruntime": (AS_IT_IS, ROUNDED), "openvino": ("OpenVINO",)}
 """Library -> what of [`RUNS`] verifies a graph for it."""
 
 
@@ -88,7 +88,7 @@ def run_graph(engine: str, content: bytes, inputs: Inputs) -> dict[str, np.ndarr
     except ImportError:
         raise
     except Exception as error:
-        others = [library for library in ENGINES if library != LIBRARY_OF[engine]]
+        others = [library for library in VERIFIED_BY if library != LIBRARY_OF[engine]]
         raise ExportCheckError(
             f"export not written, {engine} cannot run the graph: {in_one_line(error)} "
             f"To export for other engines alone, pass engines={others} (--engines {' '.join(others)})."

@@ -18,7 +18,7 @@ from ..integer_layers import IntegerLayer
 from ..passes.nodes import constant, nodes_of
 from .layers_alone import record, wrong_layers
 from .refusing import refuse
-from .sessions import AS_IT_IS, ENGINES, EXACT, ROUNDED, integer_layers
+from .sessions import AS_IT_IS, EXACT, ROUNDED, VERIFIED_BY, integer_layers
 from .spans import LayerSpan, find_span
 from .stored_values import wrong_activation, wrong_weight
 from .whole_model import Agreement, agreement, logits_in_float32, own_logits
@@ -75,7 +75,7 @@ def verify(
         content: The graph as it will be written.
         folded: Name of a layer -> name of the module whose normalization its weight now contains.
         example: Inputs `(batch, ...)`.
-        engines: Keys of `ENGINES`, the libraries to verify it with.
+        engines: Keys of `VERIFIED_BY`, the libraries to verify it with.
 
     Raises:
         ExportCheckError: If a check fails; says which, and of which layers.
@@ -102,7 +102,7 @@ def verify(
         return _Seen(wrong_layers(graph_model, used, recorded, engine), whole)
 
     rounded = ""
-    for engine in with_progress([run for library in engines for run in ENGINES[library]], "verifying on engines"):
+    for engine in with_progress([run for library in engines for run in VERIFIED_BY[library]], "verifying on engines"):
         result = seen(engine)
         if engine == ROUNDED and (exactly := _better_exactly(result, seen)) is not None:
             rounded, engine, result = str(result.whole), EXACT, exactly
@@ -113,7 +113,7 @@ def verify(
     if engines:
         size = next(size for size in BATCHES if size != len(example))
         batch = example[torch.arange(size) % len(example)]
-        first = ENGINES[engines[0]][0]
+        first = VERIFIED_BY[engines[0]][0]
         noise = own.rounding if first == AS_IT_IS else own.noise
         again = agreement(content, logits_in_float32(model, batch), noise, batch, name_of_input, first)
         refuse(_CAUSE_OF_BATCH, {} if again.holds else {f"a batch of {size}": str(again)})

@@ -7,7 +7,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from ...analysis import Allocation, allocate_bits
 from ...analysis.bits import change_bits
@@ -64,7 +63,7 @@ class GivesBits(Calibrating):
                 amount,
                 unit=unit,  # type: ignore[arg-type]
                 loss=self._loss_of,
-                progress=self.is_world_process_zero() and logging.is_progress_bar_enabled(),
+                progress=self.is_world_process_zero(),
             )
             (self.allocation,) = broadcast_object_list([found])  # each process has measured on batches of its own
             change_bits(self.model, self.allocation.overrides)
