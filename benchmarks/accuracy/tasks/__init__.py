@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..task import Task
 from . import (
     caltech_vit,
+    caltech_vit_few,
     cifar_resnet,
     cifar_vit,
     digits,
@@ -27,6 +28,7 @@ TASKS: dict[str, Task] = {
     "flowers-vit-480": flowers_vit_480.TASK,
     "flowers-vit-pooled": flowers_vit_pooled.TASK,
     "caltech-vit": caltech_vit.TASK,
+    "caltech-vit-few": caltech_vit_few.TASK,
     "flowers-efficientnet": flowers_efficientnet.TASK,
     "flowers-vit-224": flowers_vit_224.TASK,
 }
