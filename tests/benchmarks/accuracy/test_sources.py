@@ -14,7 +14,7 @@ from benchmarks.accuracy.arguments import AccuracyArguments
 from benchmarks.accuracy.sources import vit_tiny
 from benchmarks.accuracy.sources.photographs import load_photographs
 from benchmarks.accuracy.task import Paths
-from benchmarks.accuracy.tasks import TASKS, caltech_vit, flowers_efficientnet
+from benchmarks.accuracy.tasks import TASKS, caltech_vit, caltech_vit_few, flowers_efficientnet
 
 REAL = AccuracyArguments().paths()
 
@@ -78,6 +78,12 @@ def test_validation_images_of_caltech_are_training_images_set_aside(tmp_path, mo
     batch = next(data.training_batches(data.training, 4, 0))
     assert batch["pixels"].shape == (4, 3, 6, 6)
     torch.testing.assert_close(batch["pixels"][:, 0, 0, 0], batch["labels"] / 127.5 - 1)
+    monkeypatch.setattr(caltech_vit_few, "IMAGES_PER_CLASS", 3)
+    few = caltech_vit_few.load(Paths(**places))
+    assert few.training.labels.bincount().tolist() == [3, 3, 3]
+    assert torch.equal(few.validation.pixels, data.validation.pixels) and torch.equal(
+        few.test.pixels, data.test.pixels
+    )
 
 
 @pytest.mark.skipif(not REAL.vit_tiny.exists(), reason=f"{REAL.vit_tiny} is not there")
