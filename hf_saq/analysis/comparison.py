@@ -172,7 +172,8 @@ def _outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(keep(name)) for name in [*names, ""]]
     try:
-        yield found
+        with torch.compiler.set_stance("force_eager"):  # compiled code sees no hook that came after it
+            yield found
     finally:
         for handle in handles:
             handle.remove()

@@ -110,6 +110,9 @@ class Quantizer(HasRangeState, ABC):
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     def forward(self, x: Tensor) -> Tensor:
+        # Read how many hooks there are, as Dynamo guards what it reads: compiled code, be it of another model, is then
+        # not used again once hooks have come or gone. By itself it looks at them only while it traces.
+        _ = len(self._forward_hooks), len(self._forward_pre_hooks)
         if self.observer is not None:
             self.observer.update(x)
             return x

@@ -102,7 +102,8 @@ def _gradients_at_uses(
 
     handles = [quantizer.register_forward_hook(catch) for quantizer in quantizers]
     try:
-        with torch.enable_grad():
+        # Run compiled parts as written: code that was compiled before sees these hooks, but breaks at each of them.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             loss = data.loss(model, number)
             gradients = torch.autograd.grad(loss, [leaf for *_, leaf in uses], allow_unused=True)
     finally:

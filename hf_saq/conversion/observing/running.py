@@ -42,9 +42,11 @@ def run_observed(
     try:
         for quantizer, observer in observers.items():
             quantizer.observer = observer
-        for batch in with_progress(batches, "running batches"):
-            run_on_device(model, batch) if run is None else run(batch)
-            count += 1
+        # Run compiled parts as written: compiled code sees no hook that came after it, such as those of callers.
+        with torch.compiler.set_stance("force_eager"):
+            for batch in with_progress(batches, "running batches"):
+                run_on_device(model, batch) if run is None else run(batch)
+                count += 1
     finally:
         for quantizer in observers:
             quantizer.observer = None
