@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..conversion.shared_inputs import image_channels, pair
 from ..conversion.shared_inputs import image_size as size_of_images
+from .extras import in_one_line
+
+SIDES = (64, 96)
+"""Sides in pixels of the pictures that an image processor is tried on."""
 
 
 def example_inputs(
@@ -17,12 +22,17 @@ def example_inputs(
 ) -> Tensor:
     """Return `example` itself, or two images of standard normal noise in the size that the model takes.
 
-    The size is, in this order: `image_size`; that of the image processor; that of the model's configuration.
+    The size is, in this order: `image_size`; that of what the image processor makes of a square picture, if that does
+    not depend on the picture; that of the model's configuration. An `image_size` that is not the processor's is
+    warned of: a pipeline with that processor cannot run what was made for it.
 
     Args:
         example: Inputs `(batch, ...)`.
         image_size: Height and width in pixels, one number for both.
         processor: An image processor, or `None`.
+
+    Returns:
+        `(batch, ...)` in float32 on the CPU; `(2, channels, height, width)` where it is noise.
 
     Raises:
         ValueError: If the size is not found or the arguments contradict each other.
@@ -38,23 +48,45 @@ def example_inputs(
                 "example and image_size were both given; the shape of the example is the one that counts."
             )
         return example.detach().float().cpu()
-    size = pair(image_size) or _of_processor(processor) or size_of_images(model)
+    channels, given = image_channels(model), pair(image_size)
+    prepared = _prepared_by(processor, channels)
+    if given and prepared and given != prepared:
+        warnings.warn(
+            f"image_size={image_size!r} is not what the image processor makes: {_in_words(prepared)}. Images of that size "
+            f"do not fit what is made for {_in_words(given)}. Leave image_size out, or give the model a processor of "
+            "its size.",
+            stacklevel=3,
+        )
+    size = given or prepared or size_of_images(model)
     if size is None:
         raise ValueError(
             f"{type(model).__name__}: the size of its images is in no configuration; pass image_size=(height, width), "
             "an image processor, or example=, a batch of inputs."
         )
-    return torch.randn(2, image_channels(model), *size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
 
 
-def _of_processor(processor: Any) -> tuple[int, int] | None:
-    """Take the size of what an image processor puts out: it resizes, then crops."""
+def _prepared_by(processor: Any, channels: int) -> tuple[int, int] | None:
+    """Return height and width of what `processor` makes of square pictures; `None` if they keep sizes of their own."""
     if processor is None:
         return None
-    cropped = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", None) else None
-    for size in (cropped, getattr(processor, "size", None)):
-        if isinstance(size, Mapping) or hasattr(size, "height"):
-            values = dict(size) if isinstance(size, Mapping) else vars(size)
-            if values.get("height") and values.get("width"):
-                return values["height"], values["width"]
-    return None
+    # Run it, since its fields say it in many ways: height and width, the shortest edge, a crop of either.
+    try:
+        made = {
+            tuple(
+                processor(np.zeros((side, side, channels), np.uint8), return_tensors="pt")["pixel_values"].shape[-2:]
+            )
+            for side in SIDES
+        }
+    except Exception as error:  # a processor raises whatever its library does
+        warnings.warn(
+            f"the image processor does not prepare a picture of {channels} channels, as the model takes: "
+            f"{in_one_line(error)} Pictures must be prepared without it, or give the model one that fits.",
+            stacklevel=4,
+        )
+        return None
+    return made.pop() if len(made) == 1 else None
+
+
+def _in_words(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]} pixels"
