@@ -1,10 +1,9 @@
-"""Check what image folders and tables of images hold. Errors say what was found where, and what to do."""
+"""Check where images lie, and what tables of images hold. Errors say what was found where, and what to do."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,8 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Image, Value
 from datasets import Dataset as HFDataset
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 logger = logging.getLogger(__name__)
-
-SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "validation", "valid", "val", "dev")
-"""Names of folders that `datasets` takes for splits."""
-METADATA = (".csv", ".jsonl", ".parquet")
-"""Endings of the `metadata` file that an image folder may have in place of folders for classes."""
 
 
 def check_places(args: Any) -> None:
@@ -34,59 +27,6 @@ def is_a_path(name: str) -> bool:
     """Say whether `name` can only be a directory, or lies in one that exists; Hub names have one slash at most."""
     inside = name.count("/") == 1 and Path(name).parent.is_dir()
     return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1 or inside
-
-
-def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> bool:
-    """Refuse folders that `datasets` would read as other classes than meant, or without classes.
-
-    Returns:
-        Whether the names of folders are the labels; otherwise a metadata file has them.
-    """
-    where = f"{flag} {str(directory)!r}"
-    files: list[Path] = []
-    top: list[str] = []
-    for parent, folders, names in os.walk(directory, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # `datasets` skips them too
-        top = top or sorted(folders)
-        files += [Path(parent, name).relative_to(directory) for name in names]
-    if any(file.stem == "metadata" and file.suffix in METADATA for file in files):
-        return False
-    images = sorted(file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS)
-    expected = (
-        "Expected one folder for each class with its images inside, such as "
-        f"{directory.name}/cat/1.jpg and {directory.name}/dog/2.jpg"
-    )
-    if not images:
-        instead = f"{len(files)} other files, such as {str(files[0])!r}" if files else "no file at all"
-        raise ValueError(f"{where} holds no image but {instead}. {expected}.")
-    loose = next((file for file in images if len(file.parts) == 1), None)
-    nested = next((file for file in images if len(file.parts) > 2), None)
-    classes = sorted({file.parts[0] for file in images if len(file.parts) > 1})
-    if not classes:
-        raise ValueError(f"{where} has no classes: {str(loose)!r} lies in no folder. {expected}.")
-    if loose is not None:
-        raise ValueError(
-            f"{where}: {str(loose)!r} lies beside the folders of the classes {classes[:3]}. {expected}; move it into "
-            "the folder of its class, or remove it."
-        )
-    if nested is not None and set(map(str.lower, classes)) <= set(SPLIT_FOLDERS):
-        raise ValueError(
-            f"{where} holds the splits {classes}, not classes; name one of them, such as "
-            f"{str(directory / classes[0])!r}, or the whole with --dataset_name."
-        )
-    if nested is not None and len(classes) == 1:
-        raise ValueError(f"{where} has only the folder {classes[0]!r} in it; name {str(directory / classes[0])!r}.")
-    if nested is not None:
-        raise ValueError(
-            f"{where}: {str(nested)!r} lies {len(nested.parts) - 1} folders deep, so its class could be "
-            f"{nested.parts[0]!r} or {nested.parts[-2]!r}. {expected}; move images into the folder of their class."
-        )
-    if len(classes) < least_classes:
-        raise ValueError(f"{where} has a single class, {classes[0]!r}; a classifier needs two. {expected}.")
-    empty = [name for name in top if name not in classes]
-    if empty:
-        logger.warning("%s: no image lies in %s, so there is no such class.", where, ", ".join(map(repr, empty[:5])))
-    return True
 
 
 def checked_rows(dataset: HFDataset, split: str, args: Any) -> HFDataset:

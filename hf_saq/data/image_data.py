@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,10 @@ from datasets import ClassLabel, DatasetDict, Features, Image, concatenate_datas
 from datasets import Dataset as HFDataset
 from datasets.exceptions import DatasetGenerationError
 
-from .image_checks import (
-    SPLIT_FOLDERS,
-    check_can_be_split,
-    check_image_folder,
-    check_places,
-    checked_rows,
-    find_column,
-)
+from .image_checks import check_can_be_split, check_places, checked_rows, find_column
+from .image_folders import ImageFiles, check_image_folder, labelled_by_folder, names_its_files, split_folders
+
+logger = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("crop_flip", "rand_augment", "pad_crop_flip", "shift", "none")
 
@@ -81,13 +80,7 @@ def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = 
     Raises:
         ValueError: If there is no such data, or it does not hold images with labels.
     """
-    check_places(args)
-    if args.is_digits:
-        splits = digits(seed)
-    elif args.dataset_name:
-        splits = _load_named(args, cache_dir)
-    else:
-        splits = _load_folders(args, cache_dir)
+    splits = _load_splits(args, seed, cache_dir)
     chosen = DatasetDict()
     train_names = args.train_split.split("+")
     if all(name in splits for name in train_names):
@@ -125,11 +118,7 @@ def load_split(args: DataTrainingArguments, seed: int, cache_dir: str | None = N
     Raises:
         ValueError: If there is no such data, or it does not hold images with labels.
     """
-    check_places(args)
-    if args.is_digits:
-        splits = digits(seed)
-    else:
-        splits = _load_named(args, cache_dir) if args.dataset_name else _load_folders(args, cache_dir)
+    splits = _load_splits(args, seed, cache_dir)
     name = args.eval_split or next((n for n in ("validation", "test") if n in splits), None)
     if name is None and len(splits) == 1:
         name = next(iter(splits))
@@ -154,13 +143,28 @@ def digits(seed: int = 0) -> DatasetDict:
     return DatasetDict(train=parts["train"], validation=parts["test"])
 
 
+def _load_splits(args: DataTrainingArguments, seed: int, cache_dir: str | None) -> DatasetDict:
+    """Load all splits from where the arguments say, with checked rows."""
+    check_places(args)
+    if args.is_digits:
+        return digits(seed)
+    return _load_named(args, cache_dir) if args.dataset_name else _load_folders(args, cache_dir)
+
+
 def _load_named(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDict:
     assert args.dataset_name is not None
-    directory = Path(args.dataset_name)
-    if directory.is_dir() and not any(directory.rglob("*.parquet")):
-        splits = [child for child in directory.iterdir() if child.name.lower() in SPLIT_FOLDERS]
-        for folder in splits or [directory]:
-            check_image_folder(folder, "--dataset_name")
+    flag, directory = "--dataset_name", Path(args.dataset_name)
+    if directory.is_dir():
+        tables = (file for file in directory.rglob("*.parquet") if file.stem != "metadata")
+        if args.dataset_config_name is None and not any(tables) and not names_its_files(directory):
+            splits = split_folders(directory, flag) or {"train": [directory]}
+            checked = {split: [check_image_folder(each, flag) for each in parts] for split, parts in splits.items()}
+            return _from_folders(args, checked, flag, cache_dir)
+        if has_magic(str(directory.absolute())):
+            raise ValueError(
+                f"{flag} {args.dataset_name!r}: `datasets` takes *, ? and [ in a path for a pattern, which may match "
+                "other directories. Rename the directory, or name it by a link without them."
+            )
     return _loaded(args, args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
 
 
@@ -171,10 +175,31 @@ def _load_folders(args: DataTrainingArguments, cache_dir: str | None) -> Dataset
         ("validation", "--validation_dir", args.validation_dir, 1),
     ):
         if directory is not None:
-            has_labels = check_image_folder(Path(directory), flag, classes)
-            loaded = _loaded(args, "imagefolder", data_dir=directory, drop_labels=not has_labels, cache_dir=cache_dir)
-            splits[split] = loaded["train"]
+            checked = {split: [check_image_folder(Path(directory), flag, classes)]}
+            splits |= _from_folders(args, checked, flag, cache_dir)
     return splits
+
+
+def _from_folders(
+    args: DataTrainingArguments, splits: Mapping[str, Sequence[ImageFiles]], flag: str, cache_dir: str | None
+) -> DatasetDict:
+    """Make checked rows of the very files that were found; with metadata, of those that it lists."""
+    if not any(part.has_metadata for parts in splits.values() for part in parts):
+        return _checked(labelled_by_folder(splits), args)
+    patterns = {split: [part.pattern for part in parts] for split, parts in splits.items()}
+    loaded = _loaded(args, "imagefolder", data_files=patterns, drop_labels=True, cache_dir=cache_dir)
+    for split, parts in splits.items():
+        found = sum(len(part.images) for part in parts)
+        if len(loaded[split]) != found:
+            where = ", ".join(repr(str(part.directory)) for part in parts)
+            logger.warning(
+                "%s %s: metadata lists %s images, and %s lie there; those that it lists are read.",
+                flag,
+                where,
+                f"{len(loaded[split]):,}",
+                f"{found:,}",
+            )
+    return loaded
 
 
 def _loaded(args: DataTrainingArguments, source: str, *more: Any, **settings: Any) -> DatasetDict:
@@ -182,7 +207,11 @@ def _loaded(args: DataTrainingArguments, source: str, *more: Any, **settings: An
     try:
         splits = load_dataset(source, *more, **settings)
     except DatasetGenerationError as error:  # says what is wrong in its cause only
-        raise ValueError(f"{settings.get('data_dir', source)}: {error.__cause__ or error}") from error
+        raise ValueError(f"{settings.get('data_files', source)}: {error.__cause__ or error}") from error
+    return _checked(splits, args)
+
+
+def _checked(splits: DatasetDict, args: DataTrainingArguments) -> DatasetDict:
     return DatasetDict({name: checked_rows(split, name, args) for name, split in splits.items()})
 
 
