@@ -89,7 +89,7 @@ def run(
         stages = ["float", *(stage_name(m, c) for c in quantization_args.configs() for m in quantization_args.methods)]
         check_resume(training_args, stages)
     with training_args.main_process_first(desc="loading the data"), in_one_line("loading the images"):
-        images = load_images(data_args, training_args.seed, model_args.cache_dir)
+        images = load_images(data_args, training_args.seed, model_args.cache_dir, to_train=training_args.do_train)
         if data_args.skip_corrupt:
             images = {split: without_unreadable(dataset, split) for split, dataset in images.items()}
     with in_one_line("loading the model"):

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
 
     with accelerator.main_process_first(), in_one_line("loading the images"):
-        images = load_images(data_args, args.seed, model_args.cache_dir)
+        images = load_images(data_args, args.seed, model_args.cache_dir, to_train=True)
         if data_args.skip_corrupt:
             images = {split: without_unreadable(dataset, split) for split, dataset in images.items()}
     with in_one_line("loading the model"):

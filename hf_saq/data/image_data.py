@@ -74,8 +74,14 @@ class DataTrainingArguments:
         return not (self.dataset_name or self.train_dir or self.validation_dir)
 
 
-def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = None) -> DatasetDict:
+def load_images(
+    args: DataTrainingArguments, seed: int, cache_dir: str | None = None, to_train: bool = False
+) -> DatasetDict:
     """Load the splits `train` and `eval` with the columns `image` and `label`, the latter with class names.
+
+    Args:
+        to_train: Whether training images must be there. Held-out images alone, which have no split `train`, are
+            enough otherwise.
 
     Raises:
         ValueError: If there is no such data, or it does not hold images with labels.
@@ -92,6 +98,9 @@ def load_images(args: DataTrainingArguments, seed: int, cache_dir: str | None = 
         raise ValueError(f"--eval_split {name!r} is trained on (--train_split {args.train_split!r}); take another.")
     if args.eval_split and args.eval_split not in splits:
         raise ValueError(f"--eval_split {args.eval_split!r}; the dataset has the splits {sorted(splits)}.")
+    if "train" not in chosen and (to_train or name is None):
+        todo = "Give --train_dir" if args.validation_dir else "Name one or more of them with --train_split"
+        raise ValueError(f"there are no images to train on; the data has the splits {sorted(splits)}. {todo}.")
     if name is not None:
         chosen["eval"] = _standard_columns(splits[name], args)
         if "train" in chosen:

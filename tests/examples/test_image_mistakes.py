@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import IMAGE_SIZE, NUM_LABELS, vit
 from transformers import AutoConfig, TimmWrapperConfig, TimmWrapperForImageClassification, TrainingArguments
@@ -16,8 +19,11 @@ from hf_saq import SAQQuantizationConfig, quantize
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import run_image_classification as script  # noqa: E402
+import run_image_classification_no_trainer as loop  # noqa: E402
 from image_mistakes import check_is_float, check_names  # noqa: E402
 from image_model import ModelArguments, load_model, load_processor  # noqa: E402
+
+from hf_saq.data import DataTrainingArguments, load_images  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,35 @@ def test_a_directory_that_is_not_there(flag, name, tmp_path, capsys):
     assert f"--{flag} {name!r}: there is no such directory." in said and "\n" not in said
     assert "Hub" not in said or flag == "model_name_or_path"
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("looped", [False, True], ids=["trainer", "no trainer"])
+def test_held_out_images_are_no_training_images(looped, tmp_path):
+    """One line says so. For an evaluation they are enough."""
+    held_out = tmp_path / "val"
+    for name in ("cat", "dog"):
+        (held_out / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(held_out / name / "1.png")
+    given = [f"--validation_dir={held_out}", f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as stopped:
+        (loop.main if looped else script.main)(given if looped else [*given, "--do_train", "--use_cpu"])
+    assert str(stopped.value) == (
+        "error while loading the images: there are no images to train on; the data has the splits ['validation']. "
+        "Give --train_dir."
+    )
+    if not looped:
+        (row,) = script.main([*given, "--do_eval", "--use_cpu", "--report_to=none"])
+        assert 0 <= row.top1 <= 1
+
+
+def test_splits_without_one_to_train_on(tmp_path):
+    rows = {"image": [Image.new("L", (8, 8))] * 4, "label": ["cat", "dog"] * 2}
+    data = Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "label": Value("string")}))
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data" / "few-00000-of-00001.parquet")
+    args = DataTrainingArguments(dataset_name=str(tmp_path))
+    with pytest.raises(ValueError, match=r"no images to train on; .* splits \['few'\]\. Name one or more"):
+        load_images(args, seed=0)
 
 
 def test_a_name_beside_a_directory_is_a_path(tmp_path, monkeypatch):
