@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         transforms,
         without_unreadable,
     )
+    from .rgb import to_rgb
     from .top_accuracy import top_k
 
 __getattr__, __dir__ = lazy_exports(
@@ -37,6 +38,7 @@ __getattr__, __dir__ = lazy_exports(
             "transforms",
             "without_unreadable",
         ),
+        "rgb": ("to_rgb",),
         "top_accuracy": ("top_k",),
     },
 )
@@ -53,6 +55,7 @@ __all__ = [
     "load_split",
     "make_compute_metrics",
     "normalization",
+    "to_rgb",
     "top_k",
     "transforms",
     "without_unreadable",

@@ -11,6 +11,7 @@ from datasets import Dataset as HFDataset
 from torchvision.transforms import v2
 
 from ..progress import with_progress
+from .rgb import to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +78,11 @@ def readable_row(dataset: HFDataset, index: int) -> dict:
     """Return row `index` with its `image` in RGB.
 
     Raises:
-        UnreadableImageError: If the image cannot be read.
+        UnreadableImageError: If the image cannot be read, or has more than 8 bits a channel.
     """
     try:
         row = dataset[index]
-        return {**row, "image": row["image"].convert("RGB")}
+        return {**row, "image": to_rgb(row["image"])}
     except Exception as error:  # decoders raise errors of any kind
         stored = dataset.cast_column("image", datasets.Image(decode=False))[index]["image"]
         name = f"image {index}" if stored["path"] is None else stored["path"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.rgb import to_rgb
 from ..export.example_inputs import example_inputs
 from ..export.extras import needed
 
@@ -27,7 +28,8 @@ def images_for(
         image_size: Height and width in pixels, where neither the processor nor the model's configuration says.
 
     Raises:
-        ValueError: If the size is unknown, or the folder has no pictures, or there is no processor for them.
+        ValueError: If the size is unknown, or the folder has no pictures or one that cannot be read or has more than
+            8 bits a channel, or there is no processor for them.
     """
     if folder is None:
         shape = example_inputs(model, None, image_size, processor).shape[1:]
@@ -41,5 +43,13 @@ def images_for(
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in ENDINGS)[:IMAGES]
     if not paths:
         raise ValueError(f"{folder} has no pictures; expected files that end in {', '.join(sorted(ENDINGS))}.")
-    pictures = [needed("PIL.Image").open(path).convert("RGB") for path in paths]
+    pictures = [_picture(path) for path in paths]
     return processor(pictures, return_tensors="pt")["pixel_values"].float(), f"{len(paths)} pictures"
+
+
+def _picture(path: Path) -> Any:
+    try:
+        with needed("PIL.Image").open(path) as picture:
+            return to_rgb(picture)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error
