@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..analysis import Landscape, compare, landscape, sensitivity, sharpness
@@ -21,7 +22,7 @@ from ..sharpness import default_rho
 from ..tables import text_table
 from ..version import __version__
 from .arguments import PARTS
-from .saved_images import Images, load_images, load_model
+from .saved_images import Images, load_images, load_model, loss_of, scores_of
 
 CALIBRATION_BATCHES = 4
 
@@ -32,16 +33,13 @@ def evaluate(args: argparse.Namespace) -> str:
 
     model, processor = load_model(args.source, args)
     images = load_images(model, processor, args)
-    device = next(iter(model.parameters()), next(iter(model.buffers()), torch.zeros(()))).device
-    begin, losses, scores = time.perf_counter(), 0.0, []
+    begin, each = time.perf_counter(), []
     with torch.inference_mode():
         for batch in with_progress(images.batches, "evaluating"):
-            outputs = model(**{name: value.to(device) for name, value in batch.items()})
-            losses += outputs.loss.item() * len(batch["labels"])
-            scores.append(outputs.logits.float().cpu())
+            each.append(scores_of(model, batch).cpu())
     seconds = time.perf_counter() - begin
-    labels = torch.cat([batch["labels"] for batch in images.batches])
-    found: dict[str, Any] = {**top_k(torch.cat(scores), labels), "loss": losses / len(images)}
+    scores, labels = torch.cat(each), torch.cat([batch["labels"] for batch in images.batches])
+    found: dict[str, Any] = {**top_k(scores, labels), "loss": F.cross_entropy(scores, labels).item()}
     found |= {"images": len(images), "images_per_second": len(images) / seconds}
     if args.json:
         return json.dumps({"model": args.source, "data": args.data, **found}, indent=2)
@@ -55,7 +53,7 @@ def compare_two(args: argparse.Namespace) -> str:
     images = load_images(first, processor, args)
     second = load_model(args.second, args)[0]
     _check_same_classes(args, first, second)
-    found = compare(first, second, images.batches)
+    found = compare(first, second, images.batches, loss=loss_of)
     if args.plot is not None:
         found.plot(args.plot)
     if args.json:
@@ -100,13 +98,17 @@ def _sections(part: str, args: argparse.Namespace, models: dict[str, Any], image
             "random directions, and its curvature there."
         )
         return [
-            Section(f"Sharpness of {other}", about, sharpness(each, images.batches, rho, adaptive_rho=10 * rho))
+            Section(
+                f"Sharpness of {other}",
+                about,
+                sharpness(each, images.batches, rho, adaptive_rho=10 * rho, loss=loss_of),
+            )
             for other, each in models.items()
         ]
     if part == "landscape":
-        line = landscape(models, images.batches, places=("quantized", "latent"), points=args.points)
+        line = landscape(models, images.batches, places=("quantized", "latent"), points=args.points, loss=loss_of)
         fewer = max(3, args.points // 4 * 2 + 1)
-        plane = landscape(models, images.batches, dimensions=2, points=fewer)
+        plane = landscape(models, images.batches, dimensions=2, points=fewer, loss=loss_of)
         if args.landscape is not None:
             plane.plot(args.landscape)
         about = "The loss along random directions that move every filter by a share of its own norm"
@@ -119,13 +121,13 @@ def _sections(part: str, args: argparse.Namespace, models: dict[str, Any], image
         model, name = _quantized_anew(args, model, images), Path(args.float_model).name
     elif model.config.quantization_config.storage == "packed":
         about += " Weights were stored as integers: more bits than they have bring nothing back, see --float."
-    found = sensitivity(model, images.batches, passes=args.passes)
+    found = sensitivity(model, images.batches, passes=args.passes, loss=loss_of)
     return [Section(f"Sensitivity of the layers of {name}", about, found)]
 
 
 def _quantized_anew(args: argparse.Namespace, model: Any, images: Images) -> nn.Module:
     """Quantize and calibrate the float model as the other one is quantized."""
-    plain = load_model(args.float_model, args)[0]
+    plain = load_model(args.float_model, args, trainable=True)[0]
     if any(isinstance(module, HoldsQuantizers) for module in plain.modules()):
         raise ValueError(f"--float {args.float_model} is quantized; expected a float model.")
     _check_same_classes(argparse.Namespace(first=args.source, second=args.float_model), model, plain)

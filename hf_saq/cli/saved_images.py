@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..conversion import unpack
 from ..conversion.forms import is_packed
 from ..installing import how_to_install
+from ..outputs import logits_of
 from ..progress import with_progress
 from ..storage.saved_directory import load_any_saved
 
@@ -35,7 +37,8 @@ def load_model(source: str, args: argparse.Namespace, trainable: bool = False) -
     """Load a saved model, float or quantized, to the device that was asked for, with its image processor.
 
     Args:
-        trainable: Whether packed integers are to become latent float weights, which have gradients.
+        trainable: Whether the model is to have gradients: packed integers become latent float weights, and all
+            values float32. Without it a model computes in the type that it was stored in.
 
     Raises:
         ValueError: If it is no saved model, has no image processor, or the device is unknown.
@@ -46,12 +49,25 @@ def load_model(source: str, args: argparse.Namespace, trainable: bool = False) -
             f"{source} has no image processor (preprocessor_config.json), which says how its images are made. Save "
             "the one of the base model into it: AutoImageProcessor.from_pretrained(...).save_pretrained(...)."
         )
-    if trainable and is_packed(model):
-        model = unpack(model)
+    if trainable:
+        # Take the method of torch: transformers refuses its own for quantized models. In bfloat16, which has three
+        # digits, small perturbations of weights and the rises of the loss that they cause would be rounded away.
+        model = nn.Module.float(unpack(model) if is_packed(model) else model)
     try:
         return model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device!r}: {error}") from error
+
+
+def scores_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Compute logits `(n, classes)` in float32 on the device of the model, of whatever type its weights are."""
+    return logits_of(model(pixel_values=batch["pixel_values"].to(model.device, model.dtype))).float()
+
+
+def loss_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Compute the mean cross-entropy of a batch, a tensor `()`: some classifiers compute no loss of their own."""
+    scores = scores_of(model, batch)
+    return F.cross_entropy(scores, batch["labels"].to(scores.device))
 
 
 def load_images(model: nn.Module, processor: Any, args: argparse.Namespace) -> Images:

@@ -52,9 +52,9 @@ def example_inputs(
     prepared = _prepared_by(processor, channels)
     if given and prepared and given != prepared:
         warnings.warn(
-            f"image_size={image_size!r} is not what the image processor makes: {_in_words(prepared)}. Images of that size "
-            f"do not fit what is made for {_in_words(given)}. Leave image_size out, or give the model a processor of "
-            "its size.",
+            f"image_size={image_size!r} is not what the image processor makes: {_in_words(prepared)}. Images of that "
+            f"size do not fit what is made for {_in_words(given)}. Leave image_size out, or give the model a "
+            "processor of its size.",
             stacklevel=3,
         )
     size = given or prepared or size_of_images(model)

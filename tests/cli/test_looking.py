@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from datasets.utils.logging import disable_progress_bar
 from PIL import Image
 from tiny_models import VIT_SIZES
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -22,22 +20,7 @@ from hf_saq.cli.saved_images import numbers_of_classes
 from hf_saq.data import AUGMENTATIONS as OF_THE_SCRIPT
 from hf_saq.storage.saved_directory import load_any_saved, load_saved
 
-CLASSES = ("ant", "bee", "cat")
 SIZE = 16
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Four images of each class in the split `val`."""
-    disable_progress_bar()
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in CLASSES:
-            (root / split / name).mkdir(parents=True)
-            for k in range(4):
-                pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
