@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,9 +15,13 @@ from transformers import Trainer
 from ..config import SAQConfig
 from ..sharpness import SharpnessAwareMinimizer, default_rho
 from ..sharpness.schedules import KNOBS, ScheduledStep
+from ..sharpness.schedules.partial_batch import count_samples
 from .step_logs import StepLogs
 
 logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""Label of what losses leave out."""
 
 
 class PerturbedSteps(Trainer):
@@ -41,13 +45,16 @@ class PerturbedSteps(Trainer):
         """Build what the steps need. Call it when the model and the accelerator exist."""
         self._step_batches: list[Any] = []
         self._micro_batch = 0  # number of them that are done
+        self._used_batches: list[Any] = []  # those that the step is made of, where there are several
+        self._divisors: list[Any] = []  # of their mean losses
         self._logs = StepLogs()
         plain = self.accelerator.unwrap_model(self.model)
         main_input = getattr(plain, "main_input_name", "pixel_values")
         self.sample_names = {main_input, "pixel_values", *self.label_names}
         if getattr(plain, "accepts_loss_kwargs", None) is None:
-            # `Trainer` takes a `**kwargs` in `forward` as a promise to use `num_items_in_batch` in the loss. Image
-            # classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large.
+            # `Trainer` takes a `**kwargs` in `forward` as a promise to use `num_items_in_batch` in the loss. Many
+            # image classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large.
+            # Leave losses as means over their micro-batch, and weight those by their items: right for all of them.
             self.model_accepts_loss_kwargs = False
         config = self.saq_config
         if config.case is None:
@@ -80,9 +87,10 @@ class PerturbedSteps(Trainer):
         if self._instead_of_step is not None:
             self._instead_of_step(inputs)
             return torch.zeros((), device=self.args.device)
-        plain_step, step = super().training_step, self.scheduled_step
+        step, k = self.scheduled_step, self._micro_batch
+        self._micro_batch = (k + 1) % max(1, len(self._used_batches))
         if step is None:
-            return plain_step(model, inputs, num_items_in_batch)
+            return self._weighted_step(model, inputs, num_items_in_batch, k)
         if callable(getattr(self.optimizer, "train", None)):
             # Let a schedule-free optimizer move parameters here: before a perturbation is in place, not while it is.
             self.optimizer.train()  # type: ignore[union-attr]
@@ -91,30 +99,56 @@ class PerturbedSteps(Trainer):
             items: Any = num_items_in_batch
             if items is not None and step.share != 1:  # it counts whole batches
                 items = items * step.share
+            others = enumerate(zip(self._step_batches, self._used_batches, strict=False))
+            its_number = next((j for j, known in others if any(batch is one for one in known)), k)
             with nullcontext() if reduce else self.accelerator.no_sync(model=model):
-                return plain_step(model, copy.copy(batch), items)
+                return self._weighted_step(model, copy.copy(batch), items, its_number)
 
-        batches, k = self._step_batches or [inputs], self._micro_batch
+        batches = self._step_batches or [inputs]
         batches[k] = inputs  # a subclass may have changed it on the way here
-        self._micro_batch = (k + 1) % len(batches)
         outcome = step.micro_batch(k, batches, backward, self.state.global_step, self.state.max_steps)
-        self._logs.add(outcome, len(batches), was_watched=step.schedule.trigger and self._micro_batch == 0)
+        share = 1 / self._divisors[k] if self._divisors else 1 / len(batches)
+        self._logs.add(outcome, share, was_watched=step.schedule.trigger and self._micro_batch == 0)
         return outcome.loss
+
+    def _weighted_step(self, model: nn.Module, inputs: dict[str, Any], items: Any, k: int) -> Tensor:
+        """Run the plain step of micro-batch `k`, whose mean loss counts by the share that it has of all items."""
+        count = getattr(self, "current_gradient_accumulation_steps", 1)
+        if k < len(self._divisors):
+            self.current_gradient_accumulation_steps = self._divisors[k]  # `Trainer` divides by it, and that is all
+        try:
+            return super().training_step(model, inputs, items)
+        finally:
+            self.current_gradient_accumulation_steps = count
+
+    def _count_items(self, batch: Any) -> Any:
+        """Count what the mean loss of a batch is a mean of: labels that are not ignored; `None` if unknown."""
+        found = [batch[name] for name in self.label_names if name in batch] if isinstance(batch, Mapping) else []
+        labels = found[0] if found and isinstance(found[0], Tensor) else None
+        if labels is None or labels.is_floating_point():
+            return count_samples(batch, self.sample_names).size
+        count = labels.ne(IGNORED).sum().clamp(min=1)
+        return count.item() if labels.device.type == "cpu" else count  # elsewhere the host would wait for it
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take batches as `Trainer` does, and keep those of one optimizer step: a schedule may need them together."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Start from 0: a callback may have stopped the previous step half-way.
         self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
+        used: Any = batches
         if self.scheduled_step is not None and batches:
             used = self.scheduled_step.batches_of(batches, self.state.global_step, self.state.max_steps)
             if used is not batches:  # losses are divided by the count of items of what is trained on
                 num_items = self._get_num_items_in_batch(list(used), device)
+        self._used_batches = list(used) if len(used) > 1 else []
+        counts = [self._count_items(batch) for batch in self._used_batches]
+        self._divisors = [] if None in counts else [sum(counts) / count for count in counts]
         return batches, num_items
 
     def start_steps_again(self) -> None:
         """Forget what the steps of an earlier training left: batches, sums for the log, the schedule's memory."""
         self._step_batches, self._micro_batch, self._logs = [], 0, StepLogs()
+        self._used_batches, self._divisors = [], []
         if self.scheduled_step is not None:
             self.scheduled_step.start_again()
 

@@ -24,22 +24,24 @@ class StepLogs:
 
     def _start_again(self) -> None:
         self._totals: dict[str, Tensor | float] = dict.fromkeys(QUANTITIES, 0.0)
-        self._counts: dict[str, float] = dict.fromkeys(QUANTITIES, 0)
+        self._counts: dict[str, Tensor | float] = dict.fromkeys(QUANTITIES, 0)
 
-    def _add(self, name: str, value: Tensor | float, count: float = 1) -> None:
+    def _add(self, name: str, value: Tensor | float, count: Tensor | float = 1) -> None:
         self._totals[name] = self._totals[name] + value
-        self._counts[name] += count
+        self._counts[name] = self._counts[name] + count
 
-    def add(self, outcome: Outcome, micro_batches: int, was_watched: bool) -> None:
+    def add(self, outcome: Outcome, share: Tensor | float, was_watched: bool) -> None:
         """Add what one micro-batch gave.
 
         Args:
-            micro_batches: Number of micro-batches of the step; losses come divided by it, and logs are per image.
+            share: Share of the micro-batch in the items of its step; losses come multiplied by theirs, and logs are
+                per item.
             was_watched: Whether a trigger has just decided about this step.
         """
-        self._add("loss" if outcome.is_clean else "perturbed_loss", outcome.loss.detach(), 1 / micro_batches)
+        self._add("loss" if outcome.is_clean else "perturbed_loss", outcome.loss.detach(), share)
+        together = len(outcome.sharpness)  # more than one: those of all micro-batches, whose shares add up to 1
         for difference in outcome.sharpness:
-            self._add("sharpness", difference.detach() * micro_batches)
+            self._add("sharpness", difference.detach(), share if together == 1 else 1 / together)
         if outcome.ascent_norm is not None:
             self._add("ascent_norm", outcome.ascent_norm)
         if outcome.radius_factor is not None:

@@ -167,7 +167,7 @@ class SAQTrainer(
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._step_batches = []
+            self._step_batches = self._used_batches = []
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begin a training as `Trainer` does, and forget the steps of an earlier one.

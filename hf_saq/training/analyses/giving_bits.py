@@ -81,4 +81,5 @@ class GivesBits(Calibrating):
         change_bits(self.model, own)
 
     def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.compute_loss(model, dict(batch))  # type: ignore[return-value]
+        items = self._get_num_items_in_batch([batch], self.args.device)
+        return self.compute_loss(model, dict(batch), num_items_in_batch=items)  # type: ignore[return-value]
