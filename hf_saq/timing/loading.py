@@ -26,11 +26,12 @@ def _torch(path: Path, threads: int, quantized: bool, compiled: bool = False, de
         model = load_saved(str(path))[0] if quantized else load_float(path)
         if decoded_once:
             keep_decoded(model)
-        forward = torch.compile(model) if compiled else model
+        forward, dtype = torch.compile(model) if compiled else model, model.dtype
 
         @torch.inference_mode()
         def run(x: np.ndarray) -> np.ndarray:
-            return logits_of(forward(torch.from_numpy(x))).numpy()
+            # Cast both ways: numpy has no bfloat16, in which the model may be stored.
+            return logits_of(forward(torch.from_numpy(x).to(dtype))).float().numpy()
 
         return run
 

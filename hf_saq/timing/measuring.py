@@ -78,7 +78,8 @@ def benchmark(
         inputs, told = images_for(stored.model, stored.processor, images, image_size)
         np.save(stored.stage / "images.npy", inputs.numpy())
         with torch.inference_mode():
-            expected = np.concatenate([logits_of(stored.model(x)).numpy() for x in inputs.split(1)])
+            dtype = stored.model.dtype
+            expected = np.concatenate([logits_of(stored.model(x.to(dtype))).float().numpy() for x in inputs.split(1)])
         skipped: dict[str, str] = {}
         requests = _written(stored, inputs, [form for form in FORMS if forms is None or form in forms], skipped, tell)
         found: dict[str, FormResult] = {}

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from quantized_models import quantized
-from tiny_models import vit
+from tiny_models import resnet, vit
+from torch import nn
 from transformers import ViTImageProcessor
 
-from hf_saq import pack
+from hf_saq import dequantize, pack
 from hf_saq.cli import main
 from hf_saq.export import export_onnx
 from hf_saq.export.layout import RECORD
@@ -62,6 +63,17 @@ def test_every_form_is_measured(saved):
     assert all(by_name[name].difference > 1e-5 for name in ("float", "onnx-float"))  # inputs are not quantized
     assert by_name["float"].difference == pytest.approx(by_name["openvino-float"].difference, rel=1e-3)
     assert result.reference == "onnx-float"
+
+
+def test_a_model_in_bfloat16_is_measured_in_it(tmp_path):
+    model = nn.Module.bfloat16(pack(quantized(resnet, activation_bits=8)))
+    model.save_pretrained(tmp_path)
+    (form,) = benchmark(tmp_path, forms=["float"], rounds=1, image_size=16).forms
+    x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        y, y_float = (each(x).logits.float() for each in (model, dequantize(model).eval()))
+    assert form.same_top1 == (y.argmax(1) == y_float.argmax(1)).sum()
+    assert form.difference == pytest.approx(((y - y_float).norm() / y.norm()).item(), rel=0.05) and form.difference > 0
 
 
 def test_what_cannot_be_measured_is_skipped_with_the_reason(saved, monkeypatch):
