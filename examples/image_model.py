@@ -158,7 +158,7 @@ def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int
         image_size = image_size or (of_model if isinstance(of_model, int) else None)
     if image_size is not None:
         resized = {"height": image_size, "width": image_size}
-        if getattr(processor, "crop_size", None):
+        if getattr(processor, "do_center_crop", False) and processor.crop_size:
             processor.crop_size = resized
             processor.size = {"shortest_edge": round(image_size / 0.875)}
         elif set(dict(processor.size)) == {"shortest_edge"}:  # ResNet, ConvNeXt: crop to this square by themselves

@@ -98,7 +98,7 @@ def run(
         if training_args.do_train:
             check_is_float(model, str(model_args.model_name_or_path))
         processor = load_processor(model_args, model, data_args.image_size)
-    train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
+        train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
     common = {
         "eval_dataset": TransformedImages(images["eval"], eval_transform),
         "compute_metrics": make_compute_metrics(),

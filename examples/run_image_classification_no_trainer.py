@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model = load_model(model_args, images["train"].features["label"].names, data_args.image_size)
         check_is_float(model, str(model_args.model_name_or_path))
         processor = load_processor(model_args, model, data_args.image_size)
-    train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
+        train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
     workers = {"num_workers": args.dataloader_num_workers, "persistent_workers": args.dataloader_num_workers > 0}
     train_loader = DataLoader(
         TransformedImages(images["train"], train_transform),

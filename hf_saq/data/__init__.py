@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from .image_checks import is_a_path
     from .image_data import AUGMENTATIONS, DataTrainingArguments, load_images, load_split
     from .image_metrics import TopKAccuracy, make_compute_metrics
+    from .image_processors import input_size, normalization
     from .image_transforms import (
         TransformedImages,
         UnreadableImageError,
-        input_size,
-        normalization,
         transforms,
         without_unreadable,
     )
@@ -30,11 +29,10 @@ __getattr__, __dir__ = lazy_exports(
         "image_checks": ("is_a_path",),
         "image_data": ("AUGMENTATIONS", "DataTrainingArguments", "load_images", "load_split"),
         "image_metrics": ("TopKAccuracy", "make_compute_metrics"),
+        "image_processors": ("input_size", "normalization"),
         "image_transforms": (
             "TransformedImages",
             "UnreadableImageError",
-            "input_size",
-            "normalization",
             "transforms",
             "without_unreadable",
         ),

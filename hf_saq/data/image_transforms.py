@@ -1,4 +1,4 @@
-"""Read images, and turn them into the inputs of a model: normalized squares, with augmentation for training."""
+"""Read images, and turn them into the inputs of a model: of one size, normalized, with augmentation for training."""
 
 from __future__ import annotations
 
@@ -8,51 +8,58 @@ from typing import Any
 import datasets
 import torch
 from datasets import Dataset as HFDataset
+from torch import Tensor
 from torchvision.transforms import v2
 
 from ..progress import with_progress
+from .image_processors import check_makes_the_same, flips_channels, normalization
 from .rgb import to_rgb
 
 logger = logging.getLogger(__name__)
 
 
-def normalization(processor: Any) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each channel that `processor` normalizes with, for values from 0 to 1."""
-    if hasattr(processor, "data_config"):  # of a timm model
-        return list(processor.data_config["mean"]), list(processor.data_config["std"])
-    return list(processor.image_mean), list(processor.image_std)
+def transforms(
+    processor: Any, image_size: int | tuple[int, int], augmentation: str
+) -> tuple[v2.Transform, v2.Transform]:
+    """Make training and evaluation transforms from a PIL image to `(3, height, width)`, normalized alike.
 
+    Args:
+        processor: Says how to normalize; pictures of the size that it makes become what it makes of them.
+        image_size: Side of a square, or height and width, in pixels.
 
-def transforms(processor: Any, image_size: int, augmentation: str) -> tuple[v2.Transform, v2.Transform]:
-    """Make training and evaluation transforms from a PIL image to `(3, image_size, image_size)`, normalized alike."""
+    Raises:
+        ValueError: If `processor` does something to pixels that its usual fields do not say.
+    """
     mean, std = normalization(processor)
     normalize = [
         v2.ToImage(),
+        *([v2.Lambda(_flipped)] if flips_channels(processor) else []),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(mean=mean, std=std),
     ]
-    resize = [v2.Resize((image_size, image_size))]
+    check_makes_the_same(processor, v2.Compose(normalize))
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    resize = [v2.Resize((height, width))]
     crops = augmentation in ("crop_flip", "rand_augment")
     if crops:
-        train = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+        train = [v2.RandomResizedCrop((height, width)), v2.RandomHorizontalFlip()]
         train += [v2.RandAugment()] if augmentation == "rand_augment" else []
     elif augmentation == "pad_crop_flip":
         # An eighth on each side, as the customary 4 of 32 pixels.
-        train = [*resize, v2.RandomCrop(image_size, padding=image_size // 8), v2.RandomHorizontalFlip()]
+        padding = [width // 8, height // 8]
+        train = [*resize, v2.RandomCrop((height, width), padding=padding), v2.RandomHorizontalFlip()]
     elif augmentation == "shift":
-        train = [*resize, v2.RandomCrop(image_size, padding=1)]
+        train = [*resize, v2.RandomCrop((height, width), padding=1)]
     else:
         train = resize
-    evaluation = [v2.Resize(round(image_size / 0.875)), v2.CenterCrop(image_size)] if crops else resize
+    # Keep proportions where a square is cut out; the shortest edge alone would not cover another shape.
+    larger = round(height / 0.875) if height == width else (round(height / 0.875), round(width / 0.875))
+    evaluation = [v2.Resize(larger), v2.CenterCrop((height, width))] if crops else resize
     return v2.Compose([*train, *normalize]), v2.Compose([*evaluation, *normalize])
 
 
-def input_size(processor: Any) -> int:
-    """Return the side of the square input that `processor` makes, in pixels."""
-    if hasattr(processor, "data_config"):  # of a timm model
-        return processor.data_config["input_size"][-1]
-    size = getattr(processor, "crop_size", None) or processor.size
-    return size["height"] if "height" in size else size["shortest_edge"]
+def _flipped(image: Tensor) -> Tensor:
+    return image.flip(-3)
 
 
 class UnreadableImageError(ValueError):

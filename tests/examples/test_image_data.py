@@ -14,7 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from recipe_data import generated_data, tiny_checkpoint
 from tiny_models import TRANSFORMERS_MODELS
-from transformers import AutoImageProcessor, ViTImageProcessor
+from transformers import AutoImageProcessor, EfficientNetImageProcessor, ViTImageProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from image_model import ModelArguments, load_model, load_processor  # noqa: E402
@@ -177,5 +177,17 @@ def test_processors_follow_image_size(family, tmp_path):
     TRANSFORMERS_MODELS[family]().save_pretrained(tmp_path)
     arguments = ModelArguments(model_name_or_path=str(tmp_path))
     processor = load_processor(arguments, load_model(arguments, ["a", "b"], 48), 48)
+    assert input_size(processor) == 48
+    assert np.shape(processor(Image.new("RGB", (90, 70)))["pixel_values"][0]) == (3, 48, 48)
+
+
+def test_image_size_reaches_a_processor_whose_crop_is_switched_off(tmp_path):
+    """EfficientNet's has the size of a crop that it does not do."""
+    TRANSFORMERS_MODELS["vit"]().save_pretrained(tmp_path)
+    EfficientNetImageProcessor().save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path))
+    model = load_model(arguments, ["a", "b"], 48)
+    assert input_size(load_processor(arguments, model, None)) == 346
+    processor = load_processor(arguments, model, 48)
     assert input_size(processor) == 48
     assert np.shape(processor(Image.new("RGB", (90, 70)))["pixel_values"][0]) == (3, 48, 48)
