@@ -19,7 +19,7 @@ from transformers import Trainer
 from ..analysis import cost
 from ..conversion import calibrate, needs_calibration
 from ..sharpness import RNGState, set_aside
-from .replayed_stream import ReplayedStream
+from .replayed_stream import ReplayedStream, replayed
 from .step_logs import LOSSES
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,6 @@ class Calibrating(Trainer):
             return
         if self.train_dataset is None:
             raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to do it with.")
-        if isinstance(self.train_dataset, IterableDataset) and not is_of_datasets(self.train_dataset):
-            self.train_dataset = ReplayedStream(self.train_dataset)
         self._move_to_device()
         with unchanged_rng():
             batches = self._first_batches()
@@ -59,7 +57,17 @@ class Calibrating(Trainer):
 
     @contextmanager
     def fresh_loader(self) -> Iterator[Any]:
-        """Give a training data loader that is at its beginning, and let go of it and of its workers afterwards."""
+        """Give a training data loader that is at its beginning, and let go of it and of its workers afterwards.
+
+        What it takes from a stream before training comes again in training.
+        """
+        stream = self.train_dataset
+        if (
+            isinstance(stream, IterableDataset)
+            and not isinstance(stream, ReplayedStream)
+            and not is_of_datasets(stream)
+        ):
+            self.train_dataset = replayed(stream)
         loader = self.get_train_dataloader()
         try:
             yield loader

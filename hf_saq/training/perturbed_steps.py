@@ -45,6 +45,7 @@ class PerturbedSteps(Trainer):
         """Build what the steps need. Call it when the model and the accelerator exist."""
         self._step_batches: list[Any] = []
         self._micro_batch = 0  # number of them that are done
+        self._was_reached, self._step_of_batches = True, 0  # whether a step ran here since batches were taken
         self._used_batches: list[Any] = []  # those that the step is made of, where there are several
         self._divisors: list[Any] = []  # of their mean losses
         self._logs = StepLogs()
@@ -87,6 +88,7 @@ class PerturbedSteps(Trainer):
         if self._instead_of_step is not None:
             self._instead_of_step(inputs)
             return torch.zeros((), device=self.args.device)
+        self._was_reached = True
         step, k = self.scheduled_step, self._micro_batch
         self._micro_batch = (k + 1) % max(1, len(self._used_batches))
         if step is None:
@@ -132,7 +134,15 @@ class PerturbedSteps(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take batches as `Trainer` does, and keep those of one optimizer step: a schedule may need them together."""
+        if not self._was_reached and self.state.global_step > self._step_of_batches:
+            raise RuntimeError(
+                f"{type(self).__name__}.training_step did not call that of SAQTrainer, which takes the perturbed "
+                "passes: this is plain training. Call super().training_step(model, inputs, num_items_in_batch) in it, "
+                "or change the loss in compute_loss instead, or say SAQConfig(case=None)."
+            )
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._was_reached = self.scheduled_step is None or not batches
+        self._step_of_batches = self.state.global_step
         # Start from 0: a callback may have stopped the previous step half-way.
         self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
         used: Any = batches
@@ -148,7 +158,7 @@ class PerturbedSteps(Trainer):
     def start_steps_again(self) -> None:
         """Forget what the steps of an earlier training left: batches, sums for the log, the schedule's memory."""
         self._step_batches, self._micro_batch, self._logs = [], 0, StepLogs()
-        self._used_batches, self._divisors = [], []
+        self._used_batches, self._divisors, self._was_reached = [], [], True
         if self.scheduled_step is not None:
             self.scheduled_step.start_again()
 

@@ -9,10 +9,11 @@ from torch.utils.data import IterableDataset
 
 
 class ReplayedStream(IterableDataset):
-    """Gives the samples that its first reader took to the second reader again, which then reads on from there.
+    """Gives every reader the samples from the first on, until [`read_for_good`]; the next reader takes them along.
 
     So a stream that can be read only once loses nothing. Later readers begin the stream anew, as they would without
-    this class. Each worker process has a copy that nobody has read, so there is nothing to give again.
+    this class. Each worker process has a copy that nobody has read, so there is nothing to give again. What else is
+    asked of it, the stream answers.
 
     Args:
         stream: Any iterable data set.
@@ -21,35 +22,56 @@ class ReplayedStream(IterableDataset):
     def __init__(self, stream: Any):
         super().__init__()
         self.stream = stream
-        self._taken: list[Any] | None = None
+        self._taken: list[Any] = []
         self._rest: Iterator[Any] | None = None
-        self._readers = 0
+        self._keeps = True
+
+    def read_for_good(self) -> None:
+        """Let the next reader be the one that the samples are for, once all that read ahead have done so."""
+        self._keeps = False
 
     def __iter__(self) -> Iterator[Any]:
-        self._readers += 1
-        if self._readers == 1:
-            return self._first_reading()
-        if self._readers == 2:
-            return self._second_reading()
-        return iter(self.stream)
-
-    def _first_reading(self) -> Iterator[Any]:
-        self._taken, self._rest = [], iter(self.stream)
-        for sample in self._rest:
-            self._taken.append(sample)
-            yield sample
-
-    def _second_reading(self) -> Iterator[Any]:
+        if self._keeps:
+            return self._reading_ahead()
         taken, rest = self._taken, self._rest
-        self._taken = self._rest = None
-        if taken is None or rest is None:  # the first reading was in another process
-            yield from self.stream
-            return
-        while taken:
-            yield taken.pop(0)
-        yield from rest
+        self._taken, self._rest = [], None
+        return iter(self.stream) if rest is None else _continued(taken, rest)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the stream which epoch begins, if it wants to know."""
-        if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)
+    def _reading_ahead(self) -> Iterator[Any]:
+        if self._rest is None:
+            self._rest = iter(self.stream)
+        position = 0
+        while True:
+            if position == len(self._taken):
+                try:
+                    self._taken.append(next(self._rest))
+                except StopIteration:
+                    return
+            yield self._taken[position]
+            position += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_taken": [], "_rest": None}  # for a worker process; iterators cannot go there
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "stream":  # a copy is asked for these before it has a stream
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+
+class SizedReplayedStream(ReplayedStream):
+    """Is a [`ReplayedStream`] of a stream that knows its length."""
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+
+def replayed(stream: Any) -> ReplayedStream:
+    """Let what reads `stream` ahead of training take nothing from it."""
+    return (SizedReplayedStream if hasattr(stream, "__len__") else ReplayedStream)(stream)
+
+
+def _continued(taken: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    while taken:
+        yield taken.pop(0)
+    yield from rest

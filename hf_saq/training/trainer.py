@@ -27,6 +27,7 @@ from .fsdp import check_fsdp, skeleton_of
 from .parameter_groups import quantizer_parameters, split_off_scales
 from .perturbed_steps import PerturbedSteps
 from .reestimating_norms import ReestimatesNorms
+from .replayed_stream import ReplayedStream
 from .saving import SavesAndResumes
 
 
@@ -77,6 +78,9 @@ class SAQTrainer(
             passes, or if the teacher is the model itself or has other classes.
         TypeError: If an argument is of another kind, or is given twice.
     """
+
+    _knows_optimizer = False
+    """Whether [`create_optimizer`] here has made or seen the optimizer."""
 
     def __init__(
         self,
@@ -163,6 +167,8 @@ class SAQTrainer(
         else:
             self.calibrate_if_needed()
             self.give_bits()
+        if isinstance(self.train_dataset, ReplayedStream):
+            self.train_dataset.read_for_good()
         self.tell_before_training()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -185,7 +191,7 @@ class SAQTrainer(
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer as `Trainer` does, with a group for values of quantizers and their learning rate."""
-        is_new = self.optimizer is None
+        is_new, self._knows_optimizer = self.optimizer is None, True
         optimizer = super().create_optimizer(model)
         if is_new and self.saq_config.scale_lr_ratio != 1:
             groups = split_off_scales(optimizer.param_groups, model or self.model, self.saq_config.scale_lr_ratio)
@@ -195,8 +201,16 @@ class SAQTrainer(
             self._check_own_optimizer(optimizer, model or self.model)
         return optimizer
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare as `Trainer` does, and look at an optimizer that a subclass has made without asking here."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        own: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without the wrapper of accelerate
+        if not self._knows_optimizer and not self.is_fsdp_enabled:  # FSDP has put other parameters into both
+            self._check_own_optimizer(own, self.model)
+        return prepared
+
     def _check_own_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Warn if an optimizer that was passed in lacks values of quantizers, or treats them as weights."""
+        """Warn if an optimizer of the caller lacks values of quantizers, or treats them as weights."""
         scales = {p for p in quantizer_parameters(model) if p.requires_grad}
         groups = optimizer.param_groups
         unseen = scales.difference(*(group["params"] for group in groups))
@@ -205,13 +219,13 @@ class SAQTrainer(
         advice = "Build it after quantization from `hf_saq.parameter_groups(model, learning_rate, weight_decay)`."
         if unseen:
             warnings.warn(
-                f"SAQTrainer: the optimizer passed in does not have {len(unseen)} of {len(scales)} step sizes, clips "
+                f"SAQTrainer: the caller's optimizer does not have {len(unseen)} of {len(scales)} step sizes, clips "
                 f"and offsets of quantizers: they will stay as they are. {advice}",
                 stacklevel=2,
             )
         if decayed or (mixed and self.saq_config.scale_lr_ratio != 1):
             warnings.warn(
-                "SAQTrainer: the optimizer passed in treats step sizes of quantizers as weights: SAQConfig."
+                "SAQTrainer: the caller's optimizer treats step sizes of quantizers as weights: SAQConfig."
                 f"scale_lr_ratio={self.saq_config.scale_lr_ratio:g} is not applied to it, and {len(decayed)} of its "
                 f"groups decay them, which shrinks their grid. {advice}",
                 stacklevel=2,

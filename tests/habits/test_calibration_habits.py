@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from tiny_models import NUM_LABELS, images, resnet, vit
@@ -150,6 +152,43 @@ def test_a_stream_that_can_be_read_once_loses_nothing(count, steps, tmp_path):
 
     trainer_of(vit(), tmp_path, Seeing, Once(count), steps=steps).train()
     assert torch.equal(torch.cat(seen), Images(count, torch.float32).pixel_values)
+
+
+def test_a_bit_budget_takes_nothing_from_a_stream_either(tmp_path):
+    """Bits are given on the batches after those of the calibration, or on the first ones: both come again."""
+    seen: list[torch.Tensor] = []
+
+    class Seeing(InOrder):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if self._instead_of_step is None:
+                seen.append(inputs["pixel_values"].clone())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = trainer_of(vit(), tmp_path, Seeing, Once(80), steps=3)
+    trainer.saq_config.bit_budget = "0.8x"
+    trainer.train()
+    assert torch.equal(torch.cat(seen), Images(80, torch.float32).pixel_values[: len(torch.cat(seen))]) and seen
+
+
+class Sized(IterableDataset):
+    """A stream that knows its length, and something else."""
+
+    chunk = 3
+
+    def __len__(self):
+        return 16
+
+    def __iter__(self):
+        data = Images(16, torch.float32)
+        yield from (data[k] for k in range(16))
+
+
+def test_a_stream_with_a_length_needs_no_max_steps(tmp_path):
+    trainer = trainer_of(vit(), tmp_path, data=Sized(), steps=-1, changes=dict(num_train_epochs=2))
+    trainer.train()
+    assert trainer.state.global_step == 8 and trainer.state.epoch == 2
+    assert trainer.train_dataset.chunk == 3
+    assert len(list(pickle.loads(pickle.dumps(trainer.train_dataset)))) == 16
 
 
 class Again(IterableDataset):

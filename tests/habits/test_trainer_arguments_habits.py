@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -95,3 +96,58 @@ def test_a_configuration_that_names_something_else_than_a_model(name):
     assert model_class(config) is AutoModelForImageClassification
     config.architectures = json.loads('["ViTForImageClassification"]')
     assert model_class(config) is type(vit())
+
+
+def test_an_optimizer_that_a_subclass_makes(tmp_path):
+    """`create_optimizer` without `super()` is told the same as one that was passed in."""
+
+    class Own(SAQTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)
+            return self.optimizer
+
+    trainer = Own(
+        quantized(), arguments(tmp_path, max_steps=1), saq_config=SAQConfig(), train_dataset=Images(8, torch.float32)
+    )
+    with pytest.warns(UserWarning, match="is not applied to it, and 1 of its groups decay them"):
+        trainer.train()
+
+
+def test_a_training_step_that_leaves_the_perturbed_one_out(tmp_path):
+    """It would be plain training under the name of the method."""
+
+    class Own(SAQTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model.train(), self._prepare_inputs(inputs))
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    for case in (None, 3):
+        how = arguments(tmp_path, max_steps=2)
+        trainer = Own(quantized(), how, saq_config=SAQConfig(case=case), train_dataset=Images(8, torch.float32))
+        with (
+            pytest.raises(RuntimeError, match="Own.training_step did not call that of SAQTrainer")
+            if case
+            else nullcontext()
+        ):
+            trainer.train()
+
+
+def test_a_loss_that_divides_by_the_count_of_items(tmp_path):
+    """Whatever measures beside the training gives it that count too."""
+
+    def summed(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    logged = []
+    for loss in (None, summed):
+        trainer = SAQTrainer(
+            quantized(),
+            arguments(tmp_path, max_steps=50, logging_steps=50, seed=3),
+            saq_config=SAQConfig(rho=0.1, schedule="full"),
+            train_dataset=Images(8, torch.float32),
+            compute_loss_func=loss,
+        )
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["measured_sharpness"])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-2) and logged[0] != 0
