@@ -22,7 +22,7 @@ from ..sharpness import default_rho
 from ..tables import text_table
 from ..version import __version__
 from .arguments import PARTS
-from .saved_images import Images, load_images, load_model, loss_of, scores_of
+from .saved_images import Images, differences_of_processors, load_images, load_model, loss_of, scores_of
 
 CALIBRATION_BATCHES = 4
 
@@ -51,8 +51,7 @@ def compare_two(args: argparse.Namespace) -> str:
     """Return where two saved models part, layer by layer."""
     first, processor = load_model(args.first, args)
     images = load_images(first, processor, args)
-    second = load_model(args.second, args)[0]
-    _check_same_classes(args, first, second)
+    second = _second_model(args.second, args, args.first, first, processor)
     found = compare(first, second, images.batches, loss=loss_of)
     if args.plot is not None:
         found.plot(args.plot)
@@ -68,19 +67,20 @@ def analyze(args: argparse.Namespace) -> str:
         raise ValueError(f"--output {args.output}: expected the name of an HTML file, such as analysis.html.")
     if not output.absolute().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no directory {str(output.absolute().parent)!r}.")
+    names = _names_beside(args.source, args.beside)
     model, processor = load_model(args.source, args, trainable=True)
     if not any(isinstance(module, HoldsQuantizers) for module in model.modules()):
         raise ValueError(f"{args.source} is a float model; expected one that hf_saq has quantized.")
     images = load_images(model, processor, args)
-    models: dict[str, Any] = {Path(args.source).name: model}
+    models: dict[str, Any] = {names[0]: model}
     if args.beside is not None:
-        other = load_model(args.beside, args, trainable=True)[0]
-        _check_same_classes(argparse.Namespace(first=args.source, second=args.beside), model, other)
-        models[args.beside if Path(args.beside).name in models else Path(args.beside).name] = other
-    sections = [section for part in PARTS if part in args.parts for section in _sections(part, args, models, images)]
+        models[names[1]] = _second_model(args.beside, args, args.source, model, processor, trainable=True)
+    sections = [
+        section for part in PARTS if part in args.parts for section in _sections(part, args, models, images, processor)
+    ]
     about = [f"{args.source}, a {type(model).__name__}, on {images.where}.", f"Made with hf_saq {__version__}."]
     partial = output.with_name(output.name + ".partial")
-    partial.write_text(html_report(f"Analysis of {Path(args.source).name}", about, sections), encoding="utf-8")
+    partial.write_text(html_report(f"Analysis of {names[0]}", about, sections), encoding="utf-8")
     os.replace(partial, output)
     if args.json:
         found = {section.title: section.result.to_dict() for section in sections}
@@ -89,7 +89,9 @@ def analyze(args: argparse.Namespace) -> str:
     return "\n\n".join([f"{args.source} on {images.where}", *text, f"{output}: report with pictures"])
 
 
-def _sections(part: str, args: argparse.Namespace, models: dict[str, Any], images: Images) -> list[Section]:
+def _sections(
+    part: str, args: argparse.Namespace, models: dict[str, Any], images: Images, processor: Any
+) -> list[Section]:
     name, model = next(iter(models.items()))
     if part == "sharpness":
         rho = default_rho(model)[0] if args.rho is None else args.rho
@@ -118,22 +120,38 @@ def _sections(part: str, args: argparse.Namespace, models: dict[str, Any], image
         ]
     about = "What quantizing one operand of one layer alone costs, everything else in float; most sensitive first."
     if args.float_model is not None:
-        model, name = _quantized_anew(args, model, images), Path(args.float_model).name
+        model, name = _quantized_anew(args, model, images, processor), _name(args.float_model)
     elif model.config.quantization_config.storage == "packed":
         about += " Weights were stored as integers: more bits than they have bring nothing back, see --float."
     found = sensitivity(model, images.batches, passes=args.passes, loss=loss_of)
     return [Section(f"Sensitivity of the layers of {name}", about, found)]
 
 
-def _quantized_anew(args: argparse.Namespace, model: Any, images: Images) -> nn.Module:
+def _quantized_anew(args: argparse.Namespace, model: Any, images: Images, processor: Any) -> nn.Module:
     """Quantize and calibrate the float model as the other one is quantized."""
-    plain = load_model(args.float_model, args, trainable=True)[0]
+    plain = _second_model(args.float_model, args, args.source, model, processor, trainable=True)
     if any(isinstance(module, HoldsQuantizers) for module in plain.modules()):
         raise ValueError(f"--float {args.float_model} is quantized; expected a float model.")
-    _check_same_classes(argparse.Namespace(first=args.source, second=args.float_model), model, plain)
     device = next(plain.parameters()).device
     shown = [batch["pixel_values"].to(device) for batch in images.batches[:CALIBRATION_BATCHES]]
     return calibrate(quantize(plain, model.config.quantization_config.replace(storage="float")), shown).eval()
+
+
+def _name(source: str) -> str:
+    return Path(os.path.abspath(source)).name
+
+
+def _names_beside(source: str, beside: str | None) -> list[str]:
+    """Name the models in titles and legends: shortly, or as they were given where they have the same short name.
+
+    Raises:
+        ValueError: If they are one model.
+    """
+    given = [source] if beside is None else [source, beside]
+    if len({os.path.realpath(each) for each in given}) < len(given):
+        raise ValueError(f"--beside {beside} is the model {source} itself; expected another one, or no --beside.")
+    short = [_name(each) for each in given]
+    return short if len(set(short)) == len(given) else given
 
 
 def _took(found: Landscape) -> str:
@@ -141,10 +159,29 @@ def _took(found: Landscape) -> str:
     return f"{points} points in {found.seconds:.0f} seconds."
 
 
-def _check_same_classes(args: argparse.Namespace, first: Any, second: Any) -> None:
-    names = [[str(name) for _, name in sorted(model.config.id2label.items())] for model in (first, second)]
+def _second_model(
+    second: str, args: argparse.Namespace, first: str, model: Any, processor: Any, trainable: bool = False
+) -> Any:
+    """Load a model that is shown the images of the first one.
+
+    Args:
+        first, model, processor: Where the first model is, it, and the image processor that made the images.
+
+    Raises:
+        ValueError: If it has other classes, or takes images that are prepared in another way.
+    """
+    other: Any
+    other, other_processor = load_model(second, args, trainable)
+    names = [[str(name) for _, name in sorted(each.config.id2label.items())] for each in (model, other)]
     if names[0] != names[1]:
         raise ValueError(
-            f"{args.first} and {args.second} have different classes ({len(names[0])}, such as {names[0][0]!r}, and "
+            f"{first} and {second} have different classes ({len(names[0])}, such as {names[0][0]!r}, and "
             f"{len(names[1])}, such as {names[1][0]!r}); expected two models of the same task."
         )
+    if different := differences_of_processors(processor, other_processor):
+        raise ValueError(
+            f"The image processors of {first} and {second} differ: {'; '.join(different)}. Both models are shown the "
+            "same images; expected two that take images prepared in one way. If the models were trained on such "
+            "images, one processor is wrong: copy the right preprocessor_config.json over it."
+        )
+    return other

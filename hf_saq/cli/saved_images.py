@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -110,6 +111,24 @@ def load_images(model: nn.Module, processor: Any, args: argparse.Namespace) -> I
         labels = torch.tensor([numbers[row["labels"]] for row in rows])
         batches.append({"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels})
     return Images(batches, f"{len(dataset):,} images of {args.data}, split {split}")
+
+
+def differences_of_processors(first: Any, second: Any) -> list[str]:
+    """Say in words what two image processors do differently to an image, as [`load_images`] uses them."""
+    from ..data import input_size, normalization
+
+    (mean, std), (other_mean, other_std) = (normalization(each) for each in (first, second))
+    found = []
+    for what, a, b in (("mean", mean, other_mean), ("standard deviation", std, other_std)):
+        if len(a) != len(b) or not all(map(math.isclose, a, b)):
+            found.append(f"{what} of each channel {a} and {b}")
+    sizes = [input_size(each) for each in (first, second)]
+    if sizes[0] != sizes[1]:
+        found.append(f"size in pixels {sizes[0]} and {sizes[1]}")
+    orders = ["BGR" if getattr(each, "do_flip_channel_order", False) else "RGB" for each in (first, second)]
+    if orders[0] != orders[1]:
+        found.append(f"order of channels {orders[0]} and {orders[1]}")
+    return found
 
 
 def numbers_of_classes(names: Sequence[str], model: Any, data: str) -> list[int]:

@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_models import VIT_SIZES
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.analysis import sharpness
 from hf_saq.cli import main
 from hf_saq.cli.data_arguments import AUGMENTATIONS
@@ -21,26 +18,6 @@ from hf_saq.data import AUGMENTATIONS as OF_THE_SCRIPT
 from hf_saq.storage.saved_directory import load_any_saved, load_saved
 
 SIZE = 16
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """`float`, `latent` and `packed`: one model, whose classes are numbered in another order than the data's."""
-    directory, model = (
-        tmp_path_factory.mktemp("saved"),
-        ViTForImageClassification(ViTConfig(**{**VIT_SIZES, "num_labels": 3})),
-    )
-    model.config.id2label = {0: "cat", 1: "ant", 2: "bee"}
-    model.config.label2id = {name: number for number, name in model.config.id2label.items()}
-    model.save_pretrained(directory / "float")
-    model = quantize(model, SAQQuantizationConfig(weight_bits=3, activation_bits=4))
-    calibrate(model, [torch.randn(4, 3, SIZE, SIZE)])
-    model.save_pretrained(directory / "latent")
-    pack(model).save_pretrained(directory / "packed")
-    processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    for name in ("float", "latent", "packed"):
-        processor.save_pretrained(directory / name)
-    return directory
 
 
 def batch_of(images: Path) -> dict[str, torch.Tensor]:
