@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BaseImageProcessor
 
 COLOURS = ((0, 0, 0), (255, 255, 255), (200, 60, 120), (30, 210, 90))
 """Colours of the pictures that are compared. A picture of one colour stays so when it is scaled and cropped."""
@@ -61,12 +60,12 @@ def check_makes_the_same(processor: Any, transform: Callable[[Image.Image], Tens
     """Raise `ValueError` if `processor` makes other inputs than `transform` of pictures of the size that it makes.
 
     It is saved with the model, and `pipeline` takes it: models would be trained and scored on other inputs than they
-    get there. What is no processor of transformers cannot be run, and is let through.
+    get there. What has no `preprocess`, as image processors have, cannot be run and is let through.
 
     Args:
         transform: Turns a picture of that size into `(3, height, width)`.
     """
-    if not isinstance(processor, BaseImageProcessor):
+    if not hasattr(processor, "preprocess"):
         return
     size = input_size(processor)
     height, width = size if isinstance(size, tuple) else (size, size)
