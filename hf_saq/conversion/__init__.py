@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         leave_in_float,
         leave_layer_in_float,
         note_left_in_float,
+        note_replaced_layers,
         quantize,
         replace_modules,
     )
@@ -53,6 +54,7 @@ __getattr__, __dir__ = lazy_exports(
             "leave_in_float",
             "leave_layer_in_float",
             "note_left_in_float",
+            "note_replaced_layers",
             "quantize",
             "replace_modules",
         ),
@@ -81,6 +83,7 @@ __all__ = [
     "needs_calibration",
     "norms_with_statistics",
     "note_left_in_float",
+    "note_replaced_layers",
     "note_signs",
     "pack",
     "quantize",

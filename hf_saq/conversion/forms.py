@@ -24,7 +24,7 @@ from ..progress import with_progress
 from ..quantizers import Quantizer
 from . import attention_interface
 from .report import ConversionReport
-from .swapping import convert, replace_modules
+from .swapping import convert, note_replaced_layers, replace_modules
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -43,6 +43,7 @@ def pack(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} {found}; expected a model made by `quantize` or `from_pretrained`.")
     check_has_values(model)
     _check_weights_are_parameters(model)
+    note_replaced_layers(model)
     _warn_of_layers_that_are_gone(model)
     waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
     if waiting:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
 from ..config import FORMAT_VERSION, SAQQuantizationConfig
-from ..layers import QUANTIZED_LAYERS, HoldsQuantizers
+from ..layers import QUANTIZED_LAYERS, HoldsQuantizers, PackedLayer
 from ..layers.shared_input import let_go_of_shared_input, share_input
 from . import attention_interface
 from .building import build, build_products
 from .first_scales import initialize_weight_quantizers
 from .planning import plan, products_name
 from .report import ConversionReport, note_signs
+from .structure import unsupported
 
 
 def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
@@ -132,6 +134,31 @@ def leave_layer_in_float(model: nn.Module, name: str) -> None:
             holder: Any = others[in_order[0]]
             holder.activation_quantizer.path = f"{in_order[0]}.activation_quantizer"
     layer.leave_in_float()
+
+
+def note_replaced_layers(model: nn.Module) -> None:
+    """Note that float layers which somebody put in place of quantized ones are in float, and warn of them.
+
+    What is stored with the model then says so too, so that it loads as it is now.
+    """
+    report = getattr(model, "quantization_report", None)
+    modules = dict(model.named_modules())
+    replaced = [
+        planned.name
+        for planned in (report.converted if isinstance(report, ConversionReport) else [])
+        if (module := modules.get(planned.name)) is not None
+        and unsupported(module) is not None
+        and not any(isinstance(m, (HoldsQuantizers, PackedLayer)) for m in module.modules())
+    ]
+    if not replaced:
+        return
+    note_left_in_float(model, replaced, "replaced by a float layer after quantization")
+    warnings.warn(
+        f"{type(model).__name__}: {', '.join(replaced[:3])} {'and others ' * (len(replaced) > 3)}took the place of "
+        "quantized layers and stay in float. For other classes replace the head of the float model and quantize that, "
+        "or load the quantized one with from_pretrained(..., num_labels=N, ignore_mismatched_sizes=True).",
+        stacklevel=3,
+    )
 
 
 def note_left_in_float(model: nn.Module, names: Collection[str], reason: str) -> None:

@@ -7,6 +7,7 @@ that is imported here may need models of transformers; `conversion` imports its 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,10 @@ class SAQHfQuantizer(HfQuantizer):
 
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
-        state: dict[str, Any] = {**model.state_dict(), HINT: torch.zeros(0, dtype=torch.uint8)}
+        conversion.note_replaced_layers(model)
+        given = _state_dict_given_to_save()
+        state: dict[str, Any] = {**(model.state_dict() if given is None else given)}
+        state[HINT] = torch.zeros(0, dtype=torch.uint8)
         if not conversion.is_packed(model):
             return state, {}
         sealed = dict(state)
@@ -161,6 +165,18 @@ class SAQHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _state_dict_given_to_save() -> dict[str, Tensor] | None:
+    """Find the `state_dict` that the caller gave to `save_pretrained`, an average of weights for example.
+
+    transformers puts what [`SAQHfQuantizer.get_state_dict_and_metadata`] returns in its place without handing it on,
+    so read it where it still is.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "save_pretrained":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("state_dict")
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..config import SAQConfig, SAQQuantizationConfig
 from ..conversion.forms import is_packed
-from ..conversion.swapping import quantize
+from ..conversion.swapping import note_replaced_layers, quantize
 from ..hub.exporting_trainer import ExportingTrainer
 from ..hub.image_processor import SavesImageProcessor
 from ..hub.publishing_trainer import PublishingTrainer
@@ -118,6 +118,7 @@ class SAQTrainer(
         quantized = any(isinstance(m, QuantizedLayer) for m in model.modules())
         if quantized:
             refuse_adapters(model, "SAQTrainer")
+            note_replaced_layers(model)
         if is_packed(model):
             raise ValueError(
                 f"{type(model).__name__} holds packed integers, which cannot be trained. Load a checkpoint in float "
