@@ -7,6 +7,7 @@ brackets in a path for a pattern.
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ from pathlib import Path
 from datasets import ClassLabel, DatasetDict, Features, Image
 from datasets import Dataset as HFDataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub import DatasetCard
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,11 @@ def split_folders(directory: Path, flag: str) -> dict[str, list[Path]]:
 def names_its_files(directory: Path) -> bool:
     """Say whether the card of a data set (README.md) tells `datasets` which files make which split."""
     card = directory / "README.md"
-    return card.is_file() and bool(DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs"))
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+    if lines[:1] != ["---"]:
+        return False
+    header = itertools.takewhile(lambda line: line.rstrip() != "---", lines[1:])  # of YAML
+    return any(line.startswith("configs:") for line in header)
 
 
 def labelled_by_folder(splits: Mapping[str, Sequence[ImageFiles]]) -> DatasetDict:

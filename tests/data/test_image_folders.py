@@ -158,7 +158,7 @@ def test_a_card_that_names_the_files_of_splits_is_followed(tmp_path):
     splits = load(dataset_name=root)
     assert [Path(path).name[0] for path, _ in files_and_classes(splits["train"])] == ["x"] * 4
     assert [Path(path).name[0] for path, _ in files_and_classes(splits["eval"])] == ["y"] * 4
-    (root / "README.md").write_text("# Data\n")
+    (root / "README.md").write_text("---\nlicense: mit\n---\n# Data\nconfigs: none\n")
     assert sum(map(len, load(dataset_name=root, train_val_split=0.25).values())) == 8
 
 
