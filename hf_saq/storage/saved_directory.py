@@ -102,9 +102,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def damage_named(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever the fields of `path` make transformers raise into a `ValueError` that names the file."""
+    """Turn whatever the fields of `path` make transformers raise into a `ValueError` that names the file.
+
+    Raises:
+        ImportError: If a library is missing that the model needs; the file is then as it should be.
+    """
     try:
         yield
+    except ImportError as error:  # transformers says in it how to install the library
+        raise ImportError(f"{path}: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a field can hold anything, and is used for anything
