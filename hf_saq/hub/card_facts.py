@@ -152,8 +152,9 @@ def facts_of_files(found: StoredModel, load_from: str, directory: Path) -> CardF
     )
 
 
-def names_of_classes(labels: Sequence[str]) -> Sequence[str]:
-    """Return the names of classes; none if they are those that transformers makes up."""
+def names_of_classes(labels: Sequence[Any]) -> Sequence[str]:
+    """Return the names of classes as text, also of numbers; none if they are those that transformers makes up."""
+    labels = [str(label) for label in labels]
     return () if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
 
 
