@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..analysis import Landscape, compare, landscape, sensitivity, sharpness
 from ..analysis.html_report import Section, html_report
+from ..analysis.results import plain
 from ..conversion import calibrate, quantize
 from ..layers import HoldsQuantizers
 from ..progress import with_progress
@@ -28,7 +30,7 @@ CALIBRATION_BATCHES = 4
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    """Return loss and accuracy of a saved model."""
+    """Return loss and accuracy of a saved model; they are NaN, `null` in JSON, if any of its scores is."""
     from ..data import top_k
 
     model, processor = load_model(args.source, args)
@@ -40,11 +42,20 @@ def evaluate(args: argparse.Namespace) -> str:
     seconds = time.perf_counter() - begin
     scores, labels = torch.cat(each), torch.cat([batch["labels"] for batch in images.batches])
     found: dict[str, Any] = {**top_k(scores, labels), "loss": F.cross_entropy(scores, labels).item()}
+    without = int(scores.isnan().any(dim=1).sum())
+    if without:  # sorting would take them for some class, and count it right or wrong
+        found = {**dict.fromkeys(found, math.nan), "images_with_nan_scores": without}
     found |= {"images": len(images), "images_per_second": len(images) / seconds}
     if args.json:
-        return json.dumps({"model": args.source, "data": args.data, **found}, indent=2)
+        return json.dumps(plain({"model": args.source, "data": args.data, **found}), indent=2)
     rows = [(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}") for name, value in found.items()]
-    return f"{args.source} on {images.where}\n{text_table(rows, right=(1,))}"
+    text = f"{args.source} on {images.where}\n{text_table(rows, right=(1,))}"
+    if without:
+        text += (
+            f"\nThe model gives scores that are NaN to {without:,} of {len(images):,} images, so it has no accuracy. "
+            "Its training has diverged, or its files are damaged: see its log, and evaluate an earlier checkpoint."
+        )
+    return text
 
 
 def compare_two(args: argparse.Namespace) -> str:

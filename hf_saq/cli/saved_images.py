@@ -21,6 +21,8 @@ from ..progress import with_progress
 from ..storage.saved_directory import load_any_saved
 
 NEEDED = ("datasets", "torchvision", "PIL")
+"""Modules that reading images takes, and below the one that the handwritten digits come from."""
+DIGITS_NEED = "sklearn"
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,12 @@ def load_images(model: nn.Module, processor: Any, args: argparse.Namespace) -> I
     for name, value in (("--batch-size", args.batch_size), ("--max-samples", args.max_samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}; expected 1 or more.")
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    is_digits = args.data == "digits"
+    missing = [name for name in (*NEEDED, *([DIGITS_NEED] if is_digits else [])) if find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} must be installed to read images: {how_to_install('data')}.")
     from ..data import DataTrainingArguments, TransformedImages, input_size, load_split, transforms, without_unreadable
 
-    is_digits = args.data == "digits"
     where = DataTrainingArguments(
         dataset_name=None if is_digits else args.data,
         dataset_config_name=args.dataset_config_name,
@@ -137,9 +139,17 @@ def numbers_of_classes(names: Sequence[str], model: Any, data: str) -> list[int]
     By name; a model whose classes have no names of their own (`LABEL_0`, ...) has them in the order of the data.
 
     Raises:
-        ValueError: If the model lacks a class of the data.
+        ValueError: If the model lacks a class of the data, or does not number its classes from 0 on.
     """
-    known = {str(name): int(number) for number, name in getattr(model.config, "id2label", {}).items()}
+    stored = getattr(model.config, "id2label", {})
+    numbers = sorted(map(int, stored))
+    if numbers != list(range(len(numbers))):
+        raise ValueError(
+            f"The model's config.json numbers its {len(numbers)} classes {', '.join(map(str, numbers[:10]))}"
+            f"{', ...' if len(numbers) > 10 else ''} in id2label; expected 0 to {len(numbers) - 1}, the places of its "
+            "scores. Number them as they were in training, in id2label and label2id."
+        )
+    known = {str(name): int(number) for number, name in stored.items()}
     unnamed = all(name.startswith("LABEL_") for name in known)
     if unnamed and len(known) == len(names):
         return list(range(len(names)))

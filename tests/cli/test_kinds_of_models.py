@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_looking import batch_of, on, run
-from tiny_models import deit_with_teacher, resnet
+from tiny_models import deit_with_teacher, resnet, timm_efficientnet, vit
 from torch import nn
 from transformers import ViTImageProcessor
+from transformers.utils import import_utils
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize, unpack
 from hf_saq.analysis import sharpness
+from hf_saq.cli import saved_images
 from hf_saq.storage.saved_directory import load_any_saved
 
 SIZE = 16
@@ -93,3 +95,52 @@ def test_a_classifier_that_computes_no_loss(images, capsys, tmp_path):
     page = ("--output", tmp_path / "page.html", "--json", "--points", 3, "--passes", 1)
     status, out, _ = run(capsys, "analyze", packed, *on(images), *page)
     assert status == 0 and json.loads(out)["Landscape along a line"]
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_diverged_model_has_no_accuracy(every, images, capsys, tmp_path):
+    """Sorting would give scores that are NaN to some class. One image without is enough for no number at all."""
+    model = vit()
+    with torch.no_grad():  # of two inputs, those of different signs add up to inf - inf
+        model.classifier.weight[1, :2] = float("nan" if every else "inf")
+    save(model, tmp_path / "diverged")
+    with torch.no_grad():
+        without = int(model(batch_of(images)["pixel_values"]).logits.isnan().any(1).sum())
+    assert without == 12 if every else 0 < without < 12
+    status, out, _ = run(capsys, "eval", tmp_path / "diverged", *on(images), "--json")
+    found = json.loads(out, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert status == 0 and (found["top1"], found["top5"], found["loss"]) == (None, None, None)
+    assert found["images_with_nan_scores"] == without
+    out = run(capsys, "eval", tmp_path / "diverged", *on(images))[1]
+    assert f"scores that are NaN to {without} of 12 images, so it has no accuracy" in out
+
+
+def test_numbers_of_classes_with_gaps_are_named(images, capsys, tmp_path):
+    directory = save(vit(), tmp_path / "gaps", {0: "cat", 2: "ant", 7: "bee"})
+    status, out, err = run(capsys, "eval", directory, *on(images))
+    assert (status, out) == (1, "") and "numbers its 3 classes 0, 2, 7 in id2label; expected 0 to 2" in err
+
+
+def test_a_card_of_classes_that_are_numbers(capsys, tmp_path):
+    directory = save(quantized(vit()), tmp_path / "numbers", {0: 4, 1: 5, 2: 6})
+    assert run(capsys, "card", directory)[0] == 0
+    assert "## Classes\n\n4, 5, 6\n" in (directory / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["inspect", "pack", "eval"])
+def test_a_missing_library_is_no_damage(command, images, capsys, tmp_path, monkeypatch):
+    """Of a timm model transformers says itself how to install timm."""
+    quantize(timm_efficientnet(), SAQQuantizationConfig()).save_pretrained(tmp_path / "timm")
+    more = {"inspect": (), "pack": (tmp_path / "out",), "eval": on(images)}[command]
+    backend = import_utils.BACKENDS_MAPPING["timm"]
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, backend[1]))
+    status, out, err = run(capsys, command, tmp_path / "timm", *more)
+    assert (status, out) == (1, "") and "requires the timm library" in err and "pip install timm" in err
+    assert "damaged" not in err
+
+
+def test_digits_without_scikit_learn(saved, capsys, monkeypatch):
+    find_spec = saved_images.find_spec
+    monkeypatch.setattr(saved_images, "find_spec", lambda name: None if name == "sklearn" else find_spec(name))
+    status, _, err = run(capsys, "eval", saved / "packed", "--data", "digits")
+    assert status == 1 and "sklearn must be installed to read images: pip install" in err and "[data]" in err
