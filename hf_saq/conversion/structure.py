@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -55,6 +57,19 @@ def unsupported(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "this convolution has no quantized form"
     return None
+
+
+def keep_fused_kernels_off(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Let encoder layers of torch call their layers where some of them are among `layers`.
+
+    In evaluation without gradients they would read the weights of both linear layers and run a fused kernel in float.
+    """
+    layers = set(layers)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not set(module.modules()).isdisjoint(layers):
+            module.activation_relu_or_gelu = 0  # asked for nothing but that kernel, whose activation is then unknown
+        elif isinstance(module, nn.TransformerEncoder) and not set(module.modules()).isdisjoint(layers):
+            module.use_nested_tensor = False  # inputs for that kernel alone
 
 
 def tied_to_something_else(model: nn.Module) -> dict[nn.Module, str]:

@@ -16,7 +16,7 @@ from .building import build, build_products
 from .first_scales import initialize_weight_quantizers
 from .planning import plan, products_name
 from .report import ConversionReport, note_signs
-from .structure import unsupported
+from .structure import keep_fused_kernels_off, unsupported
 
 
 def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
@@ -81,6 +81,7 @@ def convert(model: nn.Module, config: SAQQuantizationConfig, stored: bool = Fals
         module: build(module, name, settings[name]) for name, module in model.named_modules() if name in settings
     }
     replace_modules(model, replacements)
+    keep_fused_kernels_off(model, replacements.values())
     for group in report.shared_inputs:
         share_input([model.get_submodule(name) for name in group])
     if config.quantize_attention:

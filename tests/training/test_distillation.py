@@ -266,6 +266,10 @@ def test_a_teacher_of_something_else(tmp_path):
     other.config.id2label = {k: other.config.id2label[count - 1 - k] for k in range(count)}
     with pytest.raises(ValueError, match="those of the model in another order"):
         train(other)
+    several = TRANSFORMERS_MODELS["vit"](seed=5)
+    several.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="the teacher has problem_type='multi_label_classification', but what is"):
+        train(several)
     with pytest.raises(TypeError, match="teacher is a str; expected a model"):
         train("google/vit-base-patch16-224")
     with pytest.raises(ValueError, match="leave compute_loss_func or teacher out"):

@@ -60,6 +60,13 @@ class LearnsFromTeacher(Trainer):
         if any(id(p) in shared for p in teacher.parameters()):
             raise ValueError("SAQTrainer: teacher and student share parameters; pass a copy of the model.")
         _check_classes(student, teacher)
+        for who, model in (("model", student), ("teacher", teacher)):
+            problem = getattr(getattr(model, "config", None), "problem_type", None)
+            if problem not in (None, "single_label_classification"):
+                raise ValueError(
+                    f"SAQTrainer: the {who} has problem_type={problem!r}, but what is learned from a teacher are its "
+                    "probabilities of classes that exclude each other. Leave the teacher out."
+                )
         self.teacher = teacher.to(self.args.device).eval()
         self.distill_alpha, self.distill_temperature = alpha, temperature
         self.sample_names.add(TEACHER_LOGITS)
