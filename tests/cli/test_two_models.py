@@ -31,9 +31,14 @@ def test_models_of_one_name_are_both_there(saved, images, capsys, tmp_path):
                 assert by_name[str(name), surface["place"]]["losses"] == surface["losses"]
 
 
-def test_a_model_beside_itself_is_refused(saved, images, capsys):
-    status, _, err = run(capsys, "analyze", saved / "latent", "--beside", f"{saved}/packed/../latent/", *on(images))
-    assert status == 1 and f"latent/ is the model {saved}/latent itself; expected another one" in err
+def test_a_model_beside_itself_is_refused(saved, images, capsys, tmp_path):
+    argv = (*on(images), "--output", tmp_path / "page.html", "--parts", "sharpness")
+    status, _, err = run(capsys, "analyze", saved / "latent", "--beside", f"{saved}/packed/../latent/", *argv)
+    assert (
+        status == 1
+        and not list(tmp_path.iterdir())
+        and f"latent/ is the model {saved}/latent itself; expected another one" in err
+    )
 
 
 @pytest.mark.parametrize("option", ["--beside", "--float", None])
