@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from .calibration import calibrate, is_calibrated, needs_calibration
     from .decoding import keep_decoded
     from .first_scales import initialize_weight_quantizers
-    from .forms import convert_to_packed, copy_with, dequantize, dequantize_in_place, is_packed, pack, unpack
+    from .forms import (
+        convert_to_packed,
+        copy_with,
+        dequantize,
+        dequantize_in_place,
+        forget_export,
+        is_packed,
+        pack,
+        unpack,
+    )
     from .report import ConversionReport, LayerPlan, note_signs
     from .swapping import (
         as_decided,
@@ -43,6 +52,7 @@ __getattr__, __dir__ = lazy_exports(
             "copy_with",
             "dequantize",
             "dequantize_in_place",
+            "forget_export",
             "is_packed",
             "pack",
             "unpack",
@@ -74,6 +84,7 @@ __all__ = [
     "correct_biases",
     "dequantize",
     "dequantize_in_place",
+    "forget_export",
     "initialize_weight_quantizers",
     "is_calibrated",
     "is_packed",

@@ -209,8 +209,14 @@ def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return found
 
 
+def forget_export(model: nn.Module) -> None:
+    """Take the record of a graph that lay beside a loaded model out of its configuration: what is saved has none."""
+    getattr(getattr(model, "config", None), "__dict__", {}).pop("hf_saq_export", None)
+
+
 def _forget_quantization(model: nn.Module) -> None:
     """Leave no trace of hf_saq in a model whose layers are float again."""
+    forget_export(model)
     attention_interface.unroute(model)
     for name in ("quantization_report", "quantization_method"):
         model.__dict__.pop(name, None)

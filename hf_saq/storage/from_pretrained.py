@@ -128,6 +128,7 @@ class SAQHfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
         conversion.note_replaced_layers(model)
+        conversion.forget_export(model)
         given = _state_dict_given_to_save()
         state: dict[str, Any] = {**(model.state_dict() if given is None else given)}
         state[HINT] = torch.zeros(0, dtype=torch.uint8)

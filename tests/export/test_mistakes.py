@@ -16,7 +16,7 @@ from tiny_models import conv_net, images, linear_net, resnet, vectors, vit
 from torch import nn
 from transformers import ViTImageProcessor
 
-from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
+from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize, unpack
 from hf_saq.cli import main
 from hf_saq.export import ExportCheckError, ExportedClassifier, export_onnx
 from hf_saq.export.checks import sessions
@@ -197,6 +197,32 @@ def test_a_graph_beside_saved_weights_leaves_them_loadable(tmp_path):
     wider = quantized(lambda: resnet(seed=1), {"pixel_values": images(8)}, weight_bits=8)
     with pytest.raises(ValueError, match="differs in quantization_config; name another directory"):
         export_onnx(wider, tmp_path, example=images(2), check=False, overwrite=True)
+
+
+@pytest.mark.parametrize("storage", ["float", "packed"])
+def test_a_graph_does_not_pass_for_weights_that_are_saved_over_its_own(storage, tmp_path):
+    """Saved by hand, not by the trainer: the graph is of the weights before, and nothing says any more that it is."""
+    model = quantized(vit)
+    stored = pack(model) if storage == "packed" else model
+    stored.save_pretrained(tmp_path / "model")
+    export_onnx(model, tmp_path / "model", example=images(2), overwrite=True, check=False)
+    ExportedClassifier.from_pretrained(tmp_path / "model")
+    loaded, _ = load_saved(str(tmp_path / "model"))
+    trained = unpack(loaded) if storage == "packed" else loaded
+    with torch.no_grad():
+        trained.classifier.weight.neg_()
+    (pack(trained) if storage == "packed" else trained).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="config.json has no 'hf_saq_export'; expected a directory"):
+        ExportedClassifier.from_pretrained(tmp_path / "model")
+
+
+def test_a_float_model_has_no_record_of_a_graph(tmp_path):
+    model = quantized(vit)
+    model.save_pretrained(tmp_path / "model")
+    export_onnx(model, tmp_path / "model", example=images(2), overwrite=True, check=False)
+    main(["dequantize", str(tmp_path / "model"), str(tmp_path / "float")])
+    assert "hf_saq_export" in json.loads((tmp_path / "model/config.json").read_text())
+    assert "hf_saq_export" not in json.loads((tmp_path / "float/config.json").read_text())
 
 
 def test_an_export_of_an_export(tmp_path, capsys):
