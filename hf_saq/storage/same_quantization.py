@@ -13,6 +13,8 @@ from ..layers import HoldsQuantizers
 from ..quantizers import Quantizer
 from .stored_tensors import StoredTensors
 
+QUANTIZERS_FILE = "quantizers.json"
+"""In checkpoints of plain modules: quantizer -> its kind, bits and shape of the scale."""
 COMPARED = (
     "weight_bits",
     "activation_bits",
@@ -35,6 +37,20 @@ def stored_quantization(directory: str | Path) -> dict[str, Any]:
         return {}
     found = config.get("quantization_config") if isinstance(config, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def store_quantizers(model: nn.Module, directory: str | Path) -> None:
+    """Write how `model` is quantized into a checkpoint of it, where no configuration does so: a plain module."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None and (found := _quantizers(model)):
+        (Path(directory) / QUANTIZERS_FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"quantizer": type(m).__name__, "bits": m.bits, "scale_shape": list(m.scale_shape)}
+        for name, m in model.named_modules()
+        if isinstance(m, Quantizer)
+    }
 
 
 def check_same_quantization(model: nn.Module, directory: str | Path) -> list[str]:
@@ -83,6 +99,11 @@ def _layers_stored_in_float(model: nn.Module, directory: Path) -> list[str]:
     }
     if not prefixes:
         return []
+    file = directory / QUANTIZERS_FILE  # earlier versions did not write it
+    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name, own in _quantizers(model).items():
+        if name in written:
+            _compare(name, written[name], own, model, directory)
     stored = StoredTensors(directory).names
     absent = [name for name, starts in prefixes.items() if not any(tensor.startswith(starts) for tensor in stored)]
     if len(absent) == len(prefixes):

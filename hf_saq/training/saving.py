@@ -18,7 +18,7 @@ from ..conversion.swapping import leave_in_float
 from ..layers import HoldsQuantizers, QuantizedLayer
 from ..sharpness.schedules import ScheduledStep
 from ..storage.exact_loading import load_exactly
-from ..storage.same_quantization import check_same_quantization, stored_quantization
+from ..storage.same_quantization import check_same_quantization, store_quantizers, stored_quantization
 from ..storage.staging import staged
 from .checkpoints import STATE_FILE, last_complete_checkpoint, what_is_missing
 from .fsdp import gathered
@@ -89,8 +89,10 @@ class SavesAndResumes(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save as `Trainer` does, and next to it what the schedule must remember."""
+        """Save as `Trainer` does, and next to it how a plain module is quantized and what the schedule remembers."""
         super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            store_quantizers(self.accelerator.unwrap_model(self.model), output_dir)
         if self.scheduled_step is not None:
             save_schedule(self.scheduled_step, output_dir, self.args.process_index, self.args.world_size)
 

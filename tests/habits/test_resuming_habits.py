@@ -322,6 +322,20 @@ def test_a_plain_module_that_is_another_is_refused(change, plain_checkpoint, tmp
         trainer.train(resume_from_checkpoint=str(plain_checkpoint))
 
 
+def test_a_plain_module_of_other_bits_is_refused(plain_checkpoint, tmp_path):
+    """Its tensors have the same names and shapes."""
+    trainer = plain_trainer(tmp_path, 4, **{"activation_bits": 8, "first_last_bits": None})
+    with pytest.raises(
+        ValueError, match=r"saved with net.1.weight_quantizer=\{.*'bits': 8.*is quantized with .*'bits': 3"
+    ):
+        trainer.train(resume_from_checkpoint=str(plain_checkpoint))
+    (plain_checkpoint / "quantizers.json").rename(tmp_path / "elsewhere")
+    try:  # one that an earlier version saved
+        plain_trainer(tmp_path, 2).train(resume_from_checkpoint=str(plain_checkpoint))
+    finally:
+        (tmp_path / "elsewhere").rename(plain_checkpoint / "quantizers.json")
+
+
 def test_a_plain_module_and_a_float_checkpoint(tmp_path):
     """Its step sizes would be those of other weights."""
     save_file(PlainNet().state_dict(), tmp_path / "model.safetensors")
