@@ -44,6 +44,7 @@ class PerturbedSteps(Trainer):
     def prepare_steps(self) -> None:
         """Build what the steps need. Call it when the model and the accelerator exist."""
         self._step_batches: list[Any] = []
+        self._has_perturbed_losses = False
         self._micro_batch = 0  # number of them that are done
         self._was_reached, self._step_of_batches = True, 0  # whether a step ran here since batches were taken
         self._used_batches: list[Any] = []  # those that the step is made of, where there are several
@@ -109,6 +110,7 @@ class PerturbedSteps(Trainer):
         batches = self._step_batches or [inputs]
         batches[k] = inputs  # a subclass may have changed it on the way here
         outcome = step.micro_batch(k, batches, backward, self.state.global_step, self.state.max_steps)
+        self._has_perturbed_losses |= not outcome.is_clean
         share = 1 / self._divisors[k] if self._divisors else 1 / len(batches)
         self._logs.add(outcome, share, was_watched=step.schedule.trigger and self._micro_batch == 0)
         return outcome.loss
@@ -158,9 +160,19 @@ class PerturbedSteps(Trainer):
     def start_steps_again(self) -> None:
         """Forget what the steps of an earlier training left: batches, sums for the log, the schedule's memory."""
         self._step_batches, self._micro_batch, self._logs = [], 0, StepLogs()
+        self._has_perturbed_losses = False
         self._used_batches, self._divisors, self._was_reached = [], [], True
         if self.scheduled_step is not None:
             self.scheduled_step.start_again()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Sum up as `Trainer` does; a mean with losses at perturbed weights in it is no `train_loss`."""
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(metrics=self._named_train_loss(output.metrics))
+
+    def _named_train_loss(self, logs: dict[str, float]) -> dict[str, float]:
+        own = "train_perturbed_loss" if self._has_perturbed_losses else "train_loss"
+        return {own if name == "train_loss" else name: value for name, value in logs.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the quantities of the perturbation to training logs.
@@ -168,6 +180,7 @@ class PerturbedSteps(Trainer):
         `loss` is always that at the quantized weights. Where steps have it at perturbed ones only, that is
         `perturbed_loss`, and `loss` is the mean of the others, if there are any.
         """
+        logs = self._named_train_loss(logs)
         if "loss" in logs and self.minimizer is not None:
             own = self._logs.take(self.accelerator, self.minimizer.skipped)
             if "perturbed_loss" in own:

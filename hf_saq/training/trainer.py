@@ -50,6 +50,7 @@ class SAQTrainer(
     A step in full runs forward and backward twice, and the `loss` that is logged is the one of the first pass, at the
     quantized weights. A step that sees a whole batch at perturbed weights only (`ascent_fraction`, or `reuse` of
     "stale", "previous" and "echo") logs that as `perturbed_loss`: it is no `loss` to compare with other trainings.
+    The mean over a training with such steps is `train_perturbed_loss` in place of `train_loss`.
     Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
     images), `ascent_norm` (mean norm of the gradients that perturbations were made from), `skipped_perturbations`
     (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). `measured_sharpness` means

@@ -81,6 +81,18 @@ def test_logs(tmp_path):
         assert entry["skipped_perturbations"] == 0
 
 
+@pytest.mark.parametrize(("schedule", "name"), [("full", "train_loss"), ("balanced", "train_perturbed_loss")])
+def test_the_mean_loss_of_a_training_has_its_name(schedule, name, tmp_path):
+    """Losses at perturbed weights are no `train_loss` to compare with other trainings."""
+    trainer = make_trainer("vit", 3, 1, "local", tmp_path, knobs=dict(schedule=schedule))
+    metrics = trainer.train().metrics
+    for found in (metrics, trainer.state.log_history[-1]):
+        assert [key for key in found if key.endswith("_loss")] == [name]
+        assert found[name] == pytest.approx(
+            sum(entry[name.removeprefix("train_")] for entry in trainer.state.log_history[:-1]) / 3, rel=1e-3
+        )
+
+
 @pytest.mark.parametrize("sync", ["local", "global"])
 def test_sharpness_is_the_mean_over_micro_batches(sync, tmp_path):
     """Against the losses of both passes, recorded as they come out of the model."""
