@@ -199,7 +199,7 @@ def test_a_graph_beside_saved_weights_leaves_them_loadable(tmp_path):
         export_onnx(wider, tmp_path, example=images(2), check=False, overwrite=True)
 
 
-@pytest.mark.parametrize("storage", ["float", "packed"])
+@pytest.mark.parametrize("storage", [pytest.param("float", marks=pytest.mark.slow), "packed"])
 def test_a_graph_does_not_pass_for_weights_that_are_saved_over_its_own(storage, tmp_path):
     """Saved by hand, not by the trainer: the graph is of the weights before, and nothing says any more that it is."""
     model = quantized(vit)

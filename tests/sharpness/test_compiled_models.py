@@ -55,7 +55,9 @@ def test_a_compiled_model_is_perturbed(compiled_before, is_warm):
     torch.testing.assert_close(gradients_of_a_step(model, compiled), expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("number", ["sharpness", "sensitivity", "compare"])
+@pytest.mark.parametrize(
+    "number", ["sharpness", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sensitivity", "compare"))]
+)
 def test_analyses_of_a_model_that_was_compiled_in_place(number):
     """They look at layers through hooks, which code compiled before does not see."""
     model = built().eval()

@@ -65,6 +65,7 @@ def test_every_form_is_measured(saved):
     assert result.reference == "onnx-float"
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16_is_measured_in_it(tmp_path):
     model = nn.Module.bfloat16(pack(quantized(resnet, activation_bits=8)))
     model.save_pretrained(tmp_path)

@@ -123,7 +123,7 @@ def test_drop_path_is_the_same_in_both_passes(tmp_path):
 @pytest.mark.parametrize(
     "knobs",
     [
-        dict(ascent_depth=0.5),
+        pytest.param(dict(ascent_depth=0.5), marks=pytest.mark.slow),
         pytest.param(dict(ascent_depth=0.5, match_radius=True), marks=pytest.mark.slow),
         pytest.param(dict(schedule="full"), marks=pytest.mark.slow),
     ],
