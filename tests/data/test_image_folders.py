@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Image as ImageFeature
 from datasets import load_dataset
-from PIL import Image
+from image_folder_files import image_files, load
 
 from hf_saq.data import DataTrainingArguments, load_images, load_split
 
@@ -21,17 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def _no_open_files_for_later_tests():
     yield
     gc.collect()
-
-
-def image_files(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (2, 2)).save(root / name)
-    return root
-
-
-def load(**given):
-    return load_images(DataTrainingArguments(**{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}), 0)
 
 
 def files_and_classes(*splits) -> list[tuple[str, str]]:

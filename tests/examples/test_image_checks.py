@@ -7,11 +7,11 @@ import logging
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
+from image_folder_files import image_files, load
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -19,10 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from image_mistakes import unreadable_images_in_one_line  # noqa: E402
 
 from hf_saq.data import (  # noqa: E402
-    DataTrainingArguments,
     TransformedImages,
     UnreadableImageError,
-    load_images,
     transforms,
     without_unreadable,
 )
@@ -35,18 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def _no_open_files_for_later_tests():
     yield
     gc.collect()
-
-
-def image_files(root: Path, *names: str) -> Path:
-    rng = np.random.default_rng(0)
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / name)
-    return root
-
-
-def load(**given):
-    return load_images(DataTrainingArguments(**{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}), 0)
 
 
 FOLDERS = {
