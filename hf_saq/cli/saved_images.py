@@ -139,7 +139,8 @@ def numbers_of_classes(names: Sequence[str], model: Any, data: str) -> list[int]
     By name; a model whose classes have no names of their own (`LABEL_0`, ...) has them in the order of the data.
 
     Raises:
-        ValueError: If the model lacks a class of the data, or does not number its classes from 0 on.
+        ValueError: If the model lacks a class of the data, has two of its name, or does not number its classes from
+            0 on.
     """
     stored = getattr(model.config, "id2label", {})
     numbers = sorted(map(int, stored))
@@ -159,5 +160,11 @@ def numbers_of_classes(names: Sequence[str], model: Any, data: str) -> list[int]
             f"--data {data}: {len(unknown)} of its {len(names)} classes are none of the model's, such as "
             f"{unknown[0]!r}; the model has {len(known)}: {list(known)[:3]}... Give data with the classes that "
             "it was trained on."
+        )
+    called = [str(name) for name in stored.values()]
+    if twice := [name for name in names if called.count(name) > 1]:
+        raise ValueError(
+            f"--data {data}: {called.count(twice[0])} classes of the model are called {twice[0]!r}, so that it is not "
+            "known which one the data means. Give the classes names of their own, in id2label and label2id."
         )
     return [known[name] for name in names]

@@ -116,6 +116,10 @@ def test_classes_without_names_have_the_order_of_the_data():
     assert numbers_of_classes(["b", "a"], Model, "x") == [0, 1]
     with pytest.raises(ValueError, match="3 of its 3 classes are none of the model's, such as 'a'"):
         numbers_of_classes(["a", "b", "c"], Model, "x")
+    Model.config.id2label = {0: "crane", 1: "bee", 2: "crane"}  # as ImageNet has the bird and the machine
+    assert numbers_of_classes(["bee"], Model, "x") == [1]
+    with pytest.raises(ValueError, match="2 classes of the model are called 'crane', so that it is not known which"):
+        numbers_of_classes(["crane"], Model, "x")
 
 
 def test_augmentations_are_those_of_the_script():
