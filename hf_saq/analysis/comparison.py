@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..layers import PackedLayer, QuantizedLayer
+from ..layers.as_written import run_as_written
 from ..outputs import logits_of
 from ..progress import progress_bar
 from ..tables import text_table
@@ -172,7 +173,7 @@ def _outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(keep(name)) for name in [*names, ""]]
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code sees no hook that came after it
+        with run_as_written():
             yield found
     finally:
         for handle in handles:

@@ -26,9 +26,15 @@ def normalization(processor: Any) -> tuple[list[float], list[float]]:
     offset = 1.0 if rescales and getattr(processor, "rescale_offset", False) else 0.0
     mean, std = [0.0] * 3, [1.0] * 3
     if getattr(processor, "do_normalize", True):
-        mean, std = list(processor.image_mean), list(processor.image_std)
-    second = processor.image_std if getattr(processor, "include_top", False) else [1.0] * 3
+        mean, std = _of_channels(processor.image_mean), _of_channels(processor.image_std)
+    second = _of_channels(processor.image_std) if getattr(processor, "include_top", False) else [1.0] * 3
     return [(m + offset) / scale for m in mean], [s * t / scale for s, t in zip(std, second, strict=True)]
+
+
+def _of_channels(values: Any) -> list[float]:
+    """Return one value for each of three channels, of which a single one may stand for all."""
+    given = list(values) if isinstance(values, (list, tuple)) else [values]
+    return given * 3 if len(given) == 1 else given
 
 
 def flips_channels(processor: Any) -> bool:

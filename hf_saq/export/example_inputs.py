@@ -13,6 +13,7 @@ from ..conversion.shared_inputs import image_channels, pair
 from ..conversion.shared_inputs import image_size as size_of_images
 from .extras import in_one_line
 
+RGB = 3
 SIDES = (64, 96)
 """Sides in pixels of the pictures that an image processor is tried on."""
 
@@ -84,7 +85,7 @@ def _prepared_by(processor: Any, channels: int) -> tuple[int, int] | None:
             f"{in_one_line(error)} Pictures must be prepared without it, or give the model one that fits.",
             stacklevel=4,
         )
-        return None
+        return None if channels == RGB else _prepared_by(processor, RGB)  # the size at least
     return made.pop() if len(made) == 1 else None
 
 

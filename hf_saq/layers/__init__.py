@@ -6,7 +6,7 @@ sharpness is minimised.
 
 `registry` says which layers there are; `quantized` is what they have in common, `linear`, `conv` and `attention` are
 the layers; `packed` runs from the bytes of `packing`; `float_form` remembers what a layer was; `recompute` saves the
-memory of quantized inputs; `tracing` is for `torch.fx`.
+memory of quantized inputs; `tracing` is for `torch.fx`, `as_written` keeps compiled code out for a while.
 """
 
 from .attention import QuantAttentionProducts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,10 @@ from .weight_files import HINT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+WRAPPED = ("_orig_mod.", "module.")
+"""What wrappers of models put before the names of tensors."""
 
 
 class SAQHfQuantizer(HfQuantizer):
@@ -129,11 +134,19 @@ class SAQHfQuantizer(HfQuantizer):
             return None, {}  # adapters alone are saved
         conversion.note_replaced_layers(model)
         conversion.forget_export(model)
-        given = _state_dict_given_to_save()
-        state: dict[str, Any] = {**(model.state_dict() if given is None else given)}
-        state[HINT] = torch.zeros(0, dtype=torch.uint8)
+        own = model.state_dict()
+        given = _by_names_of(own, _state_dict_given_to_save() or {})
+        # Keep what it lacks, such as buffers in an average of parameters.
+        state: dict[str, Any] = {**own, **given, HINT: torch.zeros(0, dtype=torch.uint8)}
         if not conversion.is_packed(model):
             return state, {}
+        for name, tensor in given.items():
+            if name not in own or (own[name].shape, own[name].dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(
+                    f"save_pretrained: state_dict has {name}, {tensor.dtype} of shape {tuple(tensor.shape)}, which is "
+                    f"not in this packed {type(model).__name__} or is another there. Save the model with float "
+                    "weights with that state_dict, or load it there and `hf_saq.pack` that model."
+                )
         sealed = dict(state)
         for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
             sealed.pop(name, None)
@@ -178,6 +191,17 @@ def _state_dict_given_to_save() -> dict[str, Tensor] | None:
     while frame is not None and frame.f_code.co_name != "save_pretrained":
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get("state_dict")
+
+
+def _by_names_of(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off the prefixes that `torch.compile` and DDP put before names, where names in `own` remain."""
+    found = {}
+    for name, tensor in given.items():
+        bare = name
+        while bare not in own and (prefix := next((p for p in WRAPPED if bare.startswith(p)), "")):
+            bare = bare.removeprefix(prefix)
+        found[bare if bare in own else name] = tensor
+    return found
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from ..config import QUANT_METHOD, SAQQuantizationConfig
 from ..layers import HoldsQuantizers
 from ..quantizers import Quantizer
+from .saved_directory import read_json_object
 from .stored_tensors import StoredTensors
 
 QUANTIZERS_FILE = "quantizers.json"
@@ -43,6 +44,12 @@ def store_quantizers(model: nn.Module, directory: str | Path) -> None:
     """Write how `model` is quantized into a checkpoint of it, where no configuration does so: a plain module."""
     if getattr(getattr(model, "config", None), "quantization_config", None) is None and (found := _quantizers(model)):
         (Path(directory) / QUANTIZERS_FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def stored_quantizers(directory: str | Path) -> dict[str, Any]:
+    """Read what [`store_quantizers`] wrote; `{}` where it did not, as in earlier versions."""
+    file = Path(directory) / QUANTIZERS_FILE
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _quantizers(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -99,8 +106,7 @@ def _layers_stored_in_float(model: nn.Module, directory: Path) -> list[str]:
     }
     if not prefixes:
         return []
-    file = directory / QUANTIZERS_FILE  # earlier versions did not write it
-    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    written = stored_quantizers(directory)
     for name, own in _quantizers(model).items():
         if name in written:
             _compare(name, written[name], own, model, directory)

@@ -38,6 +38,7 @@ class PerturbedSteps(Trainer):
     model: nn.Module
     minimizer: SharpnessAwareMinimizer | None = None
     scheduled_step: ScheduledStep | None = None
+    _step_of_batches: int | None = None
     _instead_of_step: Callable[[Any], None] | None = None
     """What runs on a batch that reaches [`training_step`], while set: see [`Calibrating`]."""
 
@@ -46,7 +47,8 @@ class PerturbedSteps(Trainer):
         self._step_batches: list[Any] = []
         self._has_perturbed_losses = False
         self._micro_batch = 0  # number of them that are done
-        self._was_reached, self._step_of_batches = True, 0  # whether a step ran here since batches were taken
+        # Whether a step of this training ran here, and the optimizer step that it began with.
+        self._was_reached, self._step_of_batches = False, None
         self._used_batches: list[Any] = []  # those that the step is made of, where there are several
         self._divisors: list[Any] = []  # of their mean losses
         self._logs = StepLogs()
@@ -136,15 +138,12 @@ class PerturbedSteps(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take batches as `Trainer` does, and keep those of one optimizer step: a schedule may need them together."""
-        if not self._was_reached and self.state.global_step > self._step_of_batches:
-            raise RuntimeError(
-                f"{type(self).__name__}.training_step did not call that of SAQTrainer, which takes the perturbed "
-                "passes: this is plain training. Call super().training_step(model, inputs, num_items_in_batch) in it, "
-                "or change the loss in compute_loss instead, or say SAQConfig(case=None)."
-            )
+        begun = self._step_of_batches
+        if self.scheduled_step is not None and not self._was_reached and begun is not None:
+            self._refuse_plain_steps(begun)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._was_reached = self.scheduled_step is None or not batches
-        self._step_of_batches = self.state.global_step
+        if self._step_of_batches is None:
+            self._step_of_batches = self.state.global_step
         # Start from 0: a callback may have stopped the previous step half-way.
         self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
         used: Any = batches
@@ -157,11 +156,21 @@ class PerturbedSteps(Trainer):
         self._divisors = [] if None in counts else [sum(counts) / count for count in counts]
         return batches, num_items
 
+    def _refuse_plain_steps(self, begun: int) -> None:
+        """Raise `RuntimeError` if steps were taken without a single one of them here, whatever some of them skip."""
+        if self.state.global_step > begun:
+            raise RuntimeError(
+                f"{type(self).__name__}.training_step did not call that of SAQTrainer, which takes the perturbed "
+                "passes: this is plain training. Call super().training_step(model, inputs, num_items_in_batch) in it, "
+                "or change the loss in compute_loss instead, or say SAQConfig(case=None)."
+            )
+
     def start_steps_again(self) -> None:
         """Forget what the steps of an earlier training left: batches, sums for the log, the schedule's memory."""
         self._step_batches, self._micro_batch, self._logs = [], 0, StepLogs()
         self._has_perturbed_losses = False
-        self._used_batches, self._divisors, self._was_reached = [], [], True
+        self._used_batches, self._divisors = [], []
+        self._was_reached, self._step_of_batches = False, None
         if self.scheduled_step is not None:
             self.scheduled_step.start_again()
 

@@ -155,6 +155,7 @@ class SavesAndResumes(Trainer):
 
 def go_on_from(model: nn.Module, checkpoint: str) -> None:
     """Bring `model` to the state saved in `checkpoint`; raises `ValueError` where it is not a state of this model."""
+    model = getattr(model, "_orig_mod", model)  # names on disk are those without `torch.compile`
     leave_in_float(model, _quantized_in_vain(model, checkpoint), NEVER_RUN)
     load_exactly(model, checkpoint)
 

@@ -40,6 +40,7 @@ PROCESSORS = {
     "vit": vit,
     "not normalized": lambda: vit(do_normalize=False),
     "not rescaled": lambda: vit(do_rescale=False, image_mean=[120.0] * 3, image_std=[60.0] * 3),
+    "one value for all channels": lambda: vit(image_mean=[0.4], image_std=[0.3]),
     "neither": lambda: vit(do_rescale=False, do_normalize=False),
     "rescaled by 1/127.5": lambda: vit(rescale_factor=1 / 127.5),
     "wide": lambda: vit(size={"height": 16, "width": 40}),

@@ -51,6 +51,15 @@ def test_a_processor_that_keeps_sizes_leaves_it_to_the_model():
         example_inputs(resnet(), None, None, keeps)
 
 
+def test_a_processor_of_pictures_in_colour_beside_a_model_of_gray_ones():
+    """It gives the size at least, as its fields say it."""
+    gray = resnet()
+    gray.config.num_channels = 1
+    with pytest.warns(UserWarning, match="does not prepare a picture of 1 channels, as the model takes"):
+        found = example_inputs(gray, None, None, ViTImageProcessor(size={"height": 24, "width": 32}))
+    assert found.shape == (2, 1, 24, 32)
+
+
 def test_an_export_runs_in_a_pipeline_with_the_processor_beside_it(tmp_path):
     processor = convnext_processor(16)
     export_onnx(quantized(convnext), tmp_path, processor=processor, check=False)

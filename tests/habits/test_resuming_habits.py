@@ -22,6 +22,7 @@ from transformers import Trainer, ViTForImageClassification
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, pack, quantize
 from hf_saq.conversion.swapping import leave_in_float
+from hf_saq.quantizers import Quantizer
 from hf_saq.storage.exact_loading import load_exactly
 from hf_saq.training.checkpoints import what_is_missing
 from hf_saq.training.saving import go_on_from
@@ -334,6 +335,23 @@ def test_a_plain_module_of_other_bits_is_refused(plain_checkpoint, tmp_path):
         plain_trainer(tmp_path, 2).train(resume_from_checkpoint=str(plain_checkpoint))
     finally:
         (tmp_path / "elsewhere").rename(plain_checkpoint / "quantizers.json")
+
+
+def test_a_plain_module_with_a_bit_budget_takes_the_bits_of_its_checkpoint(tmp_path):
+    def trainer() -> SAQTrainer:
+        made = plain_trainer(tmp_path, 4, weight_bits=8, activation_bits=8, modules_to_not_convert=["unused"])
+        made.saq_config.bit_budget = "4 bits"
+        return made
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    found = [[m.bits for m in made.model.modules() if isinstance(m, Quantizer)] for made in (whole, resumed)]
+    assert found[0] == found[1] and set(found[0]) != {8}
+    assert_same_state(resumed.model, whole.model)
+    (tmp_path / "checkpoint-2/quantizers.json").write_text("{")
+    with pytest.raises(ValueError, match="quantizers.json is not JSON"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_plain_module_and_a_float_checkpoint(tmp_path):

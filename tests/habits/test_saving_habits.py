@@ -77,3 +77,49 @@ def test_the_state_dict_that_is_given_is_saved(tmp_path):
     saved = load(tmp_path).state_dict()
     for name, value in average.state_dict().items():
         assert torch.equal(saved[name], value), name
+
+
+def test_an_average_of_parameters_alone_is_saved_with_the_buffers_of_the_model(tmp_path):
+    model = quantized()
+    model.save_pretrained(tmp_path, state_dict={name: 1.3 * p.detach() for name, p in model.named_parameters()})
+    saved = load(tmp_path)
+    for name, p in model.named_parameters():
+        assert torch.equal(saved.get_parameter(name), 1.3 * p), name
+    assert torch.isfinite(saved.eval()(images()).logits).all()
+
+
+def test_a_state_dict_that_is_not_that_of_a_packed_model_is_refused(tmp_path):
+    model = quantized()
+    packed = pack(model)
+    with pytest.raises(ValueError, match="which is not in this packed ViTForImageClassification or is another there"):
+        packed.save_pretrained(tmp_path / "packed", state_dict=model.state_dict())
+    packed.save_pretrained(tmp_path / "packed", state_dict=packed.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "packed")(images()).logits, packed(images()).logits)
+
+
+def test_a_compiled_model_is_saved_and_goes_on_by_the_names_of_the_model(tmp_path):
+    """`SAQTrainer(torch.compile(model))`: its state dict has a prefix before every name."""
+    how = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    data = Images(16, torch.float32)
+
+    def trainer() -> SAQTrainer:
+        torch._dynamo.reset()
+        model = torch.compile(quantized(), backend="eager")
+        return SAQTrainer(model, how, saq_config=SAQConfig(rho=0.1, schedule="full"), train_dataset=data)
+
+    first = trainer()
+    first.train()
+    model = load(tmp_path / "checkpoint-2")
+    for name, value in first.model._orig_mod.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    second = trainer()
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, value in second.model._orig_mod.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], msg=name)
+
+
+def test_names_of_ddp_are_those_of_the_model(tmp_path):
+    model = quantized()
+    model.save_pretrained(tmp_path, state_dict={f"module.{name}": t for name, t in model.state_dict().items()})
+    assert torch.equal(load(tmp_path).classifier.weight, model.classifier.weight)

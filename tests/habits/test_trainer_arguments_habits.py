@@ -133,6 +133,27 @@ def test_a_training_step_that_leaves_the_perturbed_one_out(tmp_path):
             trainer.train()
 
 
+def test_a_training_step_that_skips_a_batch(tmp_path):
+    """A bad batch of images, for example; all others take the step of SAQ."""
+
+    class Skips(SAQTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if self.state.global_step in (0, 2):
+                return torch.zeros(())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = Skips(
+        quantized(), arguments(tmp_path, max_steps=4), saq_config=SAQConfig(), train_dataset=Images(16, torch.float32)
+    )
+    with pytest.raises(RuntimeError, match="Skips.training_step did not call that of SAQTrainer"):
+        trainer.train()  # so far no step has been one of SAQ
+    Skips.training_step = lambda self, *given: (
+        torch.zeros(()) if self.state.global_step == 2 else SAQTrainer.training_step(self, *given)
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
 def test_a_loss_that_divides_by_the_count_of_items(tmp_path):
     """Whatever measures beside the training gives it that count too."""
 

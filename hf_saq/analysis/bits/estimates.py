@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...layers.as_written import run_as_written
 from ...quantizers import Quantizer
 from ..batch_losses import LabelledBatches
 from ..curvature import hessian_trace
@@ -102,8 +103,7 @@ def _gradients_at_uses(
 
     handles = [quantizer.register_forward_hook(catch) for quantizer in quantizers]
     try:
-        # Run compiled parts as written: code that was compiled before sees these hooks, but breaks at each of them.
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.enable_grad(), run_as_written():
             loss = data.loss(model, number)
             gradients = torch.autograd.grad(loss, [leaf for *_, leaf in uses], allow_unused=True)
     finally:

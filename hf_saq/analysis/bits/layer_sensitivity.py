@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...conversion.observing import PassThrough
+from ...layers.as_written import run_as_written
 from ...outputs import logits_of
 from ...progress import progress_bar
 from ...quantizers import Quantizer
@@ -265,7 +266,7 @@ def _run(model: nn.Module, data: LabelledBatches) -> tuple[list[float], list[Ten
 
     handle = model.register_forward_hook(keep)
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code sees no hook that came after it
+        with run_as_written():
             return data.each_loss(model), logits
     finally:
         handle.remove()

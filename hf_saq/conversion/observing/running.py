@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...layers.as_written import run_as_written
 from ...progress import with_progress
 from ...quantizers import Observer, Quantizer
 from .batch_keys import check_keys
@@ -42,8 +43,7 @@ def run_observed(
     try:
         for quantizer, observer in observers.items():
             quantizer.observer = observer
-        # Run compiled parts as written: compiled code sees no hook that came after it, such as those of callers.
-        with torch.compiler.set_stance("force_eager"):
+        with run_as_written():  # callers may have put hooks on layers
             for batch in with_progress(batches, "running batches"):
                 run_on_device(model, batch) if run is None else run(batch)
                 count += 1

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+
+from ...layers.as_written import run_as_written
 
 Edge = tuple[Any, int]
 """A node of autograd's graph and which of its outputs."""
@@ -59,7 +60,7 @@ class Visits:
         """Watch the forward passes inside the block."""
         stack = ExitStack()
         # Run compiled parts as written: what counts operations sees into nothing else.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(run_as_written())
         counter = FlopCounterMode(display=False)
         # Count without a look at modules: torch's tracker of them fails where a loss asks for the gradient of images.
         counter.mod_tracker = _NoTracker()  # type: ignore[assignment]

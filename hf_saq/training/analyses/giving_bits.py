@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -13,7 +14,8 @@ from ...analysis.bits import change_bits
 from ...config import SAQConfig, SAQQuantizationConfig
 from ...config.bit_budget import read_bit_budget
 from ...conversion import calibrate
-from ...storage.same_quantization import stored_quantization
+from ...quantizers import Quantizer
+from ...storage.same_quantization import stored_quantization, stored_quantizers
 from ..calibrating import CALIBRATION_BATCHES, Calibrating, unchanged_rng
 
 BUDGET_BATCHES = 16
@@ -74,7 +76,12 @@ class GivesBits(Calibrating):
         """Give layers the bits that those of a checkpoint have, whose run gave them for a budget."""
         config = getattr(getattr(self.model, "config", None), "quantization_config", None)
         found = stored_quantization(checkpoint)
-        if self.saq_config.bit_budget is None or not isinstance(config, SAQQuantizationConfig) or not found:
+        if self.saq_config.bit_budget is None:
+            return
+        if config is None:
+            change_bits(self.model, _bits_of_quantizers(self.model, stored_quantizers(checkpoint)))
+            return
+        if not isinstance(config, SAQQuantizationConfig) or not found:
             return
         stored = SAQQuantizationConfig.from_dict(found).overrides
         own = {name: fields for name, fields in stored.items() if config.overrides.get(name) != fields}
@@ -83,3 +90,12 @@ class GivesBits(Calibrating):
     def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
         items = self._get_num_items_in_batch([batch], self.args.device)
         return self.compute_loss(model, dict(batch), num_items_in_batch=items)  # type: ignore[return-value]
+
+
+def _bits_of_quantizers(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Turn bits by quantizer, as checkpoints of plain modules have them, into bits by layer."""
+    found: dict[str, dict[str, int]] = {}
+    for name, quantizer in model.named_modules():
+        if isinstance(quantizer, Quantizer) and name in stored and stored[name]["bits"] != quantizer.bits:
+            found.setdefault(name.rpartition(".")[0], {})[f"{quantizer.role}_bits"] = stored[name]["bits"]
+    return found
