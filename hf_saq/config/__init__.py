@@ -4,7 +4,7 @@ Comes in: keyword arguments, `config.json`, command lines. Goes out: checked, JS
 given. Must not know: models, layers, files.
 """
 
-from .quantization import FORMAT_VERSION, OVERRIDABLE, QUANT_METHOD, SAQQuantizationConfig
+from .quantization import EXPORT_RECORD, FORMAT_VERSION, OVERRIDABLE, QUANT_METHOD, SAQQuantizationConfig
 from .training import SAQConfig
 
-__all__ = ["FORMAT_VERSION", "OVERRIDABLE", "QUANT_METHOD", "SAQConfig", "SAQQuantizationConfig"]
+__all__ = ["EXPORT_RECORD", "FORMAT_VERSION", "OVERRIDABLE", "QUANT_METHOD", "SAQConfig", "SAQQuantizationConfig"]

@@ -14,6 +14,8 @@ from ..quantizers import check_activation_mode, check_bits, quantizer_class
 from .checks import check_choice
 
 QUANT_METHOD = "saq"
+EXPORT_RECORD = "hf_saq_export"
+"""Key in `config.json` of what an exported graph beside it says about itself."""
 FORMAT_VERSION = 2
 OVERRIDABLE = ("weight_bits", "activation_bits", "quantizer", "weight_granularity", "activation_mode", "scale_init")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import SAQQuantizationConfig
+from ..config import EXPORT_RECORD, SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
 from ..layers.shared_input import QUANTIZER, refuse_orphaned_inputs
@@ -211,7 +211,7 @@ def _float_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def forget_export(model: nn.Module) -> None:
     """Take the record of a graph that lay beside a loaded model out of its configuration: what is saved has none."""
-    getattr(getattr(model, "config", None), "__dict__", {}).pop("hf_saq_export", None)
+    getattr(getattr(model, "config", None), "__dict__", {}).pop(EXPORT_RECORD, None)
 
 
 def _forget_quantization(model: nn.Module) -> None:

@@ -73,20 +73,27 @@ def _prepared_by(processor: Any, channels: int) -> tuple[int, int] | None:
         return None
     # Run it, since its fields say it in many ways: height and width, the shortest edge, a crop of either.
     try:
-        made = {
-            tuple(
-                processor(np.zeros((side, side, channels), np.uint8), return_tensors="pt")["pixel_values"].shape[-2:]
-            )
-            for side in SIDES
-        }
+        made = _sizes(processor, channels)
     except Exception as error:  # a processor raises whatever its library does
         warnings.warn(
             f"the image processor does not prepare a picture of {channels} channels, as the model takes: "
             f"{in_one_line(error)} Pictures must be prepared without it, or give the model one that fits.",
             stacklevel=4,
         )
-        return None if channels == RGB else _prepared_by(processor, RGB)  # the size at least
+        try:
+            made = _sizes(processor, RGB)  # its size at least
+        except Exception:
+            return None
     return made.pop() if len(made) == 1 else None
+
+
+def _sizes(processor: Any, channels: int) -> set[tuple[int, int]]:
+    found = set()
+    for side in SIDES:
+        picture = np.zeros((side, side, channels), np.uint8)
+        height, width = processor(picture, return_tensors="pt")["pixel_values"].shape[-2:]
+        found.add((height, width))
+    return found
 
 
 def _in_words(size: tuple[int, int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config import EXPORT_RECORD as RECORD
 from ..storage import staged
 from ..storage.saved_directory import PROCESSOR_FILES, TIMM
 from ..storage.stored_tensors import tensor_with_other_values
@@ -18,8 +19,6 @@ from .report import ExportReport
 MODEL_FILE = "onnx/model_quantized.onnx"
 """Where transformers.js and optimum look for a quantized graph."""
 CONFIG_FILE = "config.json"
-RECORD = "hf_saq_export"
-"""Key in `config.json` of what the export says about itself."""
 EXPORT_VERSION = 1
 NOT_OF_THE_MODEL = (
     *(RECORD, "storage", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"),

@@ -22,11 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..config import EXPORT_RECORD
+
 KEY = "hf_saq"
 """Name of the entry in the metadata."""
 LABELS = {"id2label", "label2id"}
 """Fields of `config.json` that change no output: another value gives a warning, not an error."""
-NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights", "hf_saq_export"}
+NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights", EXPORT_RECORD}
 """Fields that are checked in another way, that transformers writes or drops while it saves, or that name an exported
 graph beside the model, which may be put there later."""
 

@@ -38,20 +38,25 @@ class PerturbedSteps(Trainer):
     model: nn.Module
     minimizer: SharpnessAwareMinimizer | None = None
     scheduled_step: ScheduledStep | None = None
-    _step_of_batches: int | None = None
+    _step_batches: list[Any]
+    _used_batches: list[Any]
+    """Those that the step is made of, where there are several."""
+    _divisors: list[Any]
+    """Of their mean losses."""
+    _micro_batch: int
+    """Number of them that are done."""
+    _logs: StepLogs
+    _has_perturbed_losses: bool
+    _was_reached: bool
+    """Whether a step of this training ran here."""
+    _begun: int | None
+    """Optimizer step that this training began with."""
     _instead_of_step: Callable[[Any], None] | None = None
     """What runs on a batch that reaches [`training_step`], while set: see [`Calibrating`]."""
 
     def prepare_steps(self) -> None:
         """Build what the steps need. Call it when the model and the accelerator exist."""
-        self._step_batches: list[Any] = []
-        self._has_perturbed_losses = False
-        self._micro_batch = 0  # number of them that are done
-        # Whether a step of this training ran here, and the optimizer step that it began with.
-        self._was_reached, self._step_of_batches = False, None
-        self._used_batches: list[Any] = []  # those that the step is made of, where there are several
-        self._divisors: list[Any] = []  # of their mean losses
-        self._logs = StepLogs()
+        self.start_steps_again()
         plain = self.accelerator.unwrap_model(self.model)
         main_input = getattr(plain, "main_input_name", "pixel_values")
         self.sample_names = {main_input, "pixel_values", *self.label_names}
@@ -138,12 +143,10 @@ class PerturbedSteps(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Take batches as `Trainer` does, and keep those of one optimizer step: a schedule may need them together."""
-        begun = self._step_of_batches
-        if self.scheduled_step is not None and not self._was_reached and begun is not None:
-            self._refuse_plain_steps(begun)
+        self._refuse_plain_steps()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._step_of_batches is None:
-            self._step_of_batches = self.state.global_step
+        if self._begun is None:
+            self._begun = self.state.global_step
         # Start from 0: a callback may have stopped the previous step half-way.
         self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
         used: Any = batches
@@ -156,9 +159,10 @@ class PerturbedSteps(Trainer):
         self._divisors = [] if None in counts else [sum(counts) / count for count in counts]
         return batches, num_items
 
-    def _refuse_plain_steps(self, begun: int) -> None:
+    def _refuse_plain_steps(self) -> None:
         """Raise `RuntimeError` if steps were taken without a single one of them here, whatever some of them skip."""
-        if self.state.global_step > begun:
+        has_steps = self._begun is not None and self.state.global_step > self._begun
+        if self.scheduled_step is not None and has_steps and not self._was_reached:
             raise RuntimeError(
                 f"{type(self).__name__}.training_step did not call that of SAQTrainer, which takes the perturbed "
                 "passes: this is plain training. Call super().training_step(model, inputs, num_items_in_batch) in it, "
@@ -167,10 +171,9 @@ class PerturbedSteps(Trainer):
 
     def start_steps_again(self) -> None:
         """Forget what the steps of an earlier training left: batches, sums for the log, the schedule's memory."""
-        self._step_batches, self._micro_batch, self._logs = [], 0, StepLogs()
-        self._has_perturbed_losses = False
-        self._used_batches, self._divisors = [], []
-        self._was_reached, self._step_of_batches = False, None
+        self._step_batches, self._used_batches, self._divisors = [], [], []
+        self._micro_batch, self._logs, self._has_perturbed_losses = 0, StepLogs(), False
+        self._begun, self._was_reached = None, False
         if self.scheduled_step is not None:
             self.scheduled_step.start_again()
 
