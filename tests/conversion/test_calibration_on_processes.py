@@ -14,7 +14,7 @@ from hf_saq import SAQQuantizationConfig, calibrate, quantize
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     output = tmp_path_factory.mktemp("calibration")
-    run_python(SUPPORT / "calibration_worker.py", output, processes=2)
+    run_python(SUPPORT / "calibration_worker.py", output)
     return [torch.load(output / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

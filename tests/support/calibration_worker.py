@@ -1,4 +1,4 @@
-"""Started by torchrun: each process calibrates on data of its own, plain and under FSDP2; all leave what they have."""
+"""Two processes: each calibrates on data of its own, plain and under FSDP2; all leave what they have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_in_processes
 from minimizer_nets import linear_net
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -45,4 +46,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_in_processes(2, main, Path(sys.argv[1]))
