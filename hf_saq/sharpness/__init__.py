@@ -1,9 +1,9 @@
 """Take the second pass of sharpness-aware training. The three cases and their equations are in `three_cases.py`.
 
 In the first pass `seam.py` catches the gradients at the quantized weights. `three_cases.py` turns them into `eps`,
-which `displacement.py` and the seam add for the second pass; `frozen_batch_norm.py` and `random_state.py` make sure
-that this pass differs from the first in nothing else. `minimizer.py` holds these parts together; `schedules/` decides
-when to take them.
+which `displacement.py` and the seam add for the second pass; `frozen_batch_norm.py`, `buffer_state.py` and
+`random_state.py` make sure that this pass differs from the first in nothing else. `minimizer.py` holds these parts
+together; `schedules/` decides when to take them.
 
 Comes in: a model with quantized layers, and backward passes. Goes out: gradients at the perturbed point, in `p.grad`.
 Must not know: transformers, configurations, files, what a layer computes.

@@ -1,4 +1,4 @@
-"""Keep the running statistics of normalization layers as they are while a block runs."""
+"""Keep the running statistics of normalization layers, and what other modules remember, while a block runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-
-def has_running_statistics(module: nn.Module) -> bool:
-    """Tell whether `module` itself, without those inside of it, has a buffer that a training forward updates."""
-    return any(name.startswith("running_") for name in module._buffers)
+from .buffer_state import BufferState, has_running_statistics
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
@@ -26,17 +23,24 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def frozen_norm_statistics(model: nn.Module) -> Iterator[None]:
+def frozen_norm_statistics(model: nn.Module, begins_with: BufferState | None = None) -> Iterator[None]:
     """Let the block normalize with batch statistics as usual, then put the running statistics back.
 
     It copies the buffers and sets no flag on the modules. This is exact for any implementation that follows the
-    naming, and the graph that `torch.compile` or a checkpointed recomputation sees does not change.
+    naming, and the graph that `torch.compile` or a checkpointed recomputation sees does not change. All other buffers
+    that the block changes are put back as well.
+
+    Args:
+        begins_with: If given, the block finds these other buffers as they were then.
     """
-    buffers = running_statistics(model)
+    buffers, others = running_statistics(model), BufferState(model)
     saved = [buffer.clone() for buffer in buffers]
+    if begins_with is not None:
+        begins_with.restore()
     try:
         yield
     finally:
+        others.restore()
         with torch.no_grad():
             for buffer, value in zip(buffers, saved, strict=True):
                 buffer.copy_(value)

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from . import sharding
+from .buffer_state import BufferState
 from .depth import LateLayers, SharedPrefix, choose_late_layers
 from .displacement import Displacement
 from .frozen_batch_norm import frozen_norm_statistics
@@ -95,7 +96,7 @@ class SharpnessAwareMinimizer:
         self.late: LateLayers | None = None
         self._seam = Seam()
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
-        self._rng: list[RNGState] = []  # one per first pass, oldest first
+        self._begun: list[tuple[RNGState, BufferState]] = []  # one per first pass, oldest first
         self._eps: Displacement | None = None  # made of the gradients of the first passes
         self._seam.watch(model)
         self._find_tensors()
@@ -116,7 +117,7 @@ class SharpnessAwareMinimizer:
 
     def reset(self) -> None:
         """Forget an unfinished perturbation, for example after a step was broken off."""
-        self._seam.leaves, self._grads, self._rng, self._eps = {}, None, [], None
+        self._seam.leaves, self._grads, self._begun, self._eps = {}, None, [], None
         self._prefix.forget()
 
     def perturb_last_layers(self, depth: float, run: Callable[[], object]) -> LateLayers:
@@ -213,7 +214,7 @@ class SharpnessAwareMinimizer:
             check_nothing_steps_inside_backward(self._tensors.parameters)
             self._seam.place_leaves([] if latent_weights_are_asked(self.case) else self._tensors.weights)
             self._grads = {}
-        self._rng.append(RNGState())
+        self._begun.append((RNGState(), BufferState(self.model)))
         return self._grads
 
     def _asked_of_parameters(self) -> list[nn.Parameter]:
@@ -258,8 +259,8 @@ class SharpnessAwareMinimizer:
     def perturbed(self, update_statistics: bool = False) -> Iterator[Displacement]:
         """Run the second pass at the perturbed point, otherwise like the first.
 
-        Inside the block `eps` is added, normalization statistics are frozen, and random numbers are those of the first
-        pass. At the end of the block, also by an exception, everything is put back bit for bit from saved copies.
+        Inside the block `eps` is added, running statistics are frozen, and random numbers and all other buffers are
+        those of the first pass. At its end, also by an exception, all is put back bit for bit from saved copies.
 
         Args:
             update_statistics: Whether this pass updates the running statistics of normalization. That is right if the
@@ -271,25 +272,25 @@ class SharpnessAwareMinimizer:
         Raises:
             RuntimeError: If there was no first pass.
         """
-        if not self._rng:
+        if not self._begun:
             raise RuntimeError(
                 "perturbed() without a first pass: run forward and backward in `with minimizer.ascent():` before it."
             )
         if self._eps is None:
             sharding.reshard(self.model)
             self._eps = self.climb()
-        after = RNGState()
-        self._rng.pop(0).restore()
+        after, (random_numbers, buffers) = RNGState(), self._begun.pop(0)
+        random_numbers.restore()
         completed = False
         try:
-            kept = nullcontext() if update_statistics else frozen_norm_statistics(self.model)
+            kept = nullcontext() if update_statistics else frozen_norm_statistics(self.model, buffers)
             with self.displaced(self._eps), kept, self._prefix.replaying():
                 yield self._eps
             completed = True
         finally:
             if not completed:
                 after.restore()
-            if not completed or not self._rng:
+            if not completed or not self._begun:
                 self.reset()
 
     def displaced(self, eps: Displacement) -> AbstractContextManager[None]:

@@ -81,7 +81,7 @@ def test_steps_that_are_not_perturbed_leave_nothing_behind():
     net.zero_grad()
     net.eval()(batch(net)[0])
     net.train()
-    assert not minimizer._seam.leaves and not minimizer._rng
+    assert not minimizer._seam.leaves and not minimizer._begun
     two_passes(net, minimizer, batch(net))
     two_passes(fresh, SharpnessAwareMinimizer(fresh, rho=0.3), batch(fresh))
     for p, q in zip(net.parameters(), fresh.parameters(), strict=True):
@@ -416,7 +416,7 @@ def test_copies_and_detach_leave_no_trace():
     minimizer.detach()
     before = len(net[0].weight_quantizer._forward_hooks)
     loss_of(net, batch(net)).backward()
-    assert before == 0 and not minimizer._seam.leaves and not minimizer._rng
+    assert before == 0 and not minimizer._seam.leaves and not minimizer._begun
 
 
 def test_eps_takes_one_buffer():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .. import sharding
-from ..frozen_batch_norm import has_running_statistics
+from ..buffer_state import has_running_statistics
 from ..random_state import RNGState
 from .late_layers import LateLayers
 from .visits import is_inside, versions_of

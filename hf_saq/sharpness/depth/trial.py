@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..buffer_state import BufferState
 from ..random_state import RNGState
 from .late_layers import LateLayers, find_late_layers
 from .shared_prefix import SharedPrefix, reason_against_sharing
@@ -23,14 +24,16 @@ def choose_late_layers(
 
     Gradients are left in `p.grad`; there must be none before.
     """
-    before = RNGState()
+    before = RNGState(), BufferState(model)
     late = find_late_layers(model, depth, perturbed, run)
     if reason_against_sharing(model, late):
         return late
     return replace(late, obstacle=_reason_of_a_trial(model, SharedPrefix(model, late), run, before))
 
 
-def _reason_of_a_trial(model: nn.Module, prefix: SharedPrefix, run: Callable[[], object], before: RNGState) -> str:
+def _reason_of_a_trial(
+    model: nn.Module, prefix: SharedPrefix, run: Callable[[], object], before: tuple[RNGState, BufferState]
+) -> str:
     """Run both passes without a perturbation in between, and compare with the gradients that are in `p.grad`.
 
     A model may do what nothing but a trial shows: hand values past the late layers, remember some, draw random numbers
@@ -38,7 +41,7 @@ def _reason_of_a_trial(model: nn.Module, prefix: SharedPrefix, run: Callable[[],
 
     Args:
         run: Runs forward and backward of the batch that left the gradients in `p.grad`, which are put back.
-        before: The random state that this began with.
+        before: The random state and the buffers that this began with.
 
     Returns:
         Why the passes cannot share the prefix; `""` if they can.
@@ -47,7 +50,8 @@ def _reason_of_a_trial(model: nn.Module, prefix: SharedPrefix, run: Callable[[],
     expected = {name: p.grad for name, p in parameters.items()}
     try:
         for sharing in (prefix.recording, prefix.replaying):
-            before.restore()
+            for state in before:
+                state.restore()
             for p in parameters.values():
                 p.grad = None
             with sharing():

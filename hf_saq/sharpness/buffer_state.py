@@ -1,0 +1,58 @@
+"""Save what modules keep in buffers and change in a forward, so that a second pass neither sees nor repeats it.
+
+The running statistics of norms have a file of their own, `frozen_batch_norm.py`. Others keep a queue of features, the
+centre of a teacher's answers, the vectors of a power iteration: changed twice in a step they would follow the
+perturbation, and a second pass would find its own images in the queue.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Quantizer
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Tell whether `module` itself, without those inside of it, has a buffer that a training forward updates."""
+    return any(name.startswith("running_") for name in module._buffers)
+
+
+class _Saved(NamedTuple):
+    module: nn.Module
+    name: str
+    buffer: Tensor | None
+    version: int
+    value: Tensor | None
+
+
+class BufferState:
+    """Holds the buffers of a model at the moment it is made, without those of norms and of quantizers.
+
+    Args:
+        model: Modules may change these buffers in place or put others in their place.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module):
+        self._saved = [
+            _Saved(module, name, buffer, _version(buffer), None if buffer is None else buffer.clone())
+            for module in model.modules()
+            if not isinstance(module, Quantizer) and not has_running_statistics(module)
+            for name, buffer in module._buffers.items()
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back, bit for bit, what has been changed since; autograd may still need the others as they are."""
+        for module, name, buffer, version, value in self._saved:
+            if buffer is not None and value is not None and _version(buffer) != version:
+                buffer.copy_(value)
+            if name in module._buffers and module._buffers[name] is not buffer:
+                module._buffers[name] = buffer
+
+
+def _version(buffer: Tensor | None) -> int:
+    return -1 if buffer is None or buffer.is_inference() else buffer._version

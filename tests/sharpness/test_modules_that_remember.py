@@ -1,0 +1,135 @@
+"""Modules that remember, such as a queue of features or a centre: a step does so once, as plain training does."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from minimizer_nets import batch, linear_net, loss_of, quantized, two_passes
+from torch import Tensor, nn
+
+from hf_saq import SharpnessAwareMinimizer
+from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
+
+RHO = 0.4
+
+
+class Remembers(nn.Module):
+    """Subtracts a centre that follows its inputs, compares with the features of earlier batches, counts its calls."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(features))
+        self.register_buffer("queue", torch.zeros(0, features))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("latest", None, persistent=False)
+        self.seen: list[tuple[Tensor, Tensor, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append((self.centre.clone(), self.queue.clone(), self.latest is None))
+        centre, near = self.centre.clone(), (x @ self.queue.T).logsumexp(dim=1, keepdim=True).clamp(min=-1)
+        if self.training:
+            self.centre.mul_(0.9).add_(0.1 * x.detach().mean(dim=0))  # in place
+            self.queue = torch.cat([self.queue, x.detach()])[-16:]  # another tensor in its place
+            self.latest = x.detach().mean()
+            self.calls += 1
+        return x - centre + 0.1 * near
+
+
+quantized_once = cache(quantized)
+
+
+def net_that_remembers(place: int = 6) -> nn.Sequential:
+    layers = list(copy.deepcopy(quantized_once(linear_net)))
+    return nn.Sequential(*layers[:place], Remembers(4 if place == 6 else 16), *layers[place:]).train()
+
+
+def memory(net: nn.Module) -> Remembers:
+    return next(m for m in net if isinstance(m, Remembers))
+
+
+def remembered(net: nn.Module) -> list[Tensor]:
+    return [memory(net).centre, memory(net).queue, memory(net).calls, memory(net).latest]
+
+
+def assert_remembers(net: nn.Module, other: nn.Module) -> None:
+    assert memory(net).calls > 0
+    for found, expected in zip(remembered(net), remembered(other), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_a_step_in_two_passes_remembers_the_first_alone(case):
+    """The second pass finds what the first one found: not its own images in the queue."""
+    net = net_that_remembers()
+    plain = copy.deepcopy(net)
+    minimizer = SharpnessAwareMinimizer(net, rho=RHO, case=case)
+    for seed in range(3):  # the weights stay, so both nets see the same
+        loss_of(plain, batch(net, seed=seed)).backward()
+        two_passes(net, minimizer, batch(net, seed=seed))
+        (centre, queue, is_first), (again, queue_again, is_first_again) = memory(net).seen[-2:]
+        assert torch.equal(centre, again) and torch.equal(queue, queue_again) and is_first == is_first_again
+    assert_remembers(net, plain)
+
+
+def test_without_a_radius_the_second_gradient_is_the_first():
+    """Closed form: two passes at one point that see the same have one gradient."""
+    net = net_that_remembers()
+    plain = copy.deepcopy(net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.0)
+    for seed in range(3):
+        plain.zero_grad()
+        net.zero_grad()
+        loss_of(plain, batch(net, seed=seed)).backward()
+        two_passes(net, minimizer, batch(net, seed=seed))
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+
+
+KNOBS = [
+    dict(),
+    dict(ascent_fraction=0.5),
+    dict(ascent_depth=0.3),
+    dict(trigger=True),
+    dict(match_radius=True, ascent_fraction=0.5),
+]
+
+
+@pytest.mark.parametrize("sync", ["local", "global"])
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_every_schedule_remembers_what_plain_training_does(knobs, sync):
+    """Two micro-batches a step; with a radius of zero the whole training is plain training."""
+    net = net_that_remembers(place=3)
+    plain = copy.deepcopy(net)
+    step = ScheduledStep(SharpnessAwareMinimizer(net, rho=0.0, sync=sync), PerturbationSchedule(**knobs))
+
+    def backward(data, reduce=True):  # noqa: ARG001
+        loss = loss_of(net, data) / 2
+        loss.backward()
+        return loss.detach()
+
+    for number in range(3):
+        batches = [batch(net, seed=2 * number + k) for k in range(2)]
+        net.zero_grad()
+        plain.zero_grad()
+        for k, data in enumerate(batches):
+            step.micro_batch(k, batches, backward, number, 3)
+            (loss_of(plain, data) / 2).backward()
+        assert_remembers(net, plain)
+        for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_pass_that_fails_leaves_what_the_first_one_remembered():
+    net = net_that_remembers()
+    plain = copy.deepcopy(net)
+    minimizer, data = SharpnessAwareMinimizer(net, rho=RHO), batch(net)
+    loss_of(plain, data).backward()
+    with minimizer.ascent():
+        loss_of(net, data).backward()
+    with pytest.raises(KeyError), minimizer.perturbed():
+        net(data[0])
+        raise KeyError
+    assert_remembers(net, plain)
