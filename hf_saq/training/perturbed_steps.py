@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -51,6 +52,8 @@ class PerturbedSteps(Trainer):
     """Whether a step of this training ran here."""
     _begun: int | None
     """Optimizer step that this training began with."""
+    _built_from: tuple[nn.Module, dict[str, Any]]
+    """Model and configuration that the steps belong to."""
     _instead_of_step: Callable[[Any], None] | None = None
     """What runs on a batch that reaches [`training_step`], while set: see [`Calibrating`]."""
 
@@ -65,7 +68,14 @@ class PerturbedSteps(Trainer):
             # image classifiers do not keep it, and gradients come out `gradient_accumulation_steps` times too large.
             # Leave losses as means over their micro-batch, and weight those by their items: right for all of them.
             self.model_accepts_loss_kwargs = False
+        self._build_steps()
+
+    def _build_steps(self) -> None:
         config = self.saq_config
+        self._built_from = self.model, config.to_dict()
+        if self.minimizer is not None:
+            self.minimizer.detach()
+        self.minimizer = self.scheduled_step = None
         if config.case is None:
             return
         rho = config.rho
@@ -84,6 +94,38 @@ class PerturbedSteps(Trainer):
         self.scheduled_step = ScheduledStep(
             self.minimizer, config.perturbation_schedule(), self._loss_scale, self.sample_names
         )
+
+    def follow_changes(self) -> None:
+        """Build the steps anew if the model or the configuration was changed since; `Trainer` lets users do so.
+
+        Raises:
+            ValueError: If a field is out of range, the budget for bits is another one, or `Trainer` would not train
+                this model.
+        """
+        model, fields = self._built_from
+        now = self.saq_config.to_dict()
+        is_another = self.model is not model and not self.is_fsdp_enabled  # which puts its own around the model
+        if now == fields and not is_another:
+            return
+        SAQConfig(**now)  # checks the fields, which may have been set one by one
+        if now["bit_budget"] != fields["bit_budget"]:
+            raise ValueError(
+                f"SAQTrainer: saq_config.bit_budget was {fields['bit_budget']!r} and is {now['bit_budget']!r} now; "
+                "bits are given once. Build another trainer with a model that has none yet."
+            )
+        unwrap = self.accelerator.unwrap_model
+        if is_another and unwrap(self.model_wrapped) is not unwrap(self.model):
+            raise ValueError(
+                "SAQTrainer: trainer.model is another model now, but trainer.model_wrapped, which Trainer trains, is "
+                "the former one. Set both, and trainer.optimizer to None; or build another trainer."
+            )
+        if now["scale_lr_ratio"] != fields["scale_lr_ratio"] and self.optimizer is not None:
+            warnings.warn(
+                f"SAQTrainer: saq_config.scale_lr_ratio={now['scale_lr_ratio']:g} is not applied to the optimizer "
+                "that is there already. Set trainer.optimizer to None to have a new one.",
+                stacklevel=3,
+            )
+        self._build_steps()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -109,6 +109,7 @@ class SAQTrainer(
         self.args: TrainingArguments
         self.model: nn.Module
         self._check_set_up()
+        self.check_bit_budget()
         if self.is_fsdp_enabled:
             self._skeleton = skeleton_of(self.model)
         self.prepare_steps()
@@ -149,20 +150,25 @@ class SAQTrainer(
                 f"SAQTrainer: optim={optim!r} steps inside backward, so a second pass cannot be put before the step. "
                 "Use another optimizer, or SAQConfig(case=None)."
             )
-        self.check_bit_budget()
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator, self.args, self.saq_config)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """Calibrate what is not calibrated yet, then train as [`transformers.Trainer.train`].
 
+        What is trained, and how, is what `model` and `saq_config` of the trainer are now.
+
         Args:
             resume_from_checkpoint: A checkpoint directory, or `True` for the newest one in `output_dir` whose save was
                 finished; checkpoints that a killed run left half-written do not count.
 
         Raises:
-            ValueError: If that checkpoint is not complete or not of this model, or if there are no data to calibrate.
+            ValueError: If that checkpoint is not complete or not of this model, if there are no data to calibrate, or
+                if the model or the configuration was changed to what cannot be trained.
         """
+        self._check_model(self.model)
+        self._check_set_up()
+        self.follow_changes()
         if resume_from_checkpoint:
             resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
             self.take_bits_of(resume_from_checkpoint)
