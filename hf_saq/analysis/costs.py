@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +130,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 
         handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
     try:
-        with counter:
+        with counter, _no_fused_encoders():
             run_in_float(model, [inputs])
     finally:
         for handle in handles:
@@ -138,6 +140,20 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
         weight_bits, activation_bits = _bits(layer)
         counted.append(LayerCost(name, macs[name], weight_bits, activation_bits))
     return Cost(tuple(counted), counter.get_total_flops() // 2 - sum(macs.values()), *_storage(model))
+
+
+@contextmanager
+def _no_fused_encoders() -> Iterator[None]:
+    """Let `nn.MultiheadAttention` and the encoder layers of torch run operator by operator inside the block.
+
+    In evaluation they call one fused kernel for all of it, which torch's counter counts as nothing.
+    """
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 def _bits(layer: QuantizedLayer | PackedLayer | QuantAttentionProducts) -> tuple[int, int]:

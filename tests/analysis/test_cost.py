@@ -51,6 +51,21 @@ def test_convolution_attention_and_linear_layers():
     assert found.float_bops == found.macs * 1024
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_attention_of_torch_counts_where_it_has_one_fused_kernel(is_quantized: bool):
+    """In evaluation without gradients torch runs an encoder layer, and an attention alone, as one operator."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 3)).eval()
+    if is_quantized:
+        model = quantize(model, W4A3)
+    found = cost(model, torch.randn(1, 5, 16))
+    # 5 tokens: query, key and value; both products of two heads of 8; what mixes the heads
+    attention = 5 * 16 * 48 + 2 * 2 * 5 * 5 * 8 + 5 * 16 * 16
+    feed_forward, head = 2 * 5 * 16 * 32, 5 * 16 * 3
+    assert found.macs == attention + feed_forward + head
+    assert found.other_macs == (attention if is_quantized else found.macs)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_parameters_and_bytes():
     config = W4A3.replace(weight_bits=3, modules_to_not_convert=["float_layer"])
     found = cost(quantize(Attention(), config), image())
