@@ -8,10 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+NO_PREDICTION = -1
+"""What stands for the class of scores of which one is NaN: sorting would take them for some class."""
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """Return the class with the largest score along dimension 1; `NO_PREDICTION` where one of the scores is NaN."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), NO_PREDICTION)
+
 
 def agreement(logits: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Compute the share of equal predictions, the largest of dimension 1, over all batches."""
-    same = [(a.argmax(1) == b.argmax(1)).double().flatten() for a, b in zip(logits, reference, strict=True)]
+    """Compute the share of equal predictions over all batches; what has no prediction agrees with nothing."""
+    same = []
+    for a, b in zip(logits, reference, strict=True):
+        class_a, class_b = predictions(a), predictions(b)
+        same.append(((class_a == class_b) & (class_a != NO_PREDICTION)).double().flatten())
     return torch.cat(same).mean().item()
 
 
@@ -23,7 +34,11 @@ def signal_to_noise(values: Sequence[Tensor], reference: Sequence[Tensor]) -> fl
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Compute `10 log10(signal / noise)`; infinite without noise, minus infinity if there is nothing but noise."""
+    """Compute `10 log10(signal / noise)`; NaN if one of them is NaN or both are infinite.
+
+    Infinite without noise, minus infinity if there is nothing but noise.
+    """
     if not noise:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+        return math.inf if signal == signal else math.nan
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf if ratio == 0 else math.nan

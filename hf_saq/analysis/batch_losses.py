@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -116,6 +118,22 @@ def labelled_loss(model: nn.Module, batch: Any) -> Tensor:
         f"`batches` holds a {type(batch).__name__}; expected a dict of keyword inputs with labels, or a pair of "
         "inputs and labels. Pass `loss=` with a function of model and batch for batches of another type."
     )
+
+
+def refuse_not_finite(where: str, number: int, loss: float) -> None:
+    """Raise `ValueError` if the loss of this batch at the place that others are compared with is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"{where}: the loss of batch {number} is {loss}; expected a finite number. The training of the model has "
+            "diverged, its files are damaged, or the batch is: look at an earlier checkpoint, or at the batch."
+        )
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Compute the standard deviation of a sample: 0 of one value, NaN if one of them is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..layers.as_written import run_as_written
 from ..outputs import logits_of
 from ..progress import progress_bar
 from ..tables import text_table
-from .agreement import decibels
+from .agreement import NO_PREDICTION, decibels, predictions
 from .batch_losses import LabelledBatches, Loss, left_as_it_was
 from .results import Result, new_figure
 
@@ -36,11 +36,14 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class Parted:
-    """Holds an example whose predictions differ: its number over all batches, both predictions, `|y_b - y_a|`."""
+    """Holds an example whose predictions differ: its number over all batches, both predictions, `|y_b - y_a|`.
+
+    A prediction is `None` where one of the scores is NaN.
+    """
 
     example: int
-    prediction_a: int
-    prediction_b: int
+    prediction_a: int | None
+    prediction_b: int | None
     distance: float
 
 
@@ -51,10 +54,11 @@ class Comparison(Result):
     Attributes:
         examples: How many were compared.
         loss_a: Mean loss of the first model, and in `loss_b` of the second.
-        agreement: Share of equal predictions.
+        agreement: Share of equal predictions; an example with scores that are NaN has none, and counts as different.
         snr: Signal to noise of the logits in decibels.
         layers: Layers that both models have, in the order of `named_modules` of the first.
-        parted: Examples whose predictions differ, the most distant logits first, 10 at most.
+        parted: Examples whose predictions differ, those without one first, then the most distant logits, 10 at most.
+        nan_a: How many examples have scores that are NaN in the first model, and in `nan_b` in the second.
     """
 
     examples: int
@@ -64,6 +68,8 @@ class Comparison(Result):
     snr: float
     layers: tuple[LayerDifference, ...]
     parted: tuple[Parted, ...]
+    nan_a: int = 0
+    nan_b: int = 0
 
     def __str__(self) -> str:
         rows = [("layer", "SNR, dB"), *((layer.name, f"{layer.snr:.1f}") for layer in self.layers)]
@@ -72,8 +78,15 @@ class Comparison(Result):
             text_table(rows, right=(1,)),
             f"loss {self.loss_a:.4g} and {self.loss_b:.4g}; {self.agreement:.1%} of {self.examples} predictions agree",
         ]
+        for which, count in (("first", self.nan_a), ("second", self.nan_b)):
+            if count:
+                lines.append(
+                    f"the {which} model gives scores that are NaN to {count:,} of {self.examples:,} examples, which "
+                    "predict nothing: its training has diverged, or its files are damaged"
+                )
         for p in self.parted:
-            lines.append(f"example {p.example}: {p.prediction_a} and {p.prediction_b}, logits {p.distance:.3g} apart")
+            a, b = ("nothing" if k is None else k for k in (p.prediction_a, p.prediction_b))
+            lines.append(f"example {p.example}: {a} and {b}, logits {p.distance:.3g} apart")
         return "\n".join(lines)
 
     def plot(self, file: str | PathLike[str]) -> None:
@@ -123,7 +136,7 @@ def compare(
     sums = {name: [0.0, 0.0] for name in [*names, ""]}
     losses: tuple[list[float], list[float]] = ([], [])
     parted: list[Parted] = []
-    examples = 0
+    examples, without = 0, [0, 0]
     with left_as_it_was(a), left_as_it_was(b), progress_bar(len(data), "compare", progress) as bar:
         for number in range(len(data)):
             found = []
@@ -144,8 +157,10 @@ def compare(
             classes_a, classes_b = (y.movedim(1, -1).flatten(0, -2) for y in (y_a, y_b))
             parted += _parted(classes_a, classes_b, examples)
             examples += len(classes_a)
+            for k, scores in enumerate((classes_a, classes_b)):
+                without[k] += int(scores.isnan().any(1).sum())
             bar.update()
-    first = sorted(parted, key=lambda p: -p.distance)[:PARTED]
+    first = sorted(parted, key=lambda p: (None not in (p.prediction_a, p.prediction_b), -p.distance))[:PARTED]
     return Comparison(
         examples=examples,
         loss_a=data.mean(losses[0]),
@@ -154,6 +169,8 @@ def compare(
         snr=decibels(*sums[""]),
         layers=tuple(LayerDifference(name, decibels(*sums[name])) for name in names if any(sums[name])),
         parted=tuple(first),
+        nan_a=without[0],
+        nan_b=without[1],
     )
 
 
@@ -182,7 +199,7 @@ def _outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
 
 def _parted(y_a: Tensor, y_b: Tensor, before: int) -> list[Parted]:
     """List where the predictions of logits `(examples, classes)` differ; `before` examples came earlier."""
-    classes_a, classes_b = y_a.argmax(1).tolist(), y_b.argmax(1).tolist()
+    classes = [[None if k == NO_PREDICTION else k for k in predictions(y).tolist()] for y in (y_a, y_b)]
     distances = (y_b - y_a).norm(dim=1).tolist()
-    rows = enumerate(zip(classes_a, classes_b, distances, strict=True), start=before)
-    return [Parted(k, a, b, distance) for k, (a, b, distance) in rows if a != b]
+    rows = enumerate(zip(*classes, distances, strict=True), start=before)
+    return [Parted(k, a, b, distance) for k, (a, b, distance) in rows if a != b or a is None]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .batch_losses import LabelledBatches
+from .batch_losses import LabelledBatches, deviation
 from .weight_point import Vector, WeightPoint, dot, norm
 
 
@@ -87,7 +87,7 @@ def hessian_trace(
             blocks[row] += weight * torch.tensor([dot([a], [b]) for a, b in zip(v, product, strict=True)])
         after_each()
     totals = blocks.sum(1).tolist()
-    return statistics.mean(totals), statistics.stdev(totals) / samples**0.5, blocks.mean(0).tolist()
+    return statistics.mean(totals), deviation(totals) / samples**0.5, blocks.mean(0).tolist()
 
 
 def random_vector(point: WeightPoint, generator: torch.Generator) -> Vector:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..progress import progress_bar
 from ..tables import text_table
-from .batch_losses import LabelledBatches, Loss, left_as_it_was
+from .batch_losses import LabelledBatches, Loss, left_as_it_was, refuse_not_finite
 from .directions import before_quantizers, filter_normalized
 from .results import Result, new_figure
 from .weight_point import WeightPoint
@@ -126,7 +126,7 @@ def landscape(
 
     Models of the same shape are moved along the same random numbers, each scaled to its own filters, so that their
     surfaces can be compared. Models run in evaluation mode and are left as they were. It takes `points ** dimensions`
-    forward passes over the data for each model and place; a bar tells how long.
+    forward passes over the data for each model and place, and one more for each model; a bar tells how long.
 
     Args:
         models: A quantized, calibrated model, or several by name; of a float model the float weights are moved.
@@ -143,7 +143,8 @@ def landscape(
         progress: Whether to show a bar after a few seconds.
 
     Raises:
-        ValueError: If an argument is out of range, or a model or the batches are not what is expected.
+        ValueError: If an argument is out of range, a model or the batches are not what is expected, or the loss at
+            `Q(w)` is not finite.
     """
     if dimensions not in (1, 2):
         raise ValueError(f"landscape: dimensions={dimensions}; expected 1 or 2.")
@@ -176,6 +177,8 @@ def landscape(
                         bar.update()
                         return data.mean_loss(point.model)
 
+                for number, loss_of_batch in enumerate(data.each_loss(model)):
+                    refuse_not_finite(f"landscape: {name}", number, loss_of_batch)
                 for place in places:
                     losses = tuple(
                         loss_at(a, 0.0, place) if dimensions == 1 else tuple(loss_at(a, b, place) for b in steps)

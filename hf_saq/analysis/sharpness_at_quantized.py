@@ -15,7 +15,7 @@ from torch import nn
 from ..progress import progress_bar
 from ..sharpness import Displacement
 from ..tables import text_table
-from .batch_losses import LabelledBatches, Loss, left_as_it_was
+from .batch_losses import LabelledBatches, Loss, deviation, left_as_it_was, refuse_not_finite
 from .curvature import hessian_trace, largest_eigenvalue, random_vector
 from .results import Result, new_figure
 from .weight_point import WeightPoint, norm
@@ -27,7 +27,7 @@ class Rise:
 
     Attributes:
         mean: Mean rise of the loss.
-        spread: Standard deviation of the rise over batches; 0 with one batch.
+        spread: Standard deviation of the rise over batches; 0 with one batch, NaN where a rise is not finite.
         of_batches: The rise on each batch.
     """
 
@@ -77,8 +77,8 @@ class Sharpness(Result):
         }
 
     def __str__(self) -> str:
-        spread = statistics.stdev(self.loss_of_batches) if len(self.loss_of_batches) > 1 else 0.0
-        rows = [("", "mean", "+-"), ("loss at Q(w)", f"{self.loss:.4g}", f"{spread:.2g} over batches")]
+        spread = f"{deviation(self.loss_of_batches):.2g} over batches"
+        rows = [("", "mean", "+-"), ("loss at Q(w)", f"{self.loss:.4g}", spread)]
         for name, rise in self._rises().items():
             rows.append((f"rise: {name}", f"{rise.mean:.4g}", f"{rise.spread:.2g} over batches"))
         rows.append(("largest eigenvalue", f"{self.eigenvalue:.4g}", f"{self.eigenvalue_residual:.2g} residual"))
@@ -94,7 +94,9 @@ class Sharpness(Result):
         figure = new_figure(6, 2.8)
         axes: Any = figure.subplots()
         rises = self._rises()
-        axes.barh(list(rises), [r.mean for r in rises.values()], xerr=[r.spread for r in rises.values()], capsize=3)
+        drawn = [(r.mean, r.spread) if math.isfinite(r.mean) else (math.nan, math.nan) for r in rises.values()]
+        lengths, spreads = zip(*drawn, strict=True)
+        axes.barh(list(rises), lengths, xerr=spreads, capsize=3)
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set(title="Sharpness at the quantized weights", xlabel="rise of the loss (bar: spread over batches)")
@@ -139,7 +141,8 @@ def sharpness(
         progress: Whether to show a bar after a few seconds.
 
     Raises:
-        ValueError: If an argument is out of range, or the model or the batches are not what is expected.
+        ValueError: If an argument is out of range, the model or the batches are not what is expected, or the loss at
+            `Q(w)` is not finite.
     """
     for name, value in (("rho", rho), ("adaptive_rho", rho if adaptive_rho is None else adaptive_rho)):
         if not 0 < value < math.inf:
@@ -161,6 +164,7 @@ def sharpness(
         mean_gradient = point.zeros()
         for number, weight in enumerate(data.weights):
             here, gradient = point.gradient(data, number)
+            refuse_not_finite("sharpness", number, here)
             torch._foreach_add_(mean_gradient, gradient, alpha=weight)
             losses.append(here)
             steepest.append(point.loss(data, number, point.climb(gradient, rho)) - here)
@@ -198,4 +202,4 @@ def sharpness(
 
 
 def _rise(data: LabelledBatches, values: list[float]) -> Rise:
-    return Rise(data.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
+    return Rise(data.mean(values), deviation(values), tuple(values))

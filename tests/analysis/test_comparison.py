@@ -63,6 +63,45 @@ def test_the_result_prints_draws_and_becomes_json(tmp_path):
     assert compare(net, net, labelled_vectors()).to_dict()["snr"] is None  # no noise: infinite
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_predict_nothing(value: float):
+    """Sorting takes NaN for the largest score, so that a diverged model agrees with itself, and by chance with others.
+
+    A score of infinity is the largest, and all of the logits are noise then.
+    """
+    plain, diverged = linear_net(), linear_net()
+    with torch.no_grad():
+        diverged[4].bias[1] = value
+    batches = labelled_vectors(batches=2)
+    found = compare(plain, diverged, batches)
+    classes = plain(torch.cat([x for x, _ in batches])).argmax(1).tolist()
+    assert found.layers[-1].snr == found.snr or value != value
+    if value == math.inf:
+        assert (found.nan_a, found.nan_b, found.snr) == (0, 0, -math.inf)
+        assert found.agreement == pytest.approx(classes.count(1) / len(classes))
+        return
+    assert found.agreement == 0 and (found.nan_a, found.nan_b) == (0, found.examples) and math.isnan(found.snr)
+    assert [(p.example, p.prediction_a, p.prediction_b) for p in found.parted] == [
+        (k, label, None) for k, label in enumerate(classes[:10])
+    ]
+    assert f"the second model gives scores that are NaN to {found.examples} of {found.examples} examples" in str(found)
+    assert f"example 0: {classes[0]} and nothing" in str(found)
+    itself = compare(diverged, diverged, batches)
+    assert itself.agreement == 0 and itself.nan_a == itself.nan_b == found.examples
+    json.dumps(itself.to_dict(), allow_nan=False)
+
+
+def test_one_example_without_scores_comes_first():
+    net = linear_net()
+    (x, y), *_ = labelled_vectors(batches=1)
+    x = x.clone()
+    x[3] = math.nan
+    found = compare(net, quantized_linear_net(2, 2), [(x, y)])
+    assert found.parted[0].example == 3 and found.nan_a == found.nan_b == 1
+    distances = [p.distance for p in found.parted[1:]]
+    assert distances == sorted(distances, reverse=True) and all(map(math.isfinite, distances))
+
+
 def test_what_is_wrong_is_said():
     with pytest.raises(ValueError, match="have no layer of the same name; expected two models of one architecture"):
         compare(vit(), linear_net(), labelled_images())

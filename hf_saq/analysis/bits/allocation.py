@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal
@@ -182,10 +183,17 @@ def _up_for_choice(of_layer: Collection[str], unit: Unit) -> tuple[str, ...]:
 def _rise(found: Sensitivity, name: str, kind: Any, bits: int, by: str) -> float:
     entry = found.entry(name, kind, bits)
     if by == "noise":
-        return 10 ** (-entry.snr / 10) * (LEFT_BY_TRAINING if kind == "weight" else 1.0)
-    rise = entry.loss_rise if by == "measured" else entry.estimate
-    if rise != rise:
+        rise = 10 ** (-entry.snr / 10) * (LEFT_BY_TRAINING if kind == "weight" else 1.0)
+    else:
+        rise = entry.loss_rise if by == "measured" else entry.estimate
+    if by == "estimated" and rise != rise:
         raise ValueError(f"allocate_bits: {name} has no estimate for its {kind}, which is frozen; use by='measured'.")
+    if not math.isfinite(rise):
+        raise ValueError(
+            f"allocate_bits: {bits} bits for the {kind} of {name} were measured to do {rise} by {by!r}; expected "
+            "finite numbers, which can be added up. The logits overflow with these bits, or are all zero without: "
+            "leave them out of `candidates`, raise `minimum_bits`, or choose by another of 'noise', 'measured'."
+        )
     return rise
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...conversion.observing import ActivationObserver, PassThrough
 from ...layers import HoldsQuantizers, QuantizedLayer
 from ...quantizers import Observer, Quantizer
-from ..batch_losses import LabelledBatches
+from ..batch_losses import LabelledBatches, refuse_not_finite
 from .changing import with_bits
 
 Operand = Literal["weight", "activation"]
@@ -91,7 +91,7 @@ def observe_activations(model: nn.Module, data: LabelledBatches) -> tuple[dict[Q
     count = min(len(data), CALIBRATION_BATCHES)
     with observed({q: observers.get(q, PassThrough()) for q in quantizers}):
         for number in range(count):
-            data.loss(model, number)
+            refuse_not_finite("sensitivity, with every quantizer off", number, data.loss(model, number).item())
     return {q: (torch.cat(o.samples), o.minimum) for q, o in observers.items() if o.samples}, count
 
 

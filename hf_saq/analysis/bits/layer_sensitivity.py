@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ...quantizers import Quantizer
 from ...quantizers.settings import check_bits
 from ...tables import text_table
 from ..agreement import agreement, signal_to_noise
-from ..batch_losses import LabelledBatches, Loss, left_as_it_was
+from ..batch_losses import LabelledBatches, Loss, deviation, left_as_it_was, refuse_not_finite
 from ..results import Result, new_figure
 from ..weight_point import WeightPoint
 from .candidates import Candidates, Operand, observe_activations, observed, quantized_operands, replaced
@@ -178,7 +177,8 @@ def sensitivity(
         progress: Whether to show a bar after a few seconds.
 
     Raises:
-        ValueError: If an argument is out of range, or the model or the batches are not what is expected.
+        ValueError: If an argument is out of range, the model or the batches are not what is expected, or a loss of
+            the base is not finite.
     """
     bits = sorted(set(candidates))
     if not bits:
@@ -228,6 +228,8 @@ def sensitivity(
                 reference = _run(model if float_model is None else float_model, measured)[1]
             with observed(others):
                 before = _run(model, measured)[0]
+                for number, loss_of_batch in enumerate(before):
+                    refuse_not_finite("sensitivity", number, loss_of_batch)
                 for operand in operands:
                     for b in bits:
                         with replaced(fitted.of(operand, b)):
@@ -240,7 +242,7 @@ def sensitivity(
                                 bits=b,
                                 present_bits=operand.bits,
                                 loss_rise=measured.mean(rises),
-                                error=statistics.stdev(rises) / len(rises) ** 0.5 if len(rises) > 1 else 0.0,
+                                error=deviation(rises) / len(rises) ** 0.5,
                                 agreement=agreement(logits, reference),
                                 snr=signal_to_noise(logits, reference),
                                 estimate=estimates.get((operand.name, operand.operand, b), float("nan")),
