@@ -14,7 +14,7 @@ def first_and_heads(model: nn.Module) -> set[str]:
     """Find the names of the first layer and of the classification heads, found by structure.
 
     Heads are, in this order: what timm's `get_classifier` returns; what a transformers model keeps outside of its
-    `base_model`; the last layer.
+    `base_model`, but for embeddings before it; the last layer.
     """
     candidates = {name: module for name, module in model.named_modules() if unsupported(module) == ""}
     if not candidates:
@@ -39,14 +39,21 @@ def _outside_base_model(model: nn.Module) -> list[nn.Module]:
     base = getattr(model, "base_model", None)
     if not isinstance(base, nn.Module) or base is model:
         return []
-    inside = set(base.modules())
-    return [child for child in model.children() if child not in inside]
+    inside, children = set(base.modules()), dict(model.named_children())
+    start = list(children.values()).index(base) if base in children.values() else -1
+    # Do not take embeddings for a head: DINOv3 calls its encoder the base model, and has them before it.
+    return [
+        child
+        for i, (name, child) in enumerate(children.items())
+        if child not in inside and (i > start or "embed" not in name)
+    ]
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Say why a weighted layer stays in float: `""` if it can be quantized, `None` if it is no such layer at all."""
     if quantized_form(module) is not None:
-        return "" if isinstance(module.weight, nn.Parameter) else "its weight is computed from other parameters"
+        computed = [name for name in ("weight", "bias") if name in vars(module) or name not in module._parameters]
+        return f"its {' and '.join(computed)} is computed from other parameters" if computed else ""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is read by the attention that holds it, which does not call the layer"
     for float_type in QUANTIZED_LAYERS:

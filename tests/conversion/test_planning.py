@@ -19,6 +19,7 @@ from tiny_models import (
     vit,
 )
 from torch import Tensor, nn
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from hf_saq import SAQQuantizationConfig, quantize
 from hf_saq.conversion.planning import plan
@@ -126,6 +127,16 @@ class Wrapper(nn.Module):
 )
 def test_first_layer_and_heads_are_found_by_structure(build, edges):
     assert first_and_heads(build()) == edges
+
+
+def test_embeddings_before_what_is_called_the_base_model_are_no_head():
+    """DINOv3 calls its encoder the base model: a projection in its first layer passed for the first layer."""
+    config = DINOv3ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    model = DINOv3ViTModel(config)
+    assert model.base_model is not model
+    assert first_and_heads(model) == {"embeddings.patch_embeddings", "model.layer.1.mlp.down_proj"}
 
 
 class HeadFirst(nn.Module):
