@@ -161,11 +161,12 @@ def _check_wrappers(model: nn.Module, replaced: Collection[nn.Module]) -> None:
 
 def _check_weights_are_parameters(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and "weight" not in module._parameters:
+        computed = [of for of in ("weight", "bias") if of not in module._parameters]
+        if isinstance(module, QuantizedLayer) and computed:
             raise ValueError(
-                f"{name}: its weight is computed from other parameters since it was quantized (pruning, weight or "
-                "spectral norm). Make that permanent first: `torch.nn.utils.prune.remove`, `remove_weight_norm` and "
-                "the like."
+                f"{name}: its {computed[0]} is computed from other parameters since it was quantized (pruning, weight "
+                "or spectral norm). Make that permanent first: `torch.nn.utils.prune.remove`, `remove_weight_norm` "
+                "and the like."
             )
 
 

@@ -86,7 +86,7 @@ class WeightGrid:
             weights: Key of `CODE_RANGE`.
 
         Raises:
-            ValueError: If its scales belong to neither the whole tensor nor one dimension.
+            ValueError: If its scales belong to neither the whole tensor nor one dimension, or it has NaN.
         """
         if isinstance(layer, PackedLayer):
             codes, scale, offset, bits = layer.codes(), layer.weight_scale, layer.weight_offset, layer.bits
@@ -94,7 +94,7 @@ class WeightGrid:
             return None
         else:
             quantizer = layer.weight_quantizer
-            codes, bits = quantizer.quantize(layer.weight), quantizer.bits
+            codes, bits = layer.codes(), quantizer.bits
             scale, offset = quantizer.grid(layer.weight)
             offset = offset if quantizer.has_offset else None
         axis = _axis_of(scale, codes, path)

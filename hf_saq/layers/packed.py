@@ -98,7 +98,7 @@ class PackedLayer(nn.Module, QuantizesInput):
         if not quantizer.initialized:
             raise RuntimeError(f"{quantizer.path}: cannot pack a weight quantizer that has no range yet.")
         scale, offset = quantizer.grid(layer.weight)
-        packed.packed_weight.copy_(pack_codes(quantizer.quantize(layer.weight), quantizer.bits, signed=True))
+        packed.packed_weight.copy_(pack_codes(layer.codes(), quantizer.bits, signed=True))
         packed.weight_scale.copy_(scale)
         if packed.weight_offset is not None:
             packed.weight_offset.copy_(offset)

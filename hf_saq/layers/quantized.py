@@ -132,3 +132,18 @@ class QuantizedLayer(HoldsQuantizers, QuantizesInput, ABC):
     def quantized_weight(self) -> Tensor:
         """Compute `Q(w)`, same shape as `weight`."""
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+    def codes(self) -> Tensor:
+        """Compute the integer codes of the weight, int16, in its shape.
+
+        Raises:
+            ValueError: If the weight has NaN, which no code stands for.
+        """
+        assert self.weight_quantizer is not None
+        if torch.isnan(self.weight).any():
+            raise ValueError(
+                f"{self.weight_quantizer.path.removesuffix('.weight_quantizer')}: its weight has NaN, which no "
+                "integer stands for, so that what is made of it would be another model. If training diverged, go back "
+                "to an earlier checkpoint."
+            )
+        return self.weight_quantizer.quantize(self.weight)

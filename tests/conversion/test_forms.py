@@ -156,6 +156,16 @@ def test_pack_refuses_weights_without_a_range():
         pack(model)
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_weight_that_is_nan_is_not_packed(quantizer: str):
+    """No integer stands for it: the packed model of a diverged one gave numbers."""
+    model = calibrate(quantize(linear_net(), SAQQuantizationConfig(quantizer=quantizer)), [vectors()])
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="^2: its weight has NaN, which no integer stands for"):
+        pack(model)
+
+
 def test_codes_of_another_size_raise_with_the_path():
     packed = pack(quantize(linear_net(), SAQQuantizationConfig(activation_bits=None)))
     packed[2].packed_weight = packed[2].packed_weight[:-1]

@@ -55,6 +55,16 @@ def test_a_model_that_computes_with_the_size_of_its_batch(tmp_path):
     assert report.checks["other batch"].startswith("3 inputs; ")
 
 
+def test_a_weight_that_is_nan(tmp_path):
+    """No integer stands for it: where nothing was checked, the graph gave numbers."""
+    model = changed(lambda x, y: y)
+    with torch.no_grad():
+        model.first.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="^first: its weight has NaN"):
+        export_onnx(model, tmp_path / "a", example=vectors(2), check=False)
+    assert not (tmp_path / "a").exists()
+
+
 def test_what_is_traced_otherwise_between_layers(tmp_path):
     """A third more than the model answers, of a model whose own noise is half as much."""
     model = changed(lambda x, y: y * 1.35 if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() else y)

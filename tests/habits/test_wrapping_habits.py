@@ -278,3 +278,16 @@ def test_pruning_made_permanent_is_packed():
     prune.l1_unstructured(net[0], "weight", 0.5)
     prune.remove(net[0], "weight")
     assert (pack(net)[0].quantized_weight() == 0).float().mean() >= 0.5
+
+
+def test_biases_that_are_computed():
+    """A user prunes biases: before quantization that layer stays in float, afterwards it is made permanent first."""
+    net = linear_net()
+    prune.l1_unstructured(net[0], "bias", 0.5)
+    quantize(net, CONFIG)
+    reasons = {layer.name: layer.reason for layer in net.quantization_report.skipped}
+    assert reasons == {"0": "its bias is computed from other parameters"}
+    net = quantized()
+    prune.l1_unstructured(net[0], "bias", 0.5)
+    with pytest.raises(ValueError, match=r"^0: its bias is computed from other parameters since .*prune.remove"):
+        pack(net)
