@@ -1,12 +1,12 @@
 """Let a float model teach in `SAQTrainer`.
 
 The teacher costs one forward pass for each micro-batch, whatever the schedule of perturbations: all passes of a
-sharpness-aware step learn from the same answers.
+sharpness-aware step learn from the same answers, to the images as they are trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,9 @@ class LearnsFromTeacher(Trainer):
     teacher: nn.Module | None = None
     distill_alpha: float
     distill_temperature: float
+    _instead_of_step: Callable[[Any], None] | None
+    _was_heard = False
+    """Whether a loss had the teacher's answers in it."""
     _keys_of_teacher: frozenset[str] = frozenset()
     """Keys of the batch that was compared with the teacher last."""
 
@@ -75,14 +78,18 @@ class LearnsFromTeacher(Trainer):
         if self.args.label_names is None:
             self.label_names = ["labels"]  # `forward` of a DeiT with two heads does not name them
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """Take the micro-batches of the coming optimizer step, each with the teacher's answers, which are asked once
-        and used by every pass of the step."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.teacher is not None:
-            for batch in batches:
-                batch[TEACHER_LOGITS] = self.ask_teacher(batch)  # in place: the steps have kept these very batches
-        return batches, num_items
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch with the teacher's answers to what a subclass has made of it; all passes use them."""
+        if self.teacher is None or self._instead_of_step is not None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, {**inputs, TEACHER_LOGITS: self.ask_teacher(inputs)}, *args, **kwargs)
+        if not self._was_heard:
+            raise RuntimeError(
+                f"{type(self).__name__}.compute_loss did not call that of SAQTrainer, which has the teacher's answers "
+                "in it: nothing is learned from the teacher. Call super().compute_loss(model, inputs, return_outputs, "
+                "num_items_in_batch) in it, or leave teacher out."
+            )
+        return loss
 
     @torch.no_grad()
     def ask_teacher(self, batch: dict[str, Any]) -> Tensor:
@@ -116,6 +123,7 @@ class LearnsFromTeacher(Trainer):
         if teacher_logits is None:
             loss = F.cross_entropy(_logits(outputs), labels, label_smoothing=smoothing)
         else:
+            self._was_heard = True
             class_logits, taught_logits = _heads(outputs)
             loss = distillation_loss(
                 class_logits,
