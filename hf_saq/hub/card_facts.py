@@ -19,16 +19,11 @@ from ..conversion.report import LayerPlan
 from ..export.report import ExportReport
 from ..storage.inspection_report import StoredModel
 
-NO_METRICS = (
-    "runtime",
-    "samples",
-    "samples_per_second",
-    "steps_per_second",
-    "epoch",
-    "step",
-    "model_preparation_time",
-)
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+"""Entries of `Trainer.evaluate` besides metrics; of several data sets, the name of each stands before them."""
+NO_METRICS = (*TIMINGS, "samples", "epoch", "step")
 """Entries that `Trainer.evaluate` returns, or `save_metrics` stores, besides metrics."""
+_TIMINGS_OF_A_DATA_SET = tuple(f"_{name}" for name in TIMINGS)
 RESULTS = "eval_results.json"
 """What `Trainer.save_metrics("eval", metrics)` writes beside a model."""
 LANDSCAPE = "landscape.png"
@@ -121,6 +116,7 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
         name: float(value)
         for name, value in found.items()
         if name not in NO_METRICS
+        and not name.endswith(_TIMINGS_OF_A_DATA_SET)
         and isinstance(value, (int, float))
         and not isinstance(value, bool)
         and math.isfinite(value)
@@ -150,6 +146,12 @@ def facts_of_files(found: StoredModel, load_from: str, directory: Path) -> CardF
         labels=names_of_classes(found.labels),
         has_landscape=(directory / LANDSCAPE).is_file(),
     )
+
+
+def in_order(id2label: Mapping[Any, Any] | None) -> list[Any]:
+    """List the names of classes by their numbers, which may be written as text: "10" comes after "9"."""
+    numbers = {int(number) if str(number).isdigit() else number: name for number, name in (id2label or {}).items()}
+    return [name for _, name in sorted(numbers.items(), key=lambda pair: (not isinstance(pair[0], int), pair[0]))]
 
 
 def names_of_classes(labels: Sequence[Any]) -> Sequence[str]:

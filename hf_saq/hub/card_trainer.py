@@ -31,7 +31,8 @@ class CardTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._measured: dict[str, float] = {}  # metrics of `evaluate` on the present weights
-        self._evaluated_images: int | None = None  # number of images behind them
+        self._images_behind: dict[str, int] = {}  # metric -> number of images
+        self._images_of_loop: int | None = None
         self.card_arguments: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
@@ -39,15 +40,18 @@ class CardTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `Trainer` does, and note for the model card what is measured under the prefix `eval`."""
-        self._evaluated_images = None
         metrics = super().evaluate(*args, **kwargs)
-        self._measured = {**self._measured, **_of_evaluation(metrics)}
+        found, images = _of_evaluation(metrics), self._images_of_loop
+        self._measured = {**self._measured, **found}
+        if images is not None:  # for several data sets `Trainer` calls this once for each, and then returns all of it
+            self._images_behind.update(dict.fromkeys(found, images))
+        self._images_of_loop = None
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as `Trainer` does, and note the number of images."""
         output = super().evaluation_loop(*args, **kwargs)
-        self._evaluated_images = output.num_samples
+        self._images_of_loop = output.num_samples
         return output
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -108,7 +112,8 @@ class CardTrainer(Trainer):
             directory = Path(str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
             has_picture = draw_training_curve(self.state.log_history, directory / PICTURE)
-            about = {"evaluated_images": self._evaluated_images, **given}
+            behind = {self._images_behind.get(name) for name in self._measured}
+            about = {"evaluated_images": behind.pop() if len(behind) == 1 else None, **given}
             facts = facts_of_run(self, self.saq_config, self._measured, directory, has_picture, **about)
             model_card(facts).save(directory / CARD)
 

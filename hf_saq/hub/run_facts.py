@@ -19,7 +19,7 @@ from ..layers import QuantizedLayer
 from ..quantizers import Quantizer
 from ..storage.saved_directory import has_processor
 from ..storage.weight_files import weight_file_bytes
-from .card_facts import LANDSCAPE, CardFacts, ResultRow, names_of_classes
+from .card_facts import LANDSCAPE, CardFacts, ResultRow, in_order, names_of_classes
 
 DATASET_LOADERS = {"imagefolder", "webdataset", "generator", "arrow", "csv", "json", "pandas", "parquet", "text"}
 """Builders of `datasets` that read files of the user: their names are not names of datasets on the Hub."""
@@ -69,7 +69,7 @@ def facts_of_run(
         bit_operations=_cost(trainer, "bit_operations"),
         float_bit_operations=_cost(trainer, "float_bit_operations"),
         evaluated_images=evaluated_images,
-        labels=names_of_classes([name for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())])
+        labels=names_of_classes(in_order(getattr(model.config, "id2label", None)))
         if isinstance(model, PreTrainedModel)
         else (),
         sharpness=_points(logs, "measured_sharpness") or _points(logs, "sharpness"),

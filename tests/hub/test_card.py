@@ -167,6 +167,12 @@ def test_only_finite_measurements_count():
     assert "model-index" not in metadata(str(model_card(facts(metrics={"eval_loss": float("inf")}))))
 
 
+def test_any_name_of_a_metric_leaves_the_table_a_table():
+    text = str(model_card(facts(metrics={"eval_f1|macro\nof all": 0.5})))
+    assert "| method | bits | f1\\|macro of all |\n| --- | --- | --- |\n" in text
+    assert metadata(text)["metrics"] == ["f1|macro\nof all"]
+
+
 @pytest.mark.parametrize("has_processor", [True, False])
 def test_snippet(has_processor: bool):
     text = str(model_card(full_facts(has_processor=has_processor, revision="v1")))

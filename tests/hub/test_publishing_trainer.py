@@ -76,6 +76,40 @@ def test_the_metric_of_the_best_checkpoint_goes_with_its_weights(tmp_path):
     assert top1(card(tmp_path)[0]) == 1.0
 
 
+def test_the_number_of_images_is_that_of_the_metrics(tmp_path):
+    """Predictions, and evaluations under another prefix, came after; their number stood beside these metrics."""
+    trainer = trainer_in(tmp_path)
+    trainer.evaluate()
+    trainer.evaluate(Images(8, torch.float32), metric_key_prefix="test")
+    trainer.predict(Images(12, torch.float32))
+    trainer.create_model_card()
+    assert "on its evaluation data (4 images)" in card(tmp_path)[1]
+
+
+def test_several_data_sets(tmp_path):
+    """What `Trainer` measures of time for each was listed among the metrics, with the number of images of the last."""
+    trainer = trainer_in(tmp_path)
+    trainer.eval_dataset = {"day": Images(8, torch.float32), "night": Images(4, torch.float32)}
+    trainer.evaluate()
+    trainer.create_model_card()
+    data, text = card(tmp_path)
+    metrics = {metric["name"] for metric in data["model-index"][0]["results"][0]["metrics"]}
+    assert metrics == {"day_top1", "day_loss", "night_top1", "night_loss"}
+    assert "Measured in the training run, on its evaluation data.\n" in text
+    trainer.eval_dataset["day"] = Images(4, torch.float32)
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert "on its evaluation data (4 images)" in card(tmp_path)[1]
+
+
+def test_classes_are_in_the_order_of_their_numbers(tmp_path):
+    """`id2label[str(i)]`, as the guides of transformers write it: class 10 came before class 2."""
+    model = quantized_model("vit", torch.float32)
+    model.config.id2label = {str(number): f"kind {number}" for number in range(12)}
+    trainer_in(tmp_path, model=model).create_model_card()
+    assert f"## Classes\n\n{', '.join(f'kind {number}' for number in range(12))}\n" in card(tmp_path)[1]
+
+
 def test_the_card_of_a_run(tmp_path):
     trainer = trainer_in(tmp_path)
     trainer.card_arguments = {
