@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -31,8 +33,8 @@ class ReestimatesNorms(Calibrating):
     saq_config: SAQConfig
     model: nn.Module
     scheduled_step: ScheduledStep | None
-    _norms_are_of_step = -1
-    """Optimizer step after which the statistics were re-estimated last."""
+    _norms_are_of: tuple[int, ...] = ()
+    """Optimizer step and versions of the parameters for which the statistics were re-estimated last."""
     _told_of_stream = False
 
     @property
@@ -44,16 +46,40 @@ class ReestimatesNorms(Calibrating):
         return asked if norms_with_statistics(self.model) else 0
 
     def reestimate_norms_if_needed(self) -> None:
-        """Re-estimate the statistics unless that was done after this very step; alike on all processes."""
+        """Re-estimate the statistics unless that was done for these very weights; alike on all processes."""
         count = self.norm_batches
-        if not count or self._norms_are_of_step == self.state.global_step:
+        if not count or self._norms_are_of == self._now():
             return
         if isinstance(self.train_dataset, IterableDataset) and not is_of_datasets(self.train_dataset):
             self._tell_of_stream()
             return
-        self._norms_are_of_step = self.state.global_step
-        with unchanged_rng(), self.fresh_loader() as loader:  # a run that evaluates more often trains the same way
+        # A run that evaluates more often trains the same way.
+        with self._weights_of_evaluation(), unchanged_rng(), self.fresh_loader() as loader:
             reestimate_batch_norm(self.model, itertools.islice(loader, count), run=self.run_forward)
+        self._norms_are_of = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        # The step alone does not tell: an average of weights may have taken the place of those that were trained.
+        return (self.state.global_step, *(p._version for p in self.model.parameters()))
+
+    @contextmanager
+    def _weights_of_evaluation(self) -> Iterator[None]:
+        """Let an optimizer that evaluates at other weights than it trains at (schedule-free ones) put those in place.
+
+        `Trainer` does so before it evaluates.
+        """
+        optimizer: Any = self.optimizer
+        if not callable(getattr(optimizer, "eval", None)):
+            yield
+            return
+        before = self._now()
+        optimizer.eval()
+        were_others = self._now() != before
+        try:
+            yield
+        finally:
+            if were_others:
+                optimizer.train()
 
     def _tell_of_stream(self) -> None:
         if not self._told_of_stream:
@@ -65,7 +91,7 @@ class ReestimatesNorms(Calibrating):
             )
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        self._norms_are_of_step = -1
+        self._norms_are_of = ()
         return super()._init_training_state(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

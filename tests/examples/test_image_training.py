@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import NUM_LABELS, TRANSFORMERS_MODELS
 from torch.nn import functional as F
-from training import Images, arguments, quantized_model
+from torch.utils.data import SequentialSampler
+from training import BATCH, Images, arguments, quantized_model
 
-from hf_saq import SAQConfig
+from hf_saq import SAQConfig, reestimate_batch_norm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import run_image_classification as script  # noqa: E402
@@ -93,6 +94,25 @@ def test_the_average_is_that_of_the_weights_of_all_steps(tmp_path):
         expected = 0.7 * (0.7 * seen[0][name] + 0.3 * seen[1][name]) + 0.3 * seen[2][name]
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
     assert not torch.equal(seen[2]["classifier.weight"], trainer.model.classifier.weight)
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_batch_norm_statistics_are_those_of_the_average(strategy, tmp_path):
+    """Also where the last step had an evaluation, which re-estimated those of the weights themselves."""
+
+    class InOrder(ImageTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return SequentialSampler(self.train_dataset)
+
+    model, data = quantized_model("resnet", torch.float32), Images(4 * BATCH, torch.float32)
+    how = arguments(tmp_path, max_steps=4, eval_strategy=strategy, eval_steps=2, learning_rate=0.05)
+    config = SAQConfig(rho=0.1, norm_batches=4)
+    more = dict(train_dataset=data, eval_dataset=Images(BATCH, torch.float32), ema_decay=0.5)
+    InOrder(model, how, saq_config=config, **more).train()
+    found = {name: value.clone() for name, value in model.state_dict().items()}
+    reestimate_batch_norm(model, [{"pixel_values": x} for x in data.pixel_values.split(BATCH)])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_an_average_goes_on_where_it_was(tmp_path):

@@ -126,3 +126,47 @@ def test_a_stream_loses_no_sample(tmp_path, caplog):
         trainer = trained(tmp_path, SAQConfig(rho=0.2, reuse="previous"), data=stream)
     assert trainer.state.global_step == STEPS
     assert "Batch-norm statistics are not re-estimated: train_dataset is a stream" in caplog.text
+
+
+class AtTwoPoints(torch.optim.SGD):
+    """Like schedule-free optimizers: `eval()` puts other weights in place than `train()`."""
+
+    is_evaluating = False
+
+    def _move(self, distance: float) -> None:
+        with torch.no_grad():
+            for p in (p for group in self.param_groups for p in group["params"] if p.ndim > 1):
+                p.mul_(distance)
+
+    def train(self) -> None:
+        if self.is_evaluating:
+            self._move(0.5)
+        self.is_evaluating = False
+
+    def eval(self) -> None:
+        if not self.is_evaluating:
+            self._move(2.0)
+        self.is_evaluating = True
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_statistics_are_those_of_the_weights_that_are_evaluated(strategy, tmp_path):
+    """`Trainer` lets such optimizers put other weights in place for an evaluation, after the re-estimation."""
+    model = quantized_model("resnet", torch.float32)
+    optimizer = AtTwoPoints(model.parameters(), lr=0.0)
+    data = Images(STEPS * BATCH, torch.float32)
+    trainer = InOrder(
+        model,
+        arguments(tmp_path, max_steps=1, eval_strategy=strategy, eval_steps=1),
+        saq_config=SAQConfig(rho=0.2, reuse="previous", norm_batches=2, scale_lr_ratio=1.0),
+        train_dataset=data,
+        eval_dataset=Images(BATCH, torch.float32),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+    )
+    trainer.train()
+    assert optimizer.is_evaluating == (strategy == "steps")  # as `Trainer` alone leaves it
+    trainer.evaluate()
+    found = states(model)["statistics"]
+    reestimate_batch_norm(model, [{"pixel_values": x} for x in data.pixel_values.split(BATCH)[:2]])
+    for name, value in states(model)["statistics"].items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
