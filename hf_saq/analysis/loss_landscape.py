@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..progress import progress_bar
+from ..sharpness import kinds_of_parameters
 from ..tables import text_table
 from .batch_losses import LabelledBatches, Loss, left_as_it_was, refuse_not_finite
 from .directions import before_quantizers, filter_normalized
@@ -124,12 +125,14 @@ def landscape(
 ) -> Landscape:
     """Compute the loss along filter-normalized random directions around `Q(w)` (Li et al., arXiv:1712.09913).
 
-    Models of the same shape are moved along the same random numbers, each scaled to its own filters, so that their
-    surfaces can be compared. Models run in evaluation mode and are left as they were. It takes `points ** dimensions`
-    forward passes over the data for each model and place, and one more for each model; a bar tells how long.
+    Models with the same parameters are moved along the same random numbers, each scaled to its own filters, so that
+    their surfaces can be compared. Those tensors move that are in scope in all of them: beside a quantized model, of a
+    float one the weights that are quantized there. Models run in evaluation mode and are left as they were. It takes
+    `points ** dimensions` forward passes over the data for each model and place, and one more for each model; a bar
+    tells how long.
 
     Args:
-        models: A quantized, calibrated model, or several by name; of a float model the float weights are moved.
+        models: A quantized, calibrated model, or several by name; of a float model alone all float weights are moved.
         batches: Dicts of keyword inputs with labels, or pairs `(inputs, labels)`; with `loss`, of any type.
         dimensions: 1 for a line, 2 for a plane.
         span: Largest step, > 0, in both senses; at 1 every filter is moved by its own norm.
@@ -163,8 +166,8 @@ def landscape(
     begin = time.perf_counter()
     surfaces = []
     with progress_bar(len(named) * len(places) * points**dimensions, "landscape", progress) as bar:
-        for name, model in named.items():
-            point = WeightPoint(f"landscape: {name}", model, perturb)
+        for name, point in _points(named, perturb).items():
+            model = point.model
             with left_as_it_was(model):
                 generator = torch.Generator().manual_seed(seed)
                 first = filter_normalized(point, generator)
@@ -186,3 +189,29 @@ def landscape(
                     )
                     surfaces.append(Surface(name, place, losses))
     return Landscape(steps, dimensions, tuple(surfaces), time.perf_counter() - begin)
+
+
+def _points(models: Mapping[str, nn.Module], perturb: Collection[str]) -> dict[str, WeightPoint]:
+    """Find what moves in each model: the same tensors in the same order where the models have the same parameters.
+
+    Raises:
+        ValueError: If there is nothing to move in a model, or nothing that moves in all of them.
+    """
+    points = {name: WeightPoint(f"landscape: {name}", model, perturb) for name, model in models.items()}
+    shapes = [_shapes(model) for model in models.values()]
+    first, *others = [point.names for point in points.values()]
+    if all(names == first for names in others) or any(found != shapes[0] for found in shapes):
+        return points
+    common = [name for name in first if all(name in names for names in others)]
+    if not common:
+        raise ValueError(
+            f"landscape: perturb={list(perturb)} selects no tensor that moves in each of {list(models)}; expected "
+            "models of which the same layers are quantized. Add kinds to `perturb`, or look at one after the other."
+        )
+    return {name: WeightPoint(f"landscape: {name}", model, perturb, common) for name, model in models.items()}
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of all parameters by name, without the values of quantizers."""
+    kinds = kinds_of_parameters(model)
+    return {name: parameter.shape for name, parameter in model.named_parameters() if kinds[parameter] != "scale"}

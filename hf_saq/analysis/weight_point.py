@@ -32,15 +32,17 @@ class WeightPoint:
         where: Name of the function that asks, for messages.
         perturb: Kinds of tensors that belong to the point, as `SharpnessAwareMinimizer` takes them. In a model without
             weight quantizers `weight` means its float weights.
+        only: Names of parameters. Of these tensors those with such a name belong to the point, in this order.
 
     Attributes:
         keys: The tensors of the point: quantized weights, then parameters.
+        names: The names of their parameters in the model.
 
     Raises:
         ValueError: If `perturb` selects no trainable tensor, or the model is packed or sharded.
     """
 
-    def __init__(self, where: str, model: nn.Module, perturb: Collection[str]):
+    def __init__(self, where: str, model: nn.Module, perturb: Collection[str], only: Sequence[str] | None = None):
         if any(isinstance(module, PackedLayer) for module in model.modules()):
             raise ValueError(
                 f"{where}: {type(model).__name__} is packed, and integers have no gradient; expected a trainable "
@@ -54,8 +56,12 @@ class WeightPoint:
         quantized = any(isinstance(m, Quantizer) and m.role == "weight" for m in model.modules())
         float_weights = () if quantized or "weight" not in perturb else ("other",)
         self.model = model
-        self.tensors = PerturbedTensors(model, {*perturb, *float_weights})
+        self.tensors = PerturbedTensors(model, {*perturb, *float_weights}, only)
         self.keys: list[QuantizedWeight | nn.Parameter] = [*self.tensors.weights, *self.tensors.in_place]
+        called = {parameter: name for name, parameter in model.named_parameters()}
+        if only is not None:
+            self.keys.sort(key=lambda key: only.index(called[_parameter(key)]))
+        self.names = [called[_parameter(key)] for key in self.keys]
         if not self.keys:
             raise ValueError(
                 f"{where}: perturb={list(perturb)} selects no trainable tensor of {type(model).__name__}. Add kinds "

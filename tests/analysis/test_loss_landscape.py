@@ -10,11 +10,12 @@ from labelled_models import labelled_images, labelled_vectors, nothing_changes, 
 from tiny_models import conv_net, images, linear_net
 from torch import nn
 
-from hf_saq import SAQQuantizationConfig, calibrate, quantize
+from hf_saq import SAQQuantizationConfig, calibrate, dequantize, quantize
 from hf_saq.analysis import landscape
 from hf_saq.analysis.directions import filter_normalized
 from hf_saq.analysis.weight_point import WeightPoint
 
+W4 = SAQQuantizationConfig(weight_bits=4, activation_bits=None)
 W2 = SAQQuantizationConfig(weight_bits=2, activation_bits=None, first_last_bits=None)
 
 
@@ -82,6 +83,33 @@ def test_models_of_another_scale_have_the_same_landscape():
     assert (one.name, two.name) == ("one", "two")
     assert one.losses == pytest.approx(two.losses, rel=1e-5)
     assert max(one.losses) > 1.1 * min(one.losses)  # else everything would be equal
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["quantized first", "float first"])
+def test_a_float_model_moves_as_the_quantized_one_beside_it(order: int):
+    """Both stand at `Q(w)`, and one function has one landscape. Embeddings, which nobody quantizes, do not move.
+
+    A layer that only one of them has quantized does not move either. Tolerance 1e-4 in float32.
+    """
+    model = quantized_vit(activation_bits=None)
+    partly = quantize(dequantize(model), W4.replace(modules_to_not_convert=["*.fc1"]))
+    models = {"quantized": model, "partly": partly, "float": dequantize(model)}
+    found = landscape(dict(list(models.items())[::order]), labelled_images(), points=3, span=2)
+    by_name = {surface.name: surface.losses for surface in found.surfaces}
+    assert by_name["partly"] == pytest.approx(by_name["quantized"], rel=1e-4)
+    assert by_name["float"] == pytest.approx(by_name["quantized"], rel=1e-4)
+    two = landscape({"quantized": model, "float": models["float"]}, labelled_images(), points=3, span=2)
+    assert two.surfaces[0].losses == landscape(model, labelled_images(), points=3, span=2).surfaces[0].losses
+    assert two.surfaces[1].losses == pytest.approx(two.surfaces[0].losses, rel=1e-4)
+    assert max(two.surfaces[0].losses) > 1.1 * min(two.surfaces[0].losses)
+
+
+def test_models_in_which_nothing_moves_alike_are_refused():
+    first, last = (
+        quantize(linear_net(), W2.replace(modules_to_not_convert=kept)) for kept in (["2", "4"], ["0", "2"])
+    )
+    with pytest.raises(ValueError, match=r"selects no tensor that moves in each of \['first', 'last'\]; expected"):
+        landscape({"first": first, "last": last}, labelled_vectors(), points=3)
 
 
 def test_every_filter_is_moved_by_its_norm_and_vectors_stay():
