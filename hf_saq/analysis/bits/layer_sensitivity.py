@@ -198,7 +198,6 @@ def sensitivity(
         )
     off = {m: PassThrough() for m in model.modules() if isinstance(m, Quantizer)}
     others = off if base == "float" else {}
-    allowed = passes * len(data)
     with left_as_it_was(model), left_as_it_was(model if float_model is None else float_model):
         seen, observed_batches = observe_activations(model, data)
         fitted = Candidates(seen)
@@ -206,7 +205,10 @@ def sensitivity(
         weights = [o for o in operands if o.operand == "weight"]
         activations = [o for o in operands if o.operand == "activation"]
         estimate_cost = (2 + 2 * (2 + trace_samples)) * bool(weights) + 3 * bool(activations)
-        part = data.spread(int(SHARE_OF_ESTIMATES * allowed / estimate_cost))
+        share = SHARE_OF_ESTIMATES * passes / estimate_cost  # of the data, which the estimates may see
+        # Few large batches are cut into parts, so that they leave something to the measurements, and these see some.
+        parts = data if share * len(data) >= 1 else data.split_to(math.ceil(1 / share))
+        part = parts.spread(int(share * len(parts)))
         estimates: dict[Key, float] = {}
         with observed(others):
             if any(o.weight.requires_grad for o in weights):  # type: ignore[union-attr]
@@ -216,9 +218,8 @@ def sensitivity(
             if activations:
                 estimates |= activation_estimates(model, part, activations, bits, fitted)
         runs = len(operands) * len(bits) + 2
-        spent = (observed_batches + estimate_cost * len(part)) / len(data)
+        spent = observed_batches / len(data) + estimate_cost * len(part) / len(parts)
         left = max(passes - spent, 0.0)
-        # Few large batches are cut into parts, so that each measurement may see less than a whole one.
         pieces = data if left * len(data) >= runs else data.split_to(math.ceil(PARTS * runs / max(left, 1)))
         measured = pieces.spread(int(left * len(pieces) / runs))
         spent += runs * len(measured) / len(pieces)

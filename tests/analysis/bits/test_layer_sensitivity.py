@@ -154,6 +154,27 @@ def test_the_cost_is_bounded_and_counted():
     assert few.batches_measured == 1 and few.passes > 1
 
 
+@pytest.mark.parametrize("size", [40, 20, 7])
+def test_few_images_in_few_batches_are_cut_so_that_all_passes_fit(size: int):
+    """Estimates on all of one batch would take more than everything, and leave one example to each measurement."""
+    net, (x, y) = quantized_linear_net(), labelled_vectors(40)[0]
+    batches = list(zip(x.split(size), y.split(size), strict=True))
+    seen = 0
+
+    def count(module, args):
+        nonlocal seen
+        seen += len(args[0])
+
+    net.register_forward_pre_hook(count)
+    found = sensitivity(net, batches, candidates=(2, 3, 4), passes=16)
+    assert found.passes <= 16 and seen <= 16 * 40
+    with torch.no_grad():
+        losses = [
+            nn.functional.cross_entropy(linear_net()(a[None]), b[None]).item() for a, b in zip(x, y, strict=True)
+        ]
+    assert min(abs(found.loss - loss) for loss in losses) > 1e-4  # not that of a single example
+
+
 @pytest.mark.parametrize(
     ("make", "base"),
     [(quantized_linear_net, "float"), (quantized_linear_net, "quantized"), (quantized_vit, "float")],
