@@ -69,7 +69,7 @@ def allocate_bits(
             heads, where `model` treats them apart.
         minimum_bits: Fewest bits of any operand, or a dict of a name or pattern -> fewest bits.
         alike: Groups of layers that must have the same bits for their activations; by default those that are seen to
-            read the same tensor, which is quantized once. Layers that are fixed do not bind others.
+            read the same tensor, which is quantized once. Layers that are fixed do not bind others. Full names.
         inputs: One example as `hf_saq.cost` takes it; by default the first of the first batch.
         loss: Computes the mean loss from model and batch.
         passes: Most passes over the data for the sensitivities.
@@ -92,6 +92,8 @@ def allocate_bits(
     minima = {"*": minimum_bits} if isinstance(minimum_bits, int) else dict(minimum_bits)
     names.check("allocate_bits: fixed", patterns)
     names.check("allocate_bits: minimum_bits", minima)
+    alike = None if alike is None else [list(group) for group in alike]
+    _check_alike(alike or [], model)
     with left_as_it_was(model):
         if alike is None:
             alike = layers_that_share_inputs(model, data)
@@ -134,7 +136,7 @@ def allocate_bits(
             )
         return options
 
-    groups = [[layers.index(name) for name in group if name in free] for group in merged([list(g) for g in alike])]
+    groups = [[layers.index(name) for name in group if name in free] for group in merged(alike)]
     groups = [] if unit == "bytes" else [group for group in groups if len(group) > 1]
     options = options_with(lambda name, kind, bits: 0.0)  # noqa: ARG005 (costs alone)
     most = read_budget(budget, sum(before), options)
@@ -174,6 +176,16 @@ def allocate_bits(
         layers=tuple(result),
         curve=loss_curve(options, groups),
     )
+
+
+def _check_alike(groups: Sequence[Sequence[str]], model: nn.Module) -> None:
+    quantized = [operand.name for operand in quantized_operands(model) if operand.operand == "activation"]
+    for name in dict.fromkeys(name for group in groups for name in group):
+        if name not in quantized:
+            raise ValueError(
+                f"allocate_bits: alike names {name!r}, which is no layer of {type(model).__name__} with quantized "
+                f"activations; expected some of {quantized[:5]}{' and so on' if len(quantized) > 5 else ''}."
+            )
 
 
 def _up_for_choice(of_layer: Collection[str], unit: Unit) -> tuple[str, ...]:

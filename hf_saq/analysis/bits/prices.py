@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,16 +46,19 @@ def cost_of_layer(
 
 
 def read_budget(budget: float | str, before: int, options: Sequence[Sequence[Option]]) -> int:
-    """Turn `budget` into a number: as it is, a part of `before`, or the cost of options with equal bits."""
+    """Turn `budget` into a number: as it is, a part of `before`, or the cost of options with equal bits.
+
+    Equal are those that there is a choice of: where the budget is one of bytes, activations keep what they have.
+    """
     if isinstance(budget, str):
         if match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *x", budget.strip()):
             return int(float(match[1]) * before)
         if match := re.fullmatch(r"(\d+) *bits?", budget.strip()):
             total = 0
             for layer in options:
-                uniform = [
-                    o for o in layer if all(b in (None, int(match[1])) for b in (o.weight_bits, o.activation_bits))
-                ]
+                choices = [{o.weight_bits for o in layer}, {o.activation_bits for o in layer}]
+                wanted = [{int(match[1])} if len(bits) > 1 else bits for bits in choices]
+                uniform = [o for o in layer if o.weight_bits in wanted[0] and o.activation_bits in wanted[1]]
                 if not uniform and len(layer) > 1:
                     raise ValueError(
                         f"allocate_bits: budget={budget!r}, but not every layer can have {match[1]} bits; expected "
@@ -62,7 +66,7 @@ def read_budget(budget: float | str, before: int, options: Sequence[Sequence[Opt
                     )
                 total += (uniform or layer)[0].cost
             return total
-    elif budget > 0:
+    elif 0 < budget < math.inf:
         return int(budget)
     raise ValueError(f"allocate_bits: budget={budget!r}; expected a number > 0, such as 1e9, or '0.8x', or '3 bits'.")
 

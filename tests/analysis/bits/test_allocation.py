@@ -156,6 +156,9 @@ def test_bytes_count_packed_weights_and_leave_activations():
     assert all(set(fields) == {"weight_bits"} for fields in found.overrides.values())
     model = built(found, config=W3A3.replace(activation_bits=4))
     assert {a for _, a in bits_of(model).values()} == {4}
+    # That activations have 4 bits, which no byte depends on, does not keep weights from a budget of 3 bits.
+    uniform = allocate_bits(net, labelled_vectors(), "3 bits", unit="bytes", passes=500)
+    assert uniform.cost <= uniform.budget == sum(packed_size(size, 3) for size in sizes.values())
 
 
 def test_constraints_hold():
@@ -230,13 +233,18 @@ def test_what_is_wrong_is_said(monkeypatch):
     net, batches, measured = quantized_linear_net(3, 3), labelled_vectors(), measured_once()
     with pytest.raises(ValueError, match=r"no choice keeps to budget=100 \(100 bops\); expected at least 544"):
         allocate_bits(net, batches, 100, found=measured)
-    for wrong in ("80%", 0, -1.0):
+    for wrong in ("80%", 0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"expected a number > 0, such as 1e9, or '0.8x', or '3 bits'"):
             allocate_bits(net, batches, wrong, found=measured)
     with pytest.raises(ValueError, match=r"budget='5 bits', but not every layer can have 5 bits"):
         allocate_bits(net, batches, "5 bits", found=measured)
     with pytest.raises(ValueError, match=r"allocate_bits: fixed: 'head' matches no module"):
         allocate_bits(net, batches, 1e6, found=measured, fixed=["head"])
+    for group in (["0", "two"], ["0", ""]):
+        with pytest.raises(ValueError, match=rf"alike names '{group[1]}', which is no layer of Sequential"):
+            allocate_bits(net, batches, 1e6, found=measured, alike=[group])
+    with pytest.raises(ValueError, match=r"alike names '0', which is no layer .*; expected some of \[\]"):
+        allocate_bits(quantized_linear_net(3, None), batches, 1e6, found=measured, alike=[["0", "2"]])
     with pytest.raises(ValueError, match=r"0 needs 8 bits at least, but candidates=\[2, 4\]"):
         allocate_bits(net, batches, 1e6, found=measured, candidates=(2, 4), minimum_bits=8)
     with pytest.raises(KeyError, match=r"has no entry for 5 bits"):
