@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from ..sharpness import RNGState
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Computes the mean loss of a model over one batch, a tensor `()` with a graph."""
+FEW_DIGITS = 1e-4
+"""Relative precision of a type above which it is too coarse for rises of the loss."""
 
 
 class LabelledBatches:
@@ -126,6 +129,18 @@ def refuse_not_finite(where: str, number: int, loss: float) -> None:
         raise ValueError(
             f"{where}: the loss of batch {number} is {loss}; expected a finite number. The training of the model has "
             "diverged, its files are damaged, or the batch is: look at an earlier checkpoint, or at the batch."
+        )
+
+
+def warn_of_few_digits(where: str, model: nn.Module) -> None:
+    """Warn if parameters of `model` are in bfloat16 or float16, which round small steps and rises of the loss away."""
+    few = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and torch.finfo(p.dtype).eps > FEW_DIGITS}
+    if few:
+        warnings.warn(
+            f"{where}: {type(model).__name__} has parameters in {', '.join(sorted(few))}, of two or three digits. "
+            "Small steps of weights and small rises of the loss are rounded away, so that what is found is too small or "
+            "noise. Pass a copy in float32: torch.nn.Module.float(copy.deepcopy(model)).",
+            stacklevel=3,
         )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..progress import progress_bar
 from ..sharpness import kinds_of_parameters
 from ..tables import text_table
-from .batch_losses import LabelledBatches, Loss, left_as_it_was, refuse_not_finite
+from .batch_losses import LabelledBatches, Loss, left_as_it_was, refuse_not_finite, warn_of_few_digits
 from .directions import before_quantizers, filter_normalized
 from .results import Result, new_figure
 from .weight_point import WeightPoint
@@ -161,6 +161,8 @@ def landscape(
     if not named:
         raise ValueError("landscape: `models` is empty; expected at least one model.")
     data = LabelledBatches("landscape", batches, loss)
+    for name, model in named.items():
+        warn_of_few_digits(f"landscape: {name}", model)
     half = points // 2
     steps = tuple(span * k / half for k in range(-half, half + 1))
     begin = time.perf_counter()

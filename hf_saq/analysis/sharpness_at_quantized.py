@@ -15,7 +15,7 @@ from torch import nn
 from ..progress import progress_bar
 from ..sharpness import Displacement
 from ..tables import text_table
-from .batch_losses import LabelledBatches, Loss, deviation, left_as_it_was, refuse_not_finite
+from .batch_losses import LabelledBatches, Loss, deviation, left_as_it_was, refuse_not_finite, warn_of_few_digits
 from .curvature import hessian_trace, largest_eigenvalue, random_vector
 from .results import Result, new_figure
 from .weight_point import WeightPoint, norm
@@ -156,6 +156,7 @@ def sharpness(
             raise ValueError(f"sharpness: {name}={count}; expected at least {least}.")
     adaptive_rho = rho if adaptive_rho is None else adaptive_rho
     data = LabelledBatches("sharpness", batches, loss)
+    warn_of_few_digits("sharpness", model)
     point = WeightPoint("sharpness", model, perturb)
     generator = torch.Generator().manual_seed(seed)
     steps = 2 * len(data) + 1 + random_directions + power_iterations

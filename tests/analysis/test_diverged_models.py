@@ -1,4 +1,4 @@
-"""Losses and scores that are NaN or infinite: named where nothing can be measured, and no numbers where they occur."""
+"""Losses and scores that are NaN, infinite or of few digits: named, and no numbers where there are none."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def test_a_diverged_model_is_named(analysis: str):
         pytest.raises(ValueError, match=r"the loss of batch 0 is (nan|inf); expected"),
     ):
         ANALYSES[analysis](net, labelled_vectors())
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_digits_are_told_of(analysis: str, dtype: torch.dtype):
+    """A rise of a hundredth is less than a step between two numbers in bfloat16."""
+    net, batches = quantized_linear_net().to(dtype), [(x.to(dtype), y) for x, y in labelled_vectors()]
+    with pytest.warns(UserWarning, match=rf"has parameters in {dtype}, of two or three digits"):
+        ANALYSES[analysis](net, batches)
 
 
 def test_a_batch_with_nan_is_named():

@@ -21,7 +21,7 @@ from ...quantizers import Quantizer
 from ...quantizers.settings import check_bits
 from ...tables import text_table
 from ..agreement import agreement, signal_to_noise
-from ..batch_losses import LabelledBatches, Loss, deviation, left_as_it_was, refuse_not_finite
+from ..batch_losses import LabelledBatches, Loss, deviation, left_as_it_was, refuse_not_finite, warn_of_few_digits
 from ..results import Result, new_figure
 from ..weight_point import WeightPoint
 from .candidates import Candidates, Operand, observe_activations, observed, quantized_operands, replaced
@@ -196,6 +196,7 @@ def sensitivity(
             f"sensitivity: {type(model).__name__} has no quantizer; expected a model made by `quantize`, not packed "
             "(see `unpack`)."
         )
+    warn_of_few_digits("sensitivity", model)
     off = {m: PassThrough() for m in model.modules() if isinstance(m, Quantizer)}
     others = off if base == "float" else {}
     with left_as_it_was(model), left_as_it_was(model if float_model is None else float_model):
