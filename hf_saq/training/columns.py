@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,21 @@ from ..conversion.observing import check_keys
 
 IGNORED = -100
 """Label that the losses of torch leave out."""
+
+UNNAMED = {0: "LABEL_0", 1: "LABEL_1"}
+"""Classes in the configuration of a model that classifies nothing."""
+
+
+def counted_labels(labels: Tensor, config: Any) -> Tensor:
+    """Mark the labels that a loss counts, in the shape of `labels`: those that it does not ignore.
+
+    Args:
+        labels: Classes or tokens; `(N, height, width)` for segmentation, where models ignore a class of their own.
+        config: Of the model, may be `None`.
+    """
+    counted = labels.ne(IGNORED)
+    ignored = getattr(config, "semantic_loss_ignore_index", getattr(config, "loss_ignore_index", None))
+    return counted & labels.ne(ignored) if labels.ndim > 2 and ignored is not None else counted
 
 
 class KeepsColumnsOfTransforms(Trainer):
@@ -46,7 +62,8 @@ class KeepsColumnsOfTransforms(Trainer):
         except IndexError as error:  # of a loss on CPU; on a GPU a failed assertion ends the process
             labels, classes = inputs.get("labels"), self._classes()
             if isinstance(labels, Tensor) and labels.device.type == "cpu" and classes is not None:
-                wrong = labels[(labels != IGNORED) & ((labels >= classes) | (labels < 0))].tolist()
+                counted = labels[counted_labels(labels, self._config())]
+                wrong = counted[(counted >= classes) | (counted < 0)].tolist()
                 if wrong:
                     raise ValueError(
                         f"{type(self).__name__}: a batch has the label {wrong[0]}; the model has {classes} classes "
@@ -55,8 +72,15 @@ class KeepsColumnsOfTransforms(Trainer):
             raise
 
     def _classes(self) -> int | None:
-        """Number of classes of a model of transformers; `None` for others."""
-        return getattr(getattr(self.accelerator.unwrap_model(self.model), "config", None), "num_labels", None)
+        """Number of classes of a classifier of transformers; `None` for others, though their configurations have one."""
+        model, config = self.accelerator.unwrap_model(self.model), self._config()
+        if getattr(config, "id2label", None) == UNNAMED and "Classification" not in type(model).__name__:
+            return None
+        takes_labels = "labels" in inspect.signature(model.forward).parameters or self.compute_loss_func is not None
+        return getattr(config, "num_labels", None) if takes_labels else None
+
+    def _config(self) -> Any:
+        return getattr(self.accelerator.unwrap_model(self.model), "config", None)
 
     def _check_classes(self, dataset: Any, description: str | None) -> None:
         """Raise `ValueError` if a data set that names its classes has labels that the model has not."""

@@ -17,12 +17,10 @@ from ..config import SAQConfig
 from ..sharpness import SharpnessAwareMinimizer, default_rho
 from ..sharpness.schedules import KNOBS, ScheduledStep
 from ..sharpness.schedules.partial_batch import count_samples
+from .columns import counted_labels
 from .step_logs import StepLogs
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""Label of what losses leave out."""
 
 
 class PerturbedSteps(Trainer):
@@ -180,7 +178,8 @@ class PerturbedSteps(Trainer):
         labels = found[0] if found and isinstance(found[0], Tensor) else None
         if labels is None or labels.is_floating_point():
             return count_samples(batch, self.sample_names).size
-        count = labels.ne(IGNORED).sum().clamp(min=1)
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        count = counted_labels(labels, config).sum().clamp(min=1)
         return count.item() if labels.device.type == "cpu" else count  # elsewhere the host would wait for it
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
