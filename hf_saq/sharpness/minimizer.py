@@ -24,7 +24,7 @@ from .parameter_gradients import (
 from .perturbed_tensors import PerturbedTensors
 from .random_state import RNGState
 from .seam import Seam
-from .three_cases import Case, Climb, Gradients, climb, latent_weights_are_asked
+from .three_cases import Case, Climb, Gradients, climb, latent_weights_are_asked, tell_of_skipping
 
 
 class SharpnessAwareMinimizer:
@@ -92,7 +92,7 @@ class SharpnessAwareMinimizer:
             raise ValueError(f"case={case}; expected 1, 2 or 3. For plain training use no minimizer.")
         self.model, self.rho, self.case, self.adaptive = model, rho, case, adaptive
         self.eta, self.perturb, self.sync = eta, tuple(perturb), sync
-        self.ascent_norm, self.radius_factor, self.skipped = 0.0, 1.0, 0
+        self.ascent_norm, self.radius_factor, self.skipped, self._in_a_row = 0.0, 1.0, 0, 0
         self.late: LateLayers | None = None
         self._seam = Seam()
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
@@ -235,11 +235,11 @@ class SharpnessAwareMinimizer:
 
         For what decides by `number` whether there is a second pass: the host waits once instead of twice.
         """
-        sharding.reshard(self.model)
         self._eps, (read,) = self._climb(number)
         return read
 
     def _climb(self, *also: Tensor) -> tuple[Displacement, list[float]]:
+        sharding.reshard(self.model)
         found = self._grads or {}
         grads: Gradients = {p: found[p] for p in self._asked_of_parameters() if p in found}  # one order everywhere
         for quantizer, leaf in self._seam.leaves.items():
@@ -250,7 +250,8 @@ class SharpnessAwareMinimizer:
             sharding.average_over_processes([g for g in grads.values() if not sharding.is_sharded(g)])
         how = Climb(self.rho * self.radius_factor, self.case, self.adaptive, self.eta)
         eps, (self.ascent_norm, *numbers) = climb(grads, self._tensors, how, *also)
-        self.skipped += not eps
+        self.skipped, self._in_a_row = self.skipped + (not eps), 0 if eps else self._in_a_row + 1
+        tell_of_skipping(self._in_a_row, self.ascent_norm)
         return eps, numbers
 
     # Second pass -------------------------------------------------------------------------------------------------
@@ -277,7 +278,6 @@ class SharpnessAwareMinimizer:
                 "perturbed() without a first pass: run forward and backward in `with minimizer.ascent():` before it."
             )
         if self._eps is None:
-            sharding.reshard(self.model)
             self._eps = self.climb()
         after, (random_numbers, buffers) = RNGState(), self._begun.pop(0)
         random_numbers.restore()

@@ -18,6 +18,7 @@ These are functions of gradients: nothing here knows how they were collected or 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from . import sharding
 from .displacement import Displacement
 from .perturbed_tensors import PerturbedTensors, QuantizedWeight
+
+TOLD_AFTER = 20
+"""Climbs in a row without a direction; the loss scale of fp16 takes fewer to find its place."""
 
 Case = Literal[1, 2, 3]
 Gradients = dict[QuantizedWeight | nn.Parameter, Tensor]
@@ -76,6 +80,26 @@ def climb(grads: Gradients, tensors: PerturbedTensors, how: Climb, *also: Tensor
     if how.adaptive:
         multiply_by_size(grads, tensors, how)  # T^2 g
     return place(grads, tensors, how.case), [norm, *numbers]
+
+
+def tell_of_skipping(in_a_row: int, norm: float) -> None:
+    """Warn once that nothing is perturbed any more.
+
+    Args:
+        in_a_row: How many climbs, the last one included, had no direction.
+        norm: Of the gradients of the last one: zero or not finite.
+    """
+    if in_a_row != TOLD_AFTER:
+        return
+    if norm == 0:
+        why = "is zero: the loss does not depend on the perturbed tensors, as where it is that of a copy of the model"
+    else:
+        why = f"is {norm}: a loss may need more images than a part of a batch has (ascent_fraction), pairs for example"
+    warnings.warn(
+        f"The gradient that the last {TOLD_AFTER} perturbations were to be made of {why}. They were all left out, "
+        'which is plain training. Try schedule="full", and look at the loss and its gradient in a first pass.',
+        stacklevel=2,
+    )
 
 
 def multiply_by_size(grads: Gradients, tensors: PerturbedTensors, how: Climb) -> None:

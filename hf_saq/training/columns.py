@@ -72,7 +72,7 @@ class KeepsColumnsOfTransforms(Trainer):
             raise
 
     def _classes(self) -> int | None:
-        """Number of classes of a classifier of transformers; `None` for others, though their configurations have one."""
+        """Number of classes of a classifier of transformers; `None` for others, whatever their configurations say."""
         model, config = self.accelerator.unwrap_model(self.model), self._config()
         if getattr(config, "id2label", None) == UNNAMED and "Classification" not in type(model).__name__:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny_models import images
 from torch import nn
-from training import arguments
+from training import Images, arguments, quantized_model
 from transformers import (
     GPT2Config,
     SegformerConfig,
@@ -154,3 +155,33 @@ def test_captions_of_a_data_set_for_classification(tmp_path):
     trainer_of(captioned).train()
     with pytest.raises(IndexError):  # a token that the decoder has not, which is no matter of classes
         trainer_of(lambda rows: {**captioned(rows), "labels": [torch.tensor([99, 1]) for _ in rows["label"]]}).train()
+
+
+# Losses over whole batches -------------------------------------------------------------------------------------------
+
+
+def pulls_together(outputs, labels, num_items_in_batch=None):  # noqa: ARG001
+    """Supervised contrastive loss: an image without another of its class in the batch has none, and 0 / 0 is NaN."""
+    z = nn.functional.normalize(outputs.logits)
+    itself = torch.eye(len(z), dtype=torch.bool)
+    log_p = (z @ z.T).masked_fill(itself, -1e9).log_softmax(dim=1)
+    same = (labels[:, None] == labels) & ~itself
+    return -((log_p * same).sum(dim=1) / same.sum(dim=1)).mean()
+
+
+@pytest.mark.parametrize(("knobs", "is_told"), [(dict(), True), (dict(schedule="full"), False)], ids=str)
+def test_a_loss_that_a_part_of_a_batch_does_not_have(knobs, is_told, tmp_path):
+    """The default schedule takes the first images, of which no two are of one class: nothing was ever perturbed."""
+    data = Images(8, torch.float32)
+    data.labels = torch.arange(8) % 2
+    trainer = InOrder(
+        quantized_model("vit", torch.float32),
+        arguments(tmp_path, max_steps=21),
+        saq_config=SAQConfig(rho=0.1, **knobs),
+        train_dataset=data,
+        compute_loss_func=pulls_together,
+    )
+    message = r"gradient that the last 20 perturbations were to be made of is nan: a loss may need more images .*full"
+    with pytest.warns(UserWarning, match=message) if is_told else nullcontext():
+        trainer.train()
+    assert trainer.state.log_history[-2]["skipped_perturbations"] == (21 if is_told else 0)

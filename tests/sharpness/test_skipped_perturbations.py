@@ -1,0 +1,44 @@
+"""Training that is never perturbed is plain training: it is told of."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from minimizer_nets import batch, linear_net, loss_of, quantized
+
+from hf_saq import SharpnessAwareMinimizer
+
+
+def climbs(minimizer, net, count: int, factor: float = 1.0) -> None:
+    for _ in range(count):
+        with minimizer.ascent():
+            (loss_of(net, batch(net)) * factor).backward()
+        with minimizer.perturbed():
+            pass
+
+
+def test_a_loss_of_a_copy_of_the_model():
+    """A user wraps, copies or reloads the model after the minimizer was built."""
+    net = quantized(linear_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.1)
+    other = copy.deepcopy(net)
+    climbs(minimizer, other, 19)
+    with pytest.warns(UserWarning, match="last 20 perturbations were to be made of is zero: the loss does not depend"):
+        climbs(minimizer, other, 1)
+    climbs(minimizer, other, 20)  # said once
+    assert minimizer.skipped == 40
+
+
+@pytest.mark.parametrize("too_large", [16, 20])
+def test_a_loss_scale_that_finds_its_place(too_large):
+    """Gradients of fp16 overflow at first; that is nothing to be told of."""
+    net = quantized(linear_net)
+    minimizer = SharpnessAwareMinimizer(net, rho=0.1)
+    with pytest.warns(UserWarning, match="is nan") if too_large == 20 else nullcontext():
+        climbs(minimizer, net, too_large, torch.inf)
+    climbs(minimizer, net, 1)
+    climbs(minimizer, net, 10, torch.inf)
+    assert minimizer.skipped == too_large + 10
