@@ -9,6 +9,7 @@ from pathlib import Path
 
 import timm
 import torch
+from datasets import Dataset, Value
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -66,10 +67,10 @@ def small_vit(labels: list[str], image_size: int) -> PreTrainedModel:
     return AutoModelForImageClassification.from_config(config)
 
 
-def load_model(args: ModelArguments, labels: list[str], image_size: int | None) -> PreTrainedModel:
-    """The model, with a head for `labels`."""
+def load_model(args: ModelArguments, labels: list[str] | None, image_size: int | None) -> PreTrainedModel:
+    """The model, with a head for `labels`; as it was stored, where these are `None`."""
     if args.model_name_or_path is None:
-        return small_vit(labels, image_size or 8)
+        return small_vit(labels or [], image_size or 8)
     name = timm_repository(args.model_name_or_path)
     hub = {
         "cache_dir": args.cache_dir,
@@ -77,15 +78,15 @@ def load_model(args: ModelArguments, labels: list[str], image_size: int | None) 
         "token": args.token,
         "trust_remote_code": args.trust_remote_code,
     }
-    overrides = _overrides(args)
+    overrides, label_maps = _overrides(args), {} if labels is None else _label_maps(labels)
     if args.from_scratch and args.model_name_or_path in timm.list_models():
-        config = TimmWrapperConfig(architecture=args.model_name_or_path, **_label_maps(labels), **overrides)
+        config = TimmWrapperConfig(architecture=args.model_name_or_path, **label_maps, **overrides)
     else:
         try:
             config = AutoConfig.from_pretrained(name, **overrides, **hub)
-            for field_name, value in _label_maps(labels).items():
+            for field_name, value in label_maps.items():
                 setattr(config, field_name, value)
-            if isinstance(config, TimmWrapperConfig):
+            if isinstance(config, TimmWrapperConfig) and labels is not None:
                 config.label_names = labels  # saves would keep those of the stored configuration
         except OSError as error:
             if Path(name).is_dir():
@@ -109,6 +110,30 @@ def load_model(args: ModelArguments, labels: list[str], image_size: int | None) 
         ignore_mismatched_sizes=args.ignore_mismatched_sizes and not hasattr(config, "quantization_config"),
         **hub,
     )
+
+
+def numbered_as_in(model: PreTrainedModel, images: Dataset) -> Dataset:
+    """`images` with the labels that `model` has for their classes, by name: it may have more, in another order.
+
+    Where it knows none of the names but has as many classes, they are taken to be in one order.
+
+    Raises:
+        ValueError: If it lacks a class, or has two of its name.
+    """
+    names = images.features["label"].names
+    own = [str(model.config.id2label[number]) for number in sorted(model.config.id2label)]
+    unknown = [name for name in names if name not in own]
+    if unknown == names and len(names) == len(own):
+        return images
+    if unknown or (twice := [name for name in names if own.count(name) > 1]):
+        what = f"does not know the class {unknown[0]!r}" if unknown else f"has two classes called {twice[0]!r}"
+        raise ValueError(
+            f"--model_name_or_path: the model {what} of the images; it has {len(own)}: {own[:3]}... Give images of "
+            "the classes that it was trained on, in folders of their names."
+        )
+    numbers = torch.tensor([own.index(name) for name in names])
+    unnamed = images.cast_column("label", Value("int64"))
+    return unnamed.map(lambda labels: {"label": numbers[labels]}, batched=True, input_columns=["label"])
 
 
 def _overrides(args: ModelArguments) -> dict:

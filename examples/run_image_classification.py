@@ -36,6 +36,7 @@ from image_model import (
     has_folded_batch_norm,
     load_model,
     load_processor,
+    numbered_as_in,
     refit_batch_norm,
     timm_repository,
 )
@@ -94,8 +95,12 @@ def run(
             images = {split: without_unreadable(dataset, split) for split, dataset in images.items()}
     with in_one_line("loading the model"):
         labels = images["eval"].features["label"].names
-        model = load_model(model_args, labels, data_args.image_size)
-        if training_args.do_train:
+        is_stored = model_args.model_name_or_path is not None and not model_args.from_scratch
+        keeps_classes = is_stored and not training_args.do_train
+        model = load_model(model_args, None if keeps_classes else labels, data_args.image_size)
+        if keeps_classes:
+            images["eval"] = numbered_as_in(model, images["eval"])
+        elif training_args.do_train:
             check_is_float(model, str(model_args.model_name_or_path))
         processor = load_processor(model_args, model, data_args.image_size)
         train_transform, eval_transform = transforms(processor, input_size(processor), data_args.augmentation)
