@@ -138,8 +138,8 @@ def warn_of_few_digits(where: str, model: nn.Module) -> None:
     if few:
         warnings.warn(
             f"{where}: {type(model).__name__} has parameters in {', '.join(sorted(few))}, of two or three digits. "
-            "Small steps of weights and small rises of the loss are rounded away, so that what is found is too small or "
-            "noise. Pass a copy in float32: torch.nn.Module.float(copy.deepcopy(model)).",
+            "Small steps of weights and small rises of the loss are rounded away, so that what is found is too small "
+            "or noise. Pass a copy in float32: torch.nn.Module.float(copy.deepcopy(model)).",
             stacklevel=3,
         )
 

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from ..progress import progress_bar
-from ..sharpness import kinds_of_parameters
 from ..tables import text_table
 from .batch_losses import LabelledBatches, Loss, left_as_it_was, refuse_not_finite, warn_of_few_digits
 from .directions import before_quantizers, filter_normalized
 from .results import Result, new_figure
-from .weight_point import WeightPoint
+from .weight_point import WeightPoint, shapes_of_parameters
 
 Place = Literal["quantized", "latent"]
 FORMULAS: dict[Place, str] = {"quantized": "Q(w) + d", "latent": "Q(w + d)"}
@@ -200,7 +199,7 @@ def _points(models: Mapping[str, nn.Module], perturb: Collection[str]) -> dict[s
         ValueError: If there is nothing to move in a model, or nothing that moves in all of them.
     """
     points = {name: WeightPoint(f"landscape: {name}", model, perturb) for name, model in models.items()}
-    shapes = [_shapes(model) for model in models.values()]
+    shapes = [shapes_of_parameters(model) for model in models.values()]
     first, *others = [point.names for point in points.values()]
     if all(names == first for names in others) or any(found != shapes[0] for found in shapes):
         return points
@@ -211,9 +210,3 @@ def _points(models: Mapping[str, nn.Module], perturb: Collection[str]) -> dict[s
             "models of which the same layers are quantized. Add kinds to `perturb`, or look at one after the other."
         )
     return {name: WeightPoint(f"landscape: {name}", model, perturb, common) for name, model in models.items()}
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of all parameters by name, without the values of quantizers."""
-    kinds = kinds_of_parameters(model)
-    return {name: parameter.shape for name, parameter in model.named_parameters() if kinds[parameter] != "scale"}

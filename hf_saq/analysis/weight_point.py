@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layers import PackedLayer
 from ..quantizers import Quantizer
-from ..sharpness import Displacement, PerturbedTensors, QuantizedWeight
+from ..sharpness import Displacement, PerturbedTensors, QuantizedWeight, kinds_of_parameters
 from ..sharpness.sharding import is_sharded
 from ..sharpness.three_cases import Climb, climb, place
 from .batch_losses import LabelledBatches
@@ -158,6 +158,12 @@ def _gradients(value: Tensor, leaves: Vector, create: bool = False, keep: bool =
     keep = keep or create
     found = torch.autograd.grad(value, leaves, allow_unused=True, create_graph=create, retain_graph=keep)
     return [torch.zeros_like(leaf) if part is None else part for part, leaf in zip(found, leaves, strict=True)]
+
+
+def shapes_of_parameters(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of all parameters by name, without the values of quantizers."""
+    kinds = kinds_of_parameters(model)
+    return {name: parameter.shape for name, parameter in model.named_parameters() if kinds[parameter] != "scale"}
 
 
 def _parameter(key: QuantizedWeight | nn.Parameter) -> nn.Parameter:

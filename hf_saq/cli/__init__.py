@@ -5,13 +5,17 @@ Comes in: `sys.argv`. Goes out: text on stdout and an exit status. Nothing impor
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from .arguments import make_parser
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, or 1 with one line on stderr.
+    """Run one command and return the exit status: 0, or 1 with one line on stderr, or 130 after Ctrl-C.
 
     Args:
         argv: The arguments after the name of the program; `None` takes those of `sys.argv`.
@@ -20,9 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: With status 2 if the arguments are wrong, with 0 after `--help`.
     """
     args = make_parser().parse_args(argv)
-    from .commands import run  # import it after parsing: it takes seconds, and `--help` does not need it
+    try:
+        from .commands import run  # import it after parsing: it takes seconds, and `--help` does not need it
 
-    return run(args)
+        return run(args)
+    except KeyboardInterrupt:
+        print("hf-saq: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 __all__ = ["main"]

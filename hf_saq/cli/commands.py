@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from ..analysis.results import plain
 from ..export import export_onnx
 from ..export.layout import refuse_export
 from ..hub.card import write_card
@@ -25,7 +27,7 @@ from .looking import analyze, compare_two, evaluate
 
 def _inspect(args: argparse.Namespace) -> str:
     found = inspect_checkpoint(args.source, args.revision)
-    return json.dumps(found.to_dict(), indent=2) if args.json else str(found)
+    return json.dumps(plain(found.to_dict()), indent=2) if args.json else str(found)
 
 
 def _pack(args: argparse.Namespace) -> str:
@@ -97,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     try:
         with bars_of_ours_alone():
-            print(COMMANDS[args.command](args))
+            text = COMMANDS[args.command](args)
+        _print(text)
     except (
         ValueError,
         OSError,
@@ -108,3 +111,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"hf-saq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _print(text: str) -> None:
+    """Print `text` in characters that stdout has; be silent if its reader has gone, as `head` does."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        # What was measured for minutes is not lost to the name of a folder.
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

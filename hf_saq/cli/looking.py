@@ -17,6 +17,7 @@ from torch import nn
 from ..analysis import Landscape, compare, landscape, sensitivity, sharpness
 from ..analysis.html_report import Section, html_report
 from ..analysis.results import plain
+from ..analysis.weight_point import shapes_of_parameters
 from ..conversion import calibrate, quantize
 from ..layers import HoldsQuantizers
 from ..progress import with_progress
@@ -24,6 +25,7 @@ from ..sharpness import default_rho
 from ..tables import text_table
 from ..version import __version__
 from .arguments import PARTS
+from .checking import check_analysis, check_picture
 from .saved_images import Images, differences_of_processors, load_images, load_model, loss_of, scores_of
 
 CALIBRATION_BATCHES = 4
@@ -60,9 +62,11 @@ def evaluate(args: argparse.Namespace) -> str:
 
 def compare_two(args: argparse.Namespace) -> str:
     """Return where two saved models part, layer by layer."""
+    if args.plot is not None:
+        check_picture("--plot", args.plot)
     first, processor = load_model(args.first, args)
-    images = load_images(first, processor, args)
     second = _second_model(args.second, args, args.first, first, processor)
+    images = load_images(first, processor, args)
     found = compare(first, second, images.batches, loss=loss_of)
     if args.plot is not None:
         found.plot(args.plot)
@@ -73,25 +77,26 @@ def compare_two(args: argparse.Namespace) -> str:
 
 def analyze(args: argparse.Namespace) -> str:
     """Measure what was asked for, write the report, and return what was found as text."""
+    check_analysis(args)
     output = Path(args.output)
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--output {args.output}: expected the name of an HTML file, such as analysis.html.")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no directory {str(output.absolute().parent)!r}.")
     names = _names_beside(args.source, args.beside)
     model, processor = load_model(args.source, args, trainable=True)
     if not any(isinstance(module, HoldsQuantizers) for module in model.modules()):
         raise ValueError(f"{args.source} is a float model; expected one that hf_saq has quantized.")
-    images = load_images(model, processor, args)
     models: dict[str, Any] = {names[0]: model}
     if args.beside is not None:
         models[names[1]] = _second_model(args.beside, args, args.source, model, processor, trainable=True)
+    plain_model = None if args.float_model is None else _float_model(args, model, processor)
+    images = load_images(model, processor, args)
     sections = [
-        section for part in PARTS if part in args.parts for section in _sections(part, args, models, images, processor)
+        section
+        for part in PARTS
+        if part in args.parts
+        for section in _sections(part, args, models, images, plain_model)
     ]
     about = [f"{args.source}, a {type(model).__name__}, on {images.where}.", f"Made with hf_saq {__version__}."]
     partial = output.with_name(output.name + ".partial")
-    partial.write_text(html_report(f"Analysis of {names[0]}", about, sections), encoding="utf-8")
+    partial.write_text(html_report(f"Analysis of {names[0]}", about, sections), "utf-8", "backslashreplace")
     os.replace(partial, output)
     if args.json:
         found = {section.title: section.result.to_dict() for section in sections}
@@ -101,7 +106,7 @@ def analyze(args: argparse.Namespace) -> str:
 
 
 def _sections(
-    part: str, args: argparse.Namespace, models: dict[str, Any], images: Images, processor: Any
+    part: str, args: argparse.Namespace, models: dict[str, Any], images: Images, plain_model: Any
 ) -> list[Section]:
     name, model = next(iter(models.items()))
     if part == "sharpness":
@@ -130,22 +135,37 @@ def _sections(
             Section("Landscape over a plane", f"{about}: {_took(plane)}", plane),
         ]
     about = "What quantizing one operand of one layer alone costs, everything else in float; most sensitive first."
-    if args.float_model is not None:
-        model, name = _quantized_anew(args, model, images, processor), _name(args.float_model)
+    if plain_model is not None:
+        model, name = _quantized_anew(plain_model, model, images), _name(args.float_model)
     elif model.config.quantization_config.storage == "packed":
         about += " Weights were stored as integers: more bits than they have bring nothing back, see --float."
     found = sensitivity(model, images.batches, passes=args.passes, loss=loss_of)
     return [Section(f"Sensitivity of the layers of {name}", about, found)]
 
 
-def _quantized_anew(args: argparse.Namespace, model: Any, images: Images, processor: Any) -> nn.Module:
-    """Quantize and calibrate the float model as the other one is quantized."""
-    plain = _second_model(args.float_model, args, args.source, model, processor, trainable=True)
-    if any(isinstance(module, HoldsQuantizers) for module in plain.modules()):
+def _float_model(args: argparse.Namespace, model: Any, processor: Any) -> Any:
+    """Load the float model of the quantized `model`.
+
+    Raises:
+        ValueError: If it is quantized, has other parameters, or [`_second_model`] refuses it.
+    """
+    found = _second_model(args.float_model, args, args.source, model, processor, trainable=True)
+    if any(isinstance(module, HoldsQuantizers) for module in found.modules()):
         raise ValueError(f"--float {args.float_model} is quantized; expected a float model.")
-    device = next(plain.parameters()).device
+    shapes, expected = shapes_of_parameters(found), shapes_of_parameters(model)
+    if different := [name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name)]:
+        raise ValueError(
+            f"--float {args.float_model} is a {type(found).__name__} with other parameters than {args.source}, such "
+            f"as {different[0]}; expected the float model that was quantized."
+        )
+    return found
+
+
+def _quantized_anew(plain_model: Any, model: Any, images: Images) -> nn.Module:
+    """Quantize and calibrate the float model as the other one is quantized."""
+    device = next(plain_model.parameters()).device
     shown = [batch["pixel_values"].to(device) for batch in images.batches[:CALIBRATION_BATCHES]]
-    return calibrate(quantize(plain, model.config.quantization_config.replace(storage="float")), shown).eval()
+    return calibrate(quantize(plain_model, model.config.quantization_config.replace(storage="float")), shown).eval()
 
 
 def _name(source: str) -> str:

@@ -63,8 +63,19 @@ def load_model(source: str, args: argparse.Namespace, trainable: bool = False) -
 
 
 def scores_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Compute logits `(n, classes)` in float32 on the device of the model, of whatever type its weights are."""
-    return logits_of(model(pixel_values=batch["pixel_values"].to(model.device, model.dtype))).float()
+    """Compute logits `(n, classes)` in float32 on the device of the model, of whatever type its weights are.
+
+    Raises:
+        ValueError: If the model returns something else: it is no classifier of images.
+    """
+    scores = logits_of(model(pixel_values=batch["pixel_values"].to(model.device, model.dtype))).float()
+    if scores.ndim != 2 or scores.shape[1] != len(model.config.id2label):
+        raise ValueError(
+            f"{type(model).__name__} returns scores {tuple(scores.shape)} for {len(batch['pixel_values'])} images; "
+            f"expected ({len(batch['pixel_values'])}, {len(model.config.id2label)}), one score for each class of its "
+            "id2label, as classifiers of images do. Other tasks have other measures, which this command has not."
+        )
+    return scores
 
 
 def loss_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -19,8 +19,13 @@ class SuggestingParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '(.*?)'|unrecognized arguments: .*?(--[\w-]+)", message)
         if found:
-            close = difflib.get_close_matches(found[1] or found[2], sorted(set(_words(self))), n=1)
-            message += f"; did you mean {close[0]}?" if close else ""
+            word, words = found[1] or found[2], sorted(set(_words(self)))
+            if word in words:  # rightly spelled, in the wrong place
+                commands = _commands_with(self, word)
+                message += f"; {word} is an option of {', '.join(commands)} and comes after it" if commands else ""
+            else:
+                close = difflib.get_close_matches(word, words, n=1)
+                message += f"; did you mean {close[0]}?" if close else ""
         super().error(message + self._swallowed(message))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -42,6 +47,17 @@ class SuggestingParser(argparse.ArgumentParser):
         if not places or not guilty:
             return ""
         return f"; {' '.join(places)} must come before {' and '.join(guilty)}, which takes all that follows it"
+
+
+def _commands_with(parser: argparse.ArgumentParser, option: str) -> list[str]:
+    """Name the commands that have this option."""
+    return [
+        name
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for name, command in action.choices.items()
+        if option in command._option_string_actions
+    ]
 
 
 def _words(parser: argparse.ArgumentParser) -> Iterator[str]:

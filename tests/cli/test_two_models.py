@@ -47,7 +47,8 @@ def test_images_for_one_processor_are_not_shown_to_another_model(option, saved, 
     shutil.copytree(saved / "float" if option == "--float" else saved / "packed", other)
     ViTImageProcessor(size=SQUARE, image_mean=[0.1] * 3, image_std=[0.5] * 3).save_pretrained(other)
     argv = ("compare", saved / "latent", other) if option is None else ("analyze", saved / "latent", option, other)
-    page = () if option is None else ("--output", tmp_path / "a.html", "--parts", "sensitivity")
+    part = "sensitivity" if option == "--float" else "sharpness"
+    page = () if option is None else ("--output", tmp_path / "a.html", "--parts", part)
     status, out, err = run(capsys, *argv, *on(images), *page)
     assert (status, out) == (1, "") and not (tmp_path / "a.html").exists()
     assert f"processors of {saved}/latent and {other} differ: mean of each channel [0.5, 0.5, 0.5] and [0.1, 0" in err

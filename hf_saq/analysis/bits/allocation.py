@@ -92,11 +92,11 @@ def allocate_bits(
     minima = {"*": minimum_bits} if isinstance(minimum_bits, int) else dict(minimum_bits)
     names.check("allocate_bits: fixed", patterns)
     names.check("allocate_bits: minimum_bits", minima)
-    alike = None if alike is None else [list(group) for group in alike]
-    _check_alike(alike or [], model)
+    together = [] if alike is None else [list(group) for group in alike]
+    _check_alike(together, model)
     with left_as_it_was(model):
         if alike is None:
-            alike = layers_that_share_inputs(model, data)
+            together = layers_that_share_inputs(model, data)
         macs = {
             c.name: c.macs for c in cost(model, _one_example(data.batches[0]) if inputs is None else inputs).layers
         }
@@ -136,7 +136,7 @@ def allocate_bits(
             )
         return options
 
-    groups = [[layers.index(name) for name in group if name in free] for group in merged(alike)]
+    groups = [[layers.index(name) for name in group if name in free] for group in merged(together)]
     groups = [] if unit == "bytes" else [group for group in groups if len(group) > 1]
     options = options_with(lambda name, kind, bits: 0.0)  # noqa: ARG005 (costs alone)
     most = read_budget(budget, sum(before), options)
