@@ -97,8 +97,7 @@ class PerturbedSteps(Trainer):
         """Build the steps anew if the model or the configuration was changed since; `Trainer` lets users do so.
 
         Raises:
-            ValueError: If a field is out of range, the budget for bits is another one, or `Trainer` would not train
-                this model.
+            ValueError: If a field is out of range, or `Trainer` would not train this model.
         """
         model, fields = self._built_from
         now = self.saq_config.to_dict()
@@ -106,11 +105,6 @@ class PerturbedSteps(Trainer):
         if now == fields and not is_another:
             return
         SAQConfig(**now)  # checks the fields, which may have been set one by one
-        if now["bit_budget"] != fields["bit_budget"]:
-            raise ValueError(
-                f"SAQTrainer: saq_config.bit_budget was {fields['bit_budget']!r} and is {now['bit_budget']!r} now; "
-                "bits are given once. Build another trainer with a model that has none yet."
-            )
         unwrap = self.accelerator.unwrap_model
         if is_another and unwrap(self.model_wrapped) is not unwrap(self.model):
             raise ValueError(

@@ -39,8 +39,14 @@ class SavesAndResumes(Trainer):
     """Copy without memory of a model under FSDP; a save fills it from the shards."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model for use: packed integers and scales. Checkpoints during training keep the latent weights."""
+        """Save the model for use: packed integers and scales. Checkpoints during training keep the latent weights, and
+        those of a plain module how it is quantized."""
         is_checkpoint = _internal_call and output_dir is not None
+        self._save_one(output_dir, _internal_call, is_checkpoint)
+        if is_checkpoint and self.args.should_save:
+            store_quantizers(self.accelerator.unwrap_model(self.model), str(output_dir))
+
+    def _save_one(self, output_dir: str | None, _internal_call: bool, is_checkpoint: bool) -> None:
         quantized = any(isinstance(m, QuantizedLayer) and m.weight_quantizer for m in self.model.modules())
         # Leave a checkpoint in shards to `Trainer`: the shards are in files of their own, next to the optimizer's.
         in_shards = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
@@ -89,10 +95,8 @@ class SavesAndResumes(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save as `Trainer` does, and next to it how a plain module is quantized and what the schedule remembers."""
+        """Save as `Trainer` does, and next to it what the schedule remembers."""
         super()._save_rng_state(output_dir)
-        if self.args.should_save:
-            store_quantizers(self.accelerator.unwrap_model(self.model), output_dir)
         if self.scheduled_step is not None:
             save_schedule(self.scheduled_step, output_dir, self.args.process_index, self.args.world_size)
 

@@ -91,6 +91,16 @@ def test_a_plain_module_of_other_bits_is_refused(plain_checkpoint, tmp_path):
         (tmp_path / "elsewhere").rename(plain_checkpoint / "quantizers.json")
 
 
+def test_checkpoints_of_weights_alone_say_how_they_are_quantized(tmp_path):
+    """`save_only_model=True` leaves out what a run needs to go on exactly, not what its weights mean."""
+    trainer = plain_trainer(tmp_path, 2, modules_to_not_convert=["unused"])
+    trainer.args.save_only_model = True
+    trainer.train()
+    other = plain_trainer(tmp_path, 4, modules_to_not_convert=["unused"], weight_bits=2)
+    with pytest.raises(ValueError, match=r"saved with net.*weight_quantizer=\{.*is quantized with .*'bits': 2"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_plain_module_with_a_bit_budget_takes_the_bits_of_its_checkpoint(tmp_path):
     def trainer() -> SAQTrainer:
         made = plain_trainer(tmp_path, 4, weight_bits=8, activation_bits=8, modules_to_not_convert=["unused"])

@@ -11,6 +11,7 @@ from tiny_models import vit
 from training import BATCH, Images, InOrder, arguments, quantized_model
 
 from hf_saq import SAQConfig, pack
+from hf_saq.quantizers import Quantizer
 
 STEPS = 2
 DATA = Images(BATCH * STEPS, torch.float32)
@@ -99,7 +100,7 @@ def test_what_cannot_be_followed_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"SAQConfig.rho=-1\.0; expected a finite number >= 0"):
         trainer.train()
     trainer.saq_config = replace(FIRST, bit_budget="0.8x")
-    with pytest.raises(ValueError, match="bit_budget was None and is '0.8x' now; bits are given once. Build another"):
+    with pytest.raises(ValueError, match="new quantizers, whose values the optimizer that is there would not have"):
         trainer.train()
     trainer.saq_config = replace(FIRST, scale_lr_ratio=0.5)
     with pytest.warns(UserWarning, match=r"scale_lr_ratio=0\.5 is not applied to the optimizer that is there already"):
@@ -112,4 +113,23 @@ def test_what_cannot_be_followed_is_told(tmp_path):
         trainer.train()
     trainer.model = pack(former)
     with pytest.raises(ValueError, match="holds packed integers, which cannot be trained"):
+        trainer.train()
+
+
+def test_bits_are_given_for_one_budget(tmp_path):
+    """A budget may be set before the first training; a later one would be given to bits that are not uniform."""
+    trainer = trainer_of(SAQConfig(case=None), tmp_path)
+    trainer.saq_config.bit_budget = "0.8x"
+    trainer.train()
+    first, allocation = trainer.model, trainer.allocation
+    assert allocation is not None
+    trainer.train()
+    assert trainer.allocation is allocation
+    trainer.model = trainer.model_wrapped = quantized_model("vit", torch.float32)  # of uniform bits
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    bits = [[m.bits for m in model.modules() if isinstance(m, Quantizer)] for model in (trainer.model, first)]
+    assert bits[0] == bits[1] and trainer.allocation is not allocation
+    trainer.saq_config.bit_budget = "0.6x"
+    with pytest.raises(ValueError, match="given for SAQConfig.bit_budget='0.8x', which is '0.6x' now"):
         trainer.train()

@@ -33,6 +33,8 @@ class GivesBits(Calibrating):
     saq_config: SAQConfig
     model: nn.Module
     allocation: Allocation | None = None
+    _given: tuple[nn.Module, str] | None = None
+    """Model and budget of the allocation."""
 
     def check_bit_budget(self) -> None:
         """Raise `ValueError` if there is a budget, and a set-up that it does not go with."""
@@ -45,14 +47,27 @@ class GivesBits(Calibrating):
             )
         if self.optimizer is not None:
             raise ValueError(
-                "SAQTrainer: SAQConfig.bit_budget gives layers new quantizers, whose values the optimizer passed in "
-                "would not have; expected no optimizer, or no bit_budget."
+                "SAQTrainer: SAQConfig.bit_budget gives layers new quantizers, whose values the optimizer that is "
+                "there would not have; expected no optimizer, or no bit_budget."
             )
 
     def give_bits(self) -> None:
-        """Give the layers of the calibrated model their bits, once, and calibrate it anew; alike on every process."""
-        if self.saq_config.bit_budget is None or self.allocation is not None:
+        """Give the layers of the calibrated model their bits, once, and calibrate it anew; alike on every process.
+
+        Raises:
+            ValueError: If they were given for another budget before, or there is nothing to measure losses on.
+        """
+        if self.saq_config.bit_budget is None:
             return
+        if self._given is not None and self._given[0] is self.model:
+            if self._given[1] != self.saq_config.bit_budget:
+                raise ValueError(
+                    "SAQTrainer: the bits of this model were given for "
+                    f"SAQConfig.bit_budget={self._given[1]!r}, which is {self.saq_config.bit_budget!r} now; they are "
+                    "given once. Build another trainer, with a model that has none yet."
+                )
+            return
+        self.check_bit_budget()
         amount, unit = read_bit_budget("SAQConfig.bit_budget", self.saq_config.bit_budget)
         if self.train_dataset is None:
             raise ValueError("SAQTrainer: SAQConfig.bit_budget needs a train_dataset, which losses are measured on.")
@@ -68,6 +83,7 @@ class GivesBits(Calibrating):
                 progress=self.is_world_process_zero(),
             )
             (self.allocation,) = broadcast_object_list([found])  # each process has measured on batches of its own
+            self._given = self.model, self.saq_config.bit_budget
             change_bits(self.model, self.allocation.overrides)
             calibrate(self.model, batches[:CALIBRATION_BATCHES], run=self.run_forward)
             self._count_cost(batches[0])
