@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..conversion.shared_inputs import image_channels
 from ..data.rgb import to_rgb
 from ..export.example_inputs import example_inputs
 from ..export.extras import needed
@@ -25,11 +27,12 @@ def images_for(
     Args:
         folder: Takes the first pictures below it, in the order of their names, as `processor` prepares them.
             `None` makes noise of the size that the model takes.
-        image_size: Height and width in pixels, where neither the processor nor the model's configuration says.
+        image_size: Height and width in pixels, where neither the processor nor the model's configuration says. What
+            the processor makes of pictures is scaled to it; another size than the processor's is warned of.
 
     Raises:
         ValueError: If the size is unknown, or the folder has no pictures or one that cannot be read or has more than
-            8 bits a channel, or there is no processor for them.
+            8 bits a channel, or there is no processor for them or it does not fit the model.
     """
     if folder is None:
         shape = example_inputs(model, None, image_size, processor).shape[1:]
@@ -43,8 +46,27 @@ def images_for(
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in ENDINGS)[:IMAGES]
     if not paths:
         raise ValueError(f"{folder} has no pictures; expected files that end in {', '.join(sorted(ENDINGS))}.")
-    pictures = [_picture(path) for path in paths]
-    return processor(pictures, return_tensors="pt")["pixel_values"].float(), f"{len(paths)} pictures"
+    # One by one: a processor may keep sizes of their own, which make no batch.
+    prepared = [processor(_picture(path), return_tensors="pt")["pixel_values"].float() for path in paths]
+    if image_size is not None:
+        size = tuple(example_inputs(model, None, image_size, processor).shape[2:])  # warns of another size
+        prepared = [x if x.shape[2:] == size else _scaled(x, size) for x in prepared]
+    shapes = sorted({tuple(x.shape[1:]) for x in prepared})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the image processor keeps the sizes of pictures: {shapes[0]} and {shapes[-1]} in {folder}; pass "
+            "image_size (--image-size), to which they are scaled."
+        )
+    if shapes[0][0] != image_channels(model):
+        raise ValueError(
+            f"the image processor makes {shapes[0][0]} channels of a picture, but the model takes "
+            f"{image_channels(model)}; measure with noise instead."
+        )
+    return torch.cat(prepared), f"{len(paths)} pictures"
+
+
+def _scaled(images: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def _picture(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +20,9 @@ class FormResult:
         name: Key of `FORMS`.
         about: What it is.
         file_bytes: Bytes of its weight files, or of its graph.
-        same_top1: Images that it gives the class that the quantized model gives.
+        same_top1: Images that it gives the class that the quantized model gives; scores that are NaN give none.
         difference: Root mean square of the differences of its logits to the quantized model's, as a share of that of
-            those.
+            those; NaN or infinite, and then `None` in `to_dict()`, if logits are.
     """
 
     name: str
@@ -97,7 +98,11 @@ class BenchmarkResult:
     count: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        for form in found["forms"]:
+            if not math.isfinite(form["difference"]):
+                form["difference"] = None
+        return found
 
     def __str__(self) -> str:
         flags = ", ".join(self.machine["integer_flags"]) or "not known"
