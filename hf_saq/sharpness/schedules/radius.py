@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import sharding
+from ..buffer_state import BufferState
 from ..frozen_batch_norm import frozen_norm_statistics
 from ..minimizer import SharpnessAwareMinimizer
 from ..parameter_gradients import set_aside
@@ -35,7 +36,7 @@ class RadiusMatch:
 
     An `eps` of the same length that is made of a part of the batch, or that moves the last layers alone, climbs less:
     by how much depends on the model, so that a constant factor such as `1 / sqrt(ascent_fraction)` is right for one
-    and harms another. Now and then the full step's two passes run on the micro-batches of a step before its own ones.
+    and harms another. Now and then the full step's two passes run on the micro-batches of a step after its own ones.
     With `r` the rise of the loss that the step's `eps` caused and `R` that of the full step, the factor is multiplied
     by `sqrt(R / r)`, within bounds: the exact ratio would be right for a linear loss and too much for a convex one,
     and single batches are noisy.
@@ -58,21 +59,31 @@ class RadiusMatch:
         """Start anew, with the radius as it is."""
         self.factor, self.steps = 1.0, 0
         self.minimizer.radius_factor = 1.0
+        self._start: tuple[RNGState, BufferState] | None = None  # what a measured step began with
         self._full: tuple[Tensor, Tensor] | None = None  # its loss and by how much it rises
         self._rises: list[Tensor] = []
         self._perturbed: list[Tensor] = []
 
-    def begin_step(self, batches: Sequence[Any], backward: Backward, progress: float) -> None:
-        """Run the full step's passes if it is time to measure; gradients, random state and statistics stay as they
-        are."""
-        self._full, self._rises, self._perturbed = None, [], []
+    def begin_step(self) -> None:
+        """Decide whether this step is measured."""
+        self._full, self._start, self._rises, self._perturbed = None, None, [], []
         is_power_of_two = self.steps.bit_count() == 1
         is_due = is_power_of_two if self.steps < EVERY else self.steps % EVERY == 0
         self.steps += 1
-        if not is_due:
+        if is_due:
+            self._start = RNGState(), BufferState(self.minimizer.model)
+
+    def measure(self, batches: Sequence[Any], backward: Backward, progress: float) -> None:
+        """Run the full step's passes if it is time to, on the micro-batches as the step's own passes have seen them.
+
+        They begin as the step began, and leave gradients, random state and buffers as they are.
+        """
+        if self._start is None:
             return
         minimizer, reference = self.minimizer, TwoPasses(self.minimizer, Knobs())
-        before, skipped = RNGState(), minimizer.skipped
+        after, skipped, ascent_norm = RNGState(), minimizer.skipped, minimizer.ascent_norm
+        (random_numbers, buffers), self._start = self._start, None
+        minimizer.reset()
         minimizer.radius_factor = 1.0
         sharding.reshard(minimizer.model)  # gradients are set aside where the passes will leave theirs
 
@@ -82,17 +93,18 @@ class RadiusMatch:
         try:
             with (
                 set_aside(minimizer.model.parameters()),
-                frozen_norm_statistics(minimizer.model),
+                frozen_norm_statistics(minimizer.model, buffers),
                 minimizer.all_perturbed(),
             ):
+                random_numbers.restore()
                 outcomes = [
                     reference.micro_batch(MicroBatch(k, batches, unreduced, "two passes", progress))
                     for k in range(len(batches))
                 ]
         finally:
-            before.restore()
+            after.restore()
             minimizer.reset()
-            minimizer.radius_factor, minimizer.skipped = self.factor, skipped
+            minimizer.radius_factor, minimizer.skipped, minimizer.ascent_norm = self.factor, skipped, ascent_norm
         self._full = _sum([o.loss for o in outcomes]), _sum([rise for o in outcomes for rise in o.sharpness])
 
     def add(self, outcome: Outcome) -> None:

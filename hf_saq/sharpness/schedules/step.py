@@ -88,12 +88,13 @@ class ScheduledStep:
             self._choose_layers(lambda: backward(batches[k], reduce=False))
         progress = step / total_steps
         if self.radius is not None and k == 0:
-            self.radius.begin_step(batches, backward, progress)
+            self.radius.begin_step()
         outcome = self.rule.micro_batch(micro := MicroBatch(k, batches, backward, action, progress))
         if self.radius is not None:
             outcome.radius_factor = self.radius.factor if micro.is_last else None
             self.radius.add(outcome)
             if micro.is_last:
+                self.radius.measure(batches, backward, progress)
                 self.radius.end_step()
         return outcome
 

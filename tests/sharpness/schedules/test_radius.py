@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from training import BATCH, Images, make_trainer, quantized_model
+from training import BATCH, Images, InOrder, make_trainer, quantized_model
 
 from hf_saq import SAQConfig, SharpnessAwareMinimizer
 from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
@@ -192,6 +192,31 @@ def test_the_trainer_logs_it_and_resumes_with_it(part: dict, sync: str, tmp_path
     assert resumed.scheduled_step.state()[1] == whole.scheduled_step.state()[1]
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Darker(InOrder):
+    """Changes the batch on its way to the step, as noise, mixing and normalization on a GPU do."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = {**inputs, "pixel_values": inputs["pixel_values"] * 0.25}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class DarkImages(Images):
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "pixel_values": self.pixel_values[index] * 0.25}
+
+
+def test_it_is_measured_on_the_images_that_are_trained_on(tmp_path):
+    """Two micro-batches a step, of which the second was measured as it was before `training_step` changed it."""
+    knobs = dict(ascent_fraction=0.5, match_radius=True)
+    changing = make_trainer("vit", 3, 2, "local", tmp_path, knobs=knobs, max_steps=4, cls=Darker)
+    of_dark = make_trainer("vit", 3, 2, "local", tmp_path, knobs=knobs, max_steps=4)
+    of_dark.train_dataset = DarkImages(len(of_dark.train_dataset))
+    for trainer in (changing, of_dark):
+        trainer.train()
+    assert changing.scheduled_step.radius.factor != 1.0
+    assert changing.scheduled_step.state()[1] == of_dark.scheduled_step.state()[1]
 
 
 def test_a_second_training_starts_with_the_radius_as_it_is(tmp_path):
