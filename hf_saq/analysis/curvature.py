@@ -58,7 +58,8 @@ def _power_iteration(
         after_each()
         before, value = value, dot(v, product)  # Rayleigh quotient
         residual = norm([p - value * part for p, part in zip(product, v, strict=True)])
-        if norm(product) == 0 or abs(value - before) <= tolerance * abs(value):
+        # Of H, whose eigenvalue may be much smaller than the shift.
+        if norm(product) == 0 or abs(value - before) <= tolerance * abs(value + shift):
             break
         v = product
     return value, residual

@@ -139,6 +139,23 @@ def test_the_largest_eigenvalue_is_not_the_one_of_largest_magnitude():
     assert found.trace == pytest.approx(a.sum().item(), rel=1e-9)  # signs see the diagonal exactly
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_tolerance_is_that_of_the_largest_eigenvalue(seed: int):
+    """Where a negative one is five times as large, and the iteration is shifted by it. Within 1 %."""
+
+    class Valley(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+        def forward(self, factors: torch.Tensor) -> torch.Tensor:
+            return (factors * self.w**2).sum() / 2
+
+    factors = torch.tensor([0.2, -1.0, 0.1, -0.3], dtype=torch.float64)
+    found = sharpness(Valley(), [factors], RHO, loss=lambda m, batch: m(batch), power_iterations=500, seed=seed)
+    assert found.eigenvalue == pytest.approx(0.2, rel=1e-2)
+
+
 def test_a_product_through_attention_is_a_difference_of_gradients():
     """Central differences in float64, of a float copy that has `Q(w)` as its weights; within 1e-5 of the norm."""
     model = quantized_vit(activation_bits=None).double().eval()
