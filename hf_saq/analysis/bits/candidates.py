@@ -26,12 +26,14 @@ class QuantizedOperand:
     """Holds the quantizers that share their bits in one layer: that of the weight, or those of activations.
 
     A linear layer or a convolution has one quantizer of each kind, the products of an attention four for activations.
+    `shared_with` names the other layers that read the tensor which the quantizers quantize once (`share_inputs`).
     """
 
     name: str
     operand: Operand
     quantizers: tuple[Quantizer, ...]
     weight: Tensor | None
+    shared_with: tuple[str, ...] = ()
 
     @property
     def bits(self) -> int:
@@ -40,6 +42,11 @@ class QuantizedOperand:
 
 def quantized_operands(model: nn.Module) -> list[QuantizedOperand]:
     """List the operands of all quantized layers, in the order of `named_modules`, the weight of a layer first."""
+
+    def readers(of: str, quantizers: list[Quantizer]) -> tuple[str, ...]:
+        layers = ((name, getattr(module, "activation_quantizer", None)) for name, module in model.named_modules())
+        return tuple(name for name, one in layers if one is not None and one in quantizers and name != of)
+
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, HoldsQuantizers):
@@ -50,7 +57,7 @@ def quantized_operands(model: nn.Module) -> list[QuantizedOperand]:
             assert isinstance(module, QuantizedLayer)
             found.append(QuantizedOperand(name, "weight", tuple(weight), module.weight))
         if activations:
-            found.append(QuantizedOperand(name, "activation", tuple(activations), None))
+            found.append(QuantizedOperand(name, "activation", tuple(activations), None, readers(name, activations)))
     return found
 
 

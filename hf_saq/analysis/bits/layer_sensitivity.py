@@ -46,6 +46,8 @@ class OperandSensitivity:
         agreement: Share of predictions that are those of the float model.
         snr: Signal to noise of the logits in decibels: `10 log10(|y|^2 / |y - y'|^2)`, with `y` of the float model.
         estimate: Rise of the loss by gradient and curvature; NaN for a frozen weight.
+        shared_with: Other layers that read the same tensor, quantized once for all (`share_inputs`): what was found is
+            that of all of them together.
     """
 
     name: str
@@ -57,6 +59,13 @@ class OperandSensitivity:
     agreement: float
     snr: float
     estimate: float
+    shared_with: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Return the name, and the last parts of those of the layers that share the operand."""
+        others = ", ".join(name.rpartition(".")[2] for name in self.shared_with)
+        return f"{self.name} + {others}" if others else self.name
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,9 @@ class Sensitivity(Result):
             entries = [self.entry(name, operand, b) for b in bits]
             rises = [f"{entry.loss_rise:.3g}" for entry in entries]
             worst = entries[0]
-            rows.append((name, operand, str(worst.present_bits), *rises, f"{worst.agreement:.1%}", f"{worst.snr:.1f}"))
+            rows.append(
+                (worst.label, operand, str(worst.present_bits), *rises, f"{worst.agreement:.1%}", f"{worst.snr:.1f}")
+            )
         ranks = ", ".join(f"{value:.2f} ({operand}s)" for operand, value in self.rank_correlation.items())
         return (
             f"{text_table(rows, right=range(2, len(rows[0])))}\n"
@@ -121,15 +132,15 @@ class Sensitivity(Result):
             ImportError: If matplotlib is not installed.
         """
         operands = [o for o in ("weight", "activation") if any(e.operand == o for e in self.entries)]
-        names = list(dict.fromkeys(entry.name for entry in self.entries))
+        names = list(dict.fromkeys(name for entry in self.entries for name in (entry.name, *entry.shared_with)))
         figure = new_figure(4.5 * len(operands) + 1, 1.6 + 0.22 * len(names))
         panels = figure.subplots(1, len(operands), squeeze=False, sharey=True)[0]
         places = {name: k for k, name in enumerate(names)}
         for panel, operand in zip(panels, operands, strict=True):
             for b in sorted({entry.bits for entry in self.entries}):
                 chosen = [e for e in self.entries if e.operand == operand and e.bits == b]
-                rises = [e.loss_rise for e in chosen]
-                panel.plot(rises, [places[e.name] for e in chosen], "o", markersize=4, label=f"{b} bits")
+                drawn = [(e.loss_rise, places[name]) for e in chosen for name in (e.name, *e.shared_with)]
+                panel.plot(*zip(*drawn, strict=True), "o", markersize=4, label=f"{b} bits")
             panel.axvline(0, color="black", linewidth=0.8)
             panel.set(title=f"{operand}s", xlabel="rise of the loss")
             panel.grid(axis="y", alpha=0.3)
@@ -248,6 +259,7 @@ def sensitivity(
                                 agreement=agreement(logits, reference),
                                 snr=signal_to_noise(logits, reference),
                                 estimate=estimates.get((operand.name, operand.operand, b), float("nan")),
+                                shared_with=operand.shared_with,
                             )
                         )
                         bar.update()

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.analysis import sensitivity
 from hf_saq.analysis.agreement import signal_to_noise
+from hf_saq.analysis.batch_losses import LabelledBatches
+from hf_saq.analysis.bits.candidates import Candidates, observe_activations, observed, quantized_operands, replaced
 from hf_saq.analysis.bits.layer_sensitivity import rank_correlation
+from hf_saq.conversion.observing import PassThrough
+from hf_saq.quantizers import Quantizer
 
 NAMES = ["0", "2", "4"]
 
@@ -212,6 +216,26 @@ def test_frozen_weights_are_measured_and_not_estimated():
     assert found.to_dict()["entries"][2]["estimate"] is None
     assert found.entry("0", "weight", 2).estimate == found.entry("0", "weight", 2).estimate
     assert found.entry("2", "weight", 2).loss_rise != 0
+
+
+def test_an_operand_of_several_layers_names_them_all(tmp_path):
+    """What query, key and value read is quantized once: that is no number of the query alone, but of the three."""
+    shared, apart = quantized_vit(share_inputs=True), quantized_vit()
+    batches, query = labelled_images(), "vit.layers.0.attention.q_proj"
+    others = tuple(query.replace("q_", name) for name in ("k_", "v_"))
+    found = sensitivity(shared, batches, candidates=(2,), passes=500)
+    entry = found.entry(query, "activation", 2)
+    assert entry.shared_with == others and found.entry(query, "weight", 2).shared_with == ()
+    assert all(e.shared_with == () for e in sensitivity(apart, batches, candidates=(2,), passes=500).entries)
+    candidates = Candidates(observe_activations(apart, LabelledBatches("test", batches))[0])
+    three = [o for o in quantized_operands(apart) if o.name in (query, *others) and o.operand == "activation"]
+    together = {old: new for operand in three for old, new in candidates.of(operand, 2).items()}
+    off = {m: PassThrough() for m in apart.modules() if isinstance(m, Quantizer)}
+    with torch.no_grad(), observed(off), replaced(together):
+        rises = [apart(**batch).loss.item() for batch in batches]
+    assert entry.loss_rise == pytest.approx(sum(rises) / 2 - found.loss, abs=1e-5)
+    assert f"{query} + k_proj, v_proj  activation" in str(found)
+    found.plot(tmp_path / "sensitivity.png")
 
 
 def test_ranks_and_ratios():
