@@ -21,10 +21,10 @@ from .parameter_gradients import (
     set_aside,
     without_gradients,
 )
-from .perturbed_tensors import PerturbedTensors
+from .perturbed_tensors import PerturbedTensors, nothing_selected
 from .random_state import RNGState
 from .seam import Seam
-from .three_cases import Case, Climb, Gradients, climb, latent_weights_are_asked, tell_of_skipping
+from .three_cases import Case, Climb, Gradients, check_climb, climb, latent_weights_are_asked, tell_of_skipping
 
 
 class SharpnessAwareMinimizer:
@@ -32,7 +32,6 @@ class SharpnessAwareMinimizer:
 
     ```python
     minimizer = SharpnessAwareMinimizer(model, rho=0.05, case=3)
-
     with minimizer.ascent():          # first pass: gradients at w_q, on the way to eps
         loss_of(batch).backward()
     with minimizer.perturbed():       # second pass: gradients at w_q + eps
@@ -67,6 +66,7 @@ class SharpnessAwareMinimizer:
         ascent_norm (`float`): `norm` of the last perturbation.
         radius_factor (`float`): Factor of `rho` in the next [`climb`]; a schedule may adapt it.
         late (`LateLayers`, *optional*): The layers that are perturbed, where not all are, see [`perturb_last_layers`].
+        outside (`list`): Parameters that are trained though they are not in the model, such as those of a loss.
         skipped (`int`): How often `norm` was zero or not finite, so that `eps` was 0 (plain training on that step).
 
     Raises:
@@ -86,14 +86,12 @@ class SharpnessAwareMinimizer:
         perturb: Collection[str] = ("weight", "bias", "norm"),
         sync: Literal["local", "global"] = "local",
     ):
-        if not 0 <= rho < float("inf"):
-            raise ValueError(f"rho={rho}; expected a finite number >= 0.")
-        if case not in (1, 2, 3):
-            raise ValueError(f"case={case}; expected 1, 2 or 3. For plain training use no minimizer.")
+        check_climb(rho, case)
         self.model, self.rho, self.case, self.adaptive = model, rho, case, adaptive
         self.eta, self.perturb, self.sync = eta, tuple(perturb), sync
         self.ascent_norm, self.radius_factor, self.skipped, self._in_a_row = 0.0, 1.0, 0, 0
         self.late: LateLayers | None = None
+        self.outside: list[nn.Parameter] = []
         self._seam = Seam()
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
         self._begun: list[tuple[RNGState, BufferState]] = []  # one per first pass, oldest first
@@ -102,13 +100,15 @@ class SharpnessAwareMinimizer:
         self._find_tensors()
         if not self._tensors:
             self.detach()
-            raise ValueError(
-                f"perturb={list(perturb)} selects no trainable tensor of {type(model).__name__}. Quantize the model "
-                'first, or add "other" to perturb weights that are not quantized.'
-            )
+            raise nothing_selected(model, perturb)
 
     def __deepcopy__(self, memo: dict) -> SharpnessAwareMinimizer:
         return self  # copying a model copies its hooks; they must not bring a second minimizer along
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """List all that is trained with the model; a first pass leaves no gradient there."""
+        return [*self.model.parameters(), *self.outside]
 
     def detach(self) -> None:
         """Remove the hooks; then the model is as it was before the minimizer was built."""
@@ -128,7 +128,7 @@ class SharpnessAwareMinimizer:
         """
         sharding.reshard(self.model)
         self.perturb_all()
-        with self._seam.a_pass(or_else=self.reset), set_aside(self._tensors.parameters):
+        with self._seam.a_pass(or_else=self.reset), set_aside(self.parameters):
             perturbed = {*self._tensors.latent, *self._tensors.in_place}
             self.late = choose_late_layers(self.model, depth, perturbed, run)
         self._find_tensors()
@@ -178,7 +178,7 @@ class SharpnessAwareMinimizer:
         grads = self._begin_first_pass()
         wanted = {*self._asked_of_parameters(), *(self._tensors.latent if clean is not None else ())}
         wanted |= set(self._prefix.parameters)  # the second pass computes their gradients in the graph of this one
-        with self._seam.a_pass(or_else=self.reset), set_aside(self._tensors.parameters), self._prefix.recording():
+        with self._seam.a_pass(or_else=self.reset), set_aside(self.parameters), self._prefix.recording():
             with self._seam.catching(pass_on=clean is not None or "scale" in self.perturb):
                 with without_gradients(self._tensors.costly, but=wanted) as idle:
                     with self._seam.clearing_with(Mark(idle)):

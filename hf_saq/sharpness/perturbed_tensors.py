@@ -63,6 +63,14 @@ class PerturbedTensors:
         return bool(self.weights or self.in_place)
 
 
+def nothing_selected(model: nn.Module, perturb: Collection[str]) -> ValueError:
+    """Make the error for kinds of tensors that `model` has none of."""
+    return ValueError(
+        f"perturb={list(perturb)} selects no trainable tensor of {type(model).__name__}. Quantize the model "
+        'first, or add "other" to perturb weights that are not quantized.'
+    )
+
+
 def _signature(model: nn.Module) -> list[tuple[int, bool]]:
     return [(id(p), p.requires_grad) for p in model.parameters()]
 

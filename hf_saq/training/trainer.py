@@ -213,8 +213,13 @@ class SAQTrainer(
         """Prepare as `Trainer` does, and look at an optimizer that a subclass has made without asking here."""
         prepared = super()._prepare_for_training(*args, **kwargs)
         own: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without the wrapper of accelerate
-        if not self._knows_optimizer and not self.is_fsdp_enabled:  # FSDP has put other parameters into both
+        if self.is_fsdp_enabled:  # which has put other parameters into both
+            return prepared
+        if not self._knows_optimizer:
             self._check_own_optimizer(own, self.model)
+        if self.minimizer is not None:
+            known = set(self.model.parameters())
+            self.minimizer.outside = [p for group in own.param_groups for p in group["params"] if p not in known]
         return prepared
 
     def _check_own_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

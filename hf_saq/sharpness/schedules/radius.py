@@ -92,7 +92,7 @@ class RadiusMatch:
 
         try:
             with (
-                set_aside(minimizer.model.parameters()),
+                set_aside(minimizer.parameters),
                 frozen_norm_statistics(minimizer.model, buffers),
                 minimizer.all_perturbed(),
             ):

@@ -61,7 +61,7 @@ class Triggered(StepRule):
         if not self._fires(micro.progress):
             minimizer.reset()
             return outcome
-        for p in minimizer.model.parameters():
+        for p in minimizer.parameters:
             p.grad = None
         for j, (batch, clean_loss) in enumerate(zip(micro.batches, self._clean_losses, strict=True)):
             with minimizer.perturbed():
