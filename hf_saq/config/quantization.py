@@ -237,11 +237,24 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         from transformers.quantizers.auto import AutoHfQuantizer
 
         model.config.quantization_config = self
-        quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
-        model.hf_quantizer = quantizer
+        model.hf_quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
+        self.attach_to_parts(model)
+
+    def attach_to_parts(self, model: Any) -> None:
+        """Let the models of transformers inside of `model` be saved alone: its base model, or those of which it is
+        made, with configurations of their own."""
+        from transformers.quantizers.auto import AutoHfQuantizer
+
+        whole = getattr(model, "config", None)
         for part in model.modules():
-            if getattr(part, "config", None) is model.config and hasattr(part, "save_pretrained"):
-                part.hf_quantizer = quantizer  # its base model may be saved alone
+            config = getattr(part, "config", None)
+            if part is model or not hasattr(part, "save_pretrained") or not hasattr(config, "model_type"):
+                continue
+            if config is whole:
+                part.hf_quantizer = model.hf_quantizer
+            else:
+                part.hf_quantizer = AutoHfQuantizer.from_config(self, pre_quantized=True)
+                part.hf_quantizer.is_of_a_part = True
 
     def replace(self, **changes: Any) -> SAQQuantizationConfig:
         """Return a checked copy with some fields changed."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         pack,
         unpack,
     )
+    from .planning import configuration_of
     from .report import ConversionReport, LayerPlan, note_signs
     from .swapping import (
         as_decided,
@@ -57,6 +58,7 @@ __getattr__, __dir__ = lazy_exports(
             "pack",
             "unpack",
         ),
+        "planning": ("configuration_of",),
         "report": ("ConversionReport", "LayerPlan", "note_signs"),
         "swapping": (
             "as_decided",
@@ -78,6 +80,7 @@ __all__ = [
     "as_decided",
     "attention_interface",
     "calibrate",
+    "configuration_of",
     "convert",
     "convert_to_packed",
     "copy_with",

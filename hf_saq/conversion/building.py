@@ -1,4 +1,5 @@
-"""Build one quantized layer, or the quantized products of one attention, from the settings planned for it."""
+"""Build one quantized layer, or the quantized products of one attention, from the settings planned for it; and read
+such settings from what was built."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers import QuantAttentionProducts, QuantizedLayer, quantized_form
-from ..quantizers import Quantizer, QuantizerSettings, check_activation_mode, quantizer_class
+from ..layers import HoldsQuantizers, PackedLayer, QuantAttentionProducts, QuantizedLayer, quantized_form
+from ..quantizers import QUANTIZERS, Quantizer, QuantizerSettings, check_activation_mode, quantizer_class
 
 _SIGNED = {"auto": None, "signed": True, "unsigned": False, "affine": None}
 
@@ -64,3 +65,37 @@ def _make(kind: str, settings: QuantizerSettings, path: str, device: torch.devic
         )
     quantizer.path = path
     return quantizer
+
+
+def settings_of(layer: HoldsQuantizers | PackedLayer) -> dict[str, Any]:
+    """Find settings that make a layer, or attention products, quantized as `layer` is; empty if it is in float.
+
+    Raises:
+        ValueError: If its quantizer is not a registered one.
+    """
+    if isinstance(layer, QuantAttentionProducts):
+        return _settings(None, layer.query_quantizer)
+    weight = layer._functional.weight_quantizer if isinstance(layer, PackedLayer) else layer.weight_quantizer
+    return _settings(weight, layer.activation_quantizer)  # type: ignore[arg-type]
+
+
+def _settings(weight: Quantizer | None, activation: Quantizer | None) -> dict[str, Any]:
+    one = weight or activation
+    if one is None:
+        return {}
+    kinds = [name for name, kind in QUANTIZERS.items() if kind is type(one)]
+    if not kinds:
+        raise ValueError(
+            f"{one.path}: {type(one).__name__} is none of the registered quantizers, {sorted(QUANTIZERS)}, by whose "
+            "names models are stored. Add it to hf_saq.quantizers.QUANTIZERS."
+        )
+    per_tensor = weight is None or weight.scale_shape == (1,)
+    signs = {sign: mode for mode, sign in reversed(_SIGNED.items())}  # None is "auto", which LSQ+ takes as "affine"
+    return {
+        "weight_bits": None if weight is None else weight.bits,
+        "activation_bits": None if activation is None else activation.bits,
+        "quantizer": kinds[0],
+        "weight_granularity": "tensor" if per_tensor else "channel",
+        "activation_mode": signs[None if activation is None else activation.settings.signed],
+        "scale_init": one.scale_init,
+    }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import EXPORT_RECORD, SAQQuantizationConfig
+from ..config import EXPORT_RECORD, QUANT_METHOD, SAQQuantizationConfig
 from ..layers import PackedLayer, QuantizedLayer
 from ..layers.float_form import HOOKS
 from ..layers.shared_input import QUANTIZER, refuse_orphaned_inputs
@@ -227,9 +227,11 @@ def _forget_quantization(model: nn.Module) -> None:
         vars(module).pop("hf_quantizer", None)
         if "config" in vars(module):
             vars(module.config).pop("_is_quantized", None)  # transformers notes it in the config of every submodel
-    config = getattr(model, "config", None)
-    if isinstance(getattr(config, "quantization_config", None), SAQQuantizationConfig):
-        del config.quantization_config  # type: ignore[union-attr]
+            found = vars(module.config).get("quantization_config")  # of a part it is a dict where it was loaded
+            if isinstance(found, SAQQuantizationConfig) or (
+                isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
+            ):
+                del vars(module.config)["quantization_config"]
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         _tie(model, target, source)
 

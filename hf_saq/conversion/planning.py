@@ -1,4 +1,5 @@
-"""Decide which layers of a model are quantized and how, before anything is changed."""
+"""Decide which layers of a model are quantized and how, before anything is changed; and describe a quantized model so
+that it would be decided again."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..config import OVERRIDABLE, SAQQuantizationConfig
-from ..layers import HoldsQuantizers, PackedLayer
+from ..layers import HoldsQuantizers, PackedLayer, QuantAttentionProducts
+from ..layers.shared_input import refers_to_anothers_quantizer
 from ..layers.wrapping import refuse_adapters, replaced_forward
 from . import attention_interface
+from .building import settings_of
 from .module_names import ModuleNames
 from .report import ConversionReport, LayerPlan
 from .shared_inputs import groups_to_share
@@ -146,3 +149,49 @@ def layer_settings(config: SAQQuantizationConfig, names: ModuleNames, *called: s
         if names.any_matches([pattern], *called):
             settings.update(values)
     return settings
+
+
+def configuration_of(model: nn.Module) -> SAQQuantizationConfig | None:
+    """Describe how `model`, a part of a quantized model for example, is quantized, by the names that it has itself.
+
+    Returns:
+        A configuration by which [`plan`] decides as `model` is; `None` if it has no quantized layer.
+
+    Raises:
+        ValueError: If a quantizer is not a registered one.
+    """
+    holders = {n: m for n, m in model.named_modules() if isinstance(m, (HoldsQuantizers, PackedLayer))}
+    found = {name: fields for name, layer in holders.items() if (fields := settings_of(layer))}
+    if not found:
+        return None
+    products = [name for name in found if isinstance(holders[name], QuantAttentionProducts)]
+    common = found[products[0] if products else next(iter(found))]
+    overrides = {}
+    for name, fields in found.items():
+        own = [key for key in fields if not (name in products and key in ("weight_bits", "weight_granularity"))]
+        if changed := {key: fields[key] for key in own if fields[key] != common[key]}:
+            overrides[name] = changed
+    in_float = [n for n, m in model.named_modules() if n not in found and (n in holders or unsupported(m) == "")]
+    if products:
+        attentions = [n for n, m in model.named_modules() if attention_interface.uses_interface(m)]
+        in_float += [name for name in map(products_name, attentions) if name not in holders]
+    groups = _shared_inputs(holders)
+    return SAQQuantizationConfig(
+        **common,
+        first_last_bits=None,
+        quantize_attention=bool(products),
+        share_inputs=bool(groups),
+        shared_input_modules=groups or None,
+        modules_to_not_convert=in_float or None,
+        overrides=overrides,
+        storage="packed" if any(isinstance(layer, PackedLayer) for layer in holders.values()) else "float",
+    )
+
+
+def _shared_inputs(layers: dict[str, Any]) -> list[list[str]]:
+    """Name the layers that share an input, group by group, the one that holds the quantizer first."""
+    groups: dict[Any, list[str]] = {}
+    for name, layer in sorted(layers.items(), key=lambda pair: refers_to_anothers_quantizer(pair[1])):
+        if getattr(layer, "shared_input", None) is not None:
+            groups.setdefault(layer.shared_input, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]

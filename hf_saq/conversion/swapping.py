@@ -47,6 +47,8 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
     if report.converted and hasattr(getattr(model, "config", None), "model_type"):
         # a transformers model: save_pretrained stores it, from_pretrained acts on it
         as_decided(config, report).attach_to(model)
+    elif report.converted:
+        config.attach_to_parts(model)
     return model
 
 

@@ -73,6 +73,11 @@ def _differences(fields: dict[str, Any], config: Any) -> list[str]:
             each["quantization_config"] = {k: v for k, v in quantization.items() if k not in NOT_OF_THE_MODEL}
     # Leave out what the class of the configuration does not know.
     fields.setdefault("quantization_config", None)
+    for name in getattr(config, "sub_configs", {}):
+        if isinstance(fields.get(name), dict) and isinstance(own.get(name), dict):
+            # Compare what is stored of it; how a part is quantized, only float storage says.
+            told = fields[name].keys() & own[name].keys() - {*NOT_OF_THE_MODEL, "quantization_config"}
+            fields[name], own[name] = ({k: each[name][k] for k in told} for each in (fields, own))
     found = [name for name in fields if name in own and name not in NOT_OF_THE_MODEL and fields[name] != own[name]]
     return sorted(found, key=lambda name: (name != "model_type", name))
 

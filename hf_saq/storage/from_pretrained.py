@@ -43,6 +43,8 @@ class SAQHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: SAQQuantizationConfig
+    is_of_a_part = False
+    """Whether it belongs to a model inside of a quantized one that has a configuration of its own."""
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Choose the implementation that quantized attention products need, which `config.json` does not name."""
@@ -87,6 +89,7 @@ class SAQHfQuantizer(HfQuantizer):
                 if isinstance(module, Quantizer):
                     module.reset()
             conversion.initialize_weight_quantizers(model)
+            self.quantization_config.attach_to_parts(model)
             return model
         own = model.state_dict(keep_vars=True) if conversion.is_packed(model) else _own_tensors(model)
         offloaded = [name for name, tensor in own.items() if tensor.is_meta]
@@ -132,8 +135,11 @@ class SAQHfQuantizer(HfQuantizer):
 
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
+        if self.is_of_a_part and not _describe(model):
+            return None, {}  # nothing of it is quantized
         conversion.note_replaced_layers(model)
         conversion.forget_export(model)
+        _describe_parts(model)
         own = model.state_dict()
         given = _by_names_of(own, _state_dict_given_to_save() or {})
         # Keep what it lacks, such as buffers in an average of parameters.
@@ -179,6 +185,30 @@ class SAQHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _describe(part: nn.Module) -> bool:
+    """Write into the configuration of `part` how it is quantized now, by its own names; tell whether it is."""
+    found = conversion.configuration_of(part)
+    config: Any = part.config
+    vars(config).pop("quantization_config", None)
+    if found is not None:
+        config.quantization_config = found
+    return found is not None
+
+
+def _describe_parts(model: nn.Module) -> None:
+    """Do so for the models inside of `model` that have configurations of their own: from its checkpoint in float
+    storage they can be loaded alone, as `CLIPVisionModel` from that of a classifier. The seal of a packed one says how
+    all of it is quantized."""
+    described: set[int] = {id(model.config)}
+    for part in model.modules():
+        if getattr(getattr(part, "hf_quantizer", None), "is_of_a_part", False) and id(part.config) not in described:
+            described.add(id(part.config))  # the outermost comes first
+            if conversion.is_packed(model):
+                vars(part.config).pop("quantization_config", None)
+            else:
+                _describe(part)
 
 
 def _state_dict_given_to_save() -> dict[str, Tensor] | None:
