@@ -1,4 +1,4 @@
-"""What is no plain classification of images: segmentation, masked images, captions, losses of pairs or with parameters."""
+"""What is no plain classification: segmentation, masked images, captions, losses of pairs or with parameters."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_loss_that_a_part_of_a_batch_does_not_have(knobs, is_told, tmp_path):
     assert trainer.state.log_history[-2]["skipped_perturbations"] == (21 if is_told else 0)
 
 
-# Losses with parameters of their own, such as a margin head or a learned temperature ----------------------------------
+# Losses with parameters of their own, such as a margin head or a learned temperature ---------------------------------
 
 DATA = Images(2 * BATCH, torch.float32)
 KNOBS = [
