@@ -1,7 +1,7 @@
 """Let a float model teach in `SAQTrainer`.
 
-The teacher costs one forward pass for each micro-batch, and one more where `sync="global"` runs first passes ahead of
-it: all passes of a sharpness-aware step learn from the same answers, to the images as they are trained on.
+The teacher costs one forward pass for each micro-batch, whatever the schedule of perturbations: all passes of a
+sharpness-aware step learn from the same answers, to the images as they are trained on.
 """
 
 from __future__ import annotations
