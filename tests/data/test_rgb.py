@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 from transformers import ViTImageProcessor
 
 from hf_saq.data import (
@@ -79,13 +80,14 @@ def test_skip_corrupt_leaves_them_out(pictures, caplog):
 
 def test_timing_refuses_them_too(pictures):
     """And what is no picture at all."""
+    model = nn.Conv2d(3, 4, 3)
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
     with pytest.raises(ValueError, match=r"cat/i16\.png cannot be read as an image \(its mode is 'I;16', integers of"):
-        images_for(None, processor, pictures, None)
+        images_for(model, processor, pictures, None)
     for name in ("cat", "dog"):
         (pictures / name / "i16.png").unlink()
-    found, told = images_for(None, processor, pictures, None)
+    found, told = images_for(model, processor, pictures, None)
     assert told == "2 pictures" and found.shape == (2, 3, 8, 8)
     (pictures / "cat" / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"cat/text\.png cannot be read as an image \(cannot identify"):
-        images_for(None, processor, pictures, None)
+        images_for(model, processor, pictures, None)
