@@ -25,12 +25,14 @@ def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> st
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a table in Markdown and leave out the columns that have no entry below the heading."""
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    lines = [
-        [head[i] for i in used],
-        ["---"] * len(used),
-        *([row[i].replace("|", "\\|") for i in used] for row in rows),
-    ]
+    lines = [[_cell(line[i]) for i in used] for line in (head, *rows)]
+    lines.insert(1, ["---"] * len(used))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    # Keep what would end a cell or a row from doing so.
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def kibibytes(count: int) -> str:

@@ -148,8 +148,7 @@ def _results(facts: CardFacts, metrics: Mapping[str, float]) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    called = [" ".join(METRIC_NAMES.get(name, name).split()).replace("|", "\\|") for name in names]
-    head = ["method", "bits", *called, "weights on disk"]
+    head = ["method", "bits", *(METRIC_NAMES.get(name, name) for name in names), "weights on disk"]
     cells = [
         [
             row.method,

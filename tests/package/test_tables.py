@@ -20,10 +20,10 @@ def test_text():
 
 
 def test_markdown():
-    rows = [("a|b", "", "1"), ("c", "", "")]
-    assert (
-        markdown_table(("first", "empty", "last"), rows) == "| first | last |\n| --- | --- |\n| a\\|b | 1 |\n| c |  |"
-    )
+    """What would end a cell or a row does not, in the heading either."""
+    rows = [("a|b", "", "1"), ("c\nd", "", "")]
+    lines = ["| first | la\\|st |", "| --- | --- |", "| a\\|b | 1 |", "| c d |  |"]
+    assert markdown_table(("first", "empty", "la|st"), rows) == "\n".join(lines)
 
 
 def test_sizes():
