@@ -37,7 +37,8 @@ def reestimate_batch_norm(
         `model` itself, in the mode it was in.
 
     Raises:
-        ValueError: If there is no batch, or one is of another type. The statistics are then as before.
+        ValueError: If there is no batch, or one is of another type or does not fit the model's inputs. The statistics
+            are then as before.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(

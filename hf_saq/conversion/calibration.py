@@ -49,7 +49,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
 
     Raises:
         ValueError: If the model is not quantized or is on the meta device, if there is no batch, if a batch has
-            another type, is empty or makes activations infinite or NaN, or if no quantized layer was run.
+            another type, does not fit the model's inputs, is empty or makes activations infinite or NaN, or if no
+            quantized layer was run.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")

@@ -137,6 +137,9 @@ def test_top_k_accuracy():
     labels = np.array([1, 4, 0])
     metric = data.TopKAccuracy(keep_in_memory=True)
     assert metric.compute(predictions=scores, references=labels) == {"top1": 1 / 3, "top5": 2 / 3}
+    scores[0, 5] = np.nan  # sorting would put it last, and leave the first image right
+    assert data.top_k(scores, labels) == {"top1": 0, "top5": 1 / 3}
+    assert data.top_k(np.full((2, 3), np.nan), [0, 0]) == {"top1": 0, "top5": 0}
 
 
 def test_timm_names():

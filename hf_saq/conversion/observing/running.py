@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...layers.as_written import run_as_written
 from ...progress import with_progress
 from ...quantizers import Observer, Quantizer
-from .batch_keys import check_keys
+from .batch_inputs import check_keys, check_positions
 from .observers import PassThrough
 
 
@@ -62,7 +62,7 @@ def run_on_device(model: nn.Module, batch: Any) -> None:
         batch: A tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
 
     Raises:
-        ValueError: If it is of another type, or its keys are not those of the model's inputs.
+        ValueError: If it is of another type, or its keys or positions are not those of the model's inputs.
     """
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Tensor):
@@ -71,6 +71,7 @@ def run_on_device(model: nn.Module, batch: Any) -> None:
         check_keys(model, batch, "`batches`")
         model(**{name: _to(value, device) for name, value in batch.items()})
     elif isinstance(batch, (tuple, list)):
+        check_positions(model, batch, "`batches`")
         model(*[_to(value, device) for value in batch])
     else:
         raise ValueError(

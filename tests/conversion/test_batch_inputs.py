@@ -1,4 +1,4 @@
-"""Batches whose keys do not fit the model: what came, what is expected, in `calibrate` and in `SAQTrainer`."""
+"""Batches that do not fit the model: what came, what is expected, in `calibrate` and in `SAQTrainer`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tiny_models import images, vit
 from torch import nn
 from training import Images, arguments, make_trainer
 
-from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, quantize
-from hf_saq.conversion.observing import check_keys
+from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, quantize, reestimate_batch_norm
+from hf_saq.conversion.observing import check_keys, check_positions
 
 CONFIG = SAQQuantizationConfig(weight_bits=4, activation_bits=4, scale_init="mean")
 
@@ -52,6 +52,55 @@ def test_calibrate_says_which_keys_came(build, batch, message):
     model = quantize(build(), CONFIG.replace(first_last_bits=None))
     with pytest.raises(ValueError, match=message):
         calibrate(model, [batch])
+
+
+class Masked(Plain):
+    def forward(self, x, attn_mask=None):
+        return self.layer(x)
+
+
+LOADER = [(images(2)[:, 0, 0, :4], torch.tensor([0, 1]))]
+"""Batches as a data loader of images and labels gives them."""
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)),
+            r"`batches`: a batch of 2 values has more values than the model has inputs\. Sequential takes 'input', in "
+            r"this order\. Pass the images alone: `\(images for images, labels in loader\)`\.",
+        ),
+        (
+            Masked(),
+            r"a batch of 2 values has class indices for 'attn_mask'\. Masked takes 'x', 'attn_mask'.* alone",
+        ),
+    ],
+    ids=["one input", "a mask"],
+)
+def test_labels_are_no_input(model, message):
+    quantized = quantize(model, CONFIG.replace(first_last_bits=None))
+    with pytest.raises(ValueError, match=message):
+        calibrate(quantized, LOADER)
+    assert calibrate(quantized, (images for images, labels in LOADER)) is quantized
+    if isinstance(model, nn.Sequential):
+        with pytest.raises(ValueError, match=message):
+            reestimate_batch_norm(quantized, LOADER)
+
+
+def test_positions_that_fit_are_let_through():
+    check_positions(Plain(), (torch.ones(1, 4), 2.0), "test")
+    check_positions(Masked(), (torch.ones(2, 4), torch.ones(2, 2, dtype=torch.bool)), "test")
+    check_positions(Masked(), (torch.ones(2, 4), torch.ones(2, dtype=torch.bool)), "test")
+    check_positions(vit(), (images(2), torch.zeros(2, dtype=torch.long)), "test")  # its second input is `labels`
+    check_positions(nn.DataParallel(Plain()), LOADER[0], "test")  # it passes on what it gets
+
+
+def test_too_many_inputs_that_are_no_labels():
+    with pytest.raises(
+        ValueError, match=r"a batch of 3 values has more .* Plain takes 'x', 'scale'.* its inputs alone\."
+    ):
+        check_positions(Plain(), (torch.ones(1, 4), 2.0, torch.ones(1, 4)), "test")
 
 
 def test_what_fits_is_let_through():
