@@ -23,8 +23,8 @@ torch.set_num_threads(1)
 TESTS = Path(__file__).parent
 
 LONGEST = (
-    "training/test_fsdp.py",
-    "training/test_distributed.py",
+    "training/distributed/test_fsdp.py",
+    "training/distributed/test_distributed.py",
     "training/test_resume.py",
     "examples/test_run_image_classification_no_trainer.py",
     "storage/test_staging.py",

@@ -1,4 +1,4 @@
-"""What `fsdp_worker.py` trains in two processes and `test_fsdp.py` computes again in one."""
+"""What `fsdp_worker.py` trains in two processes and tests of FSDP2 compute again in one."""
 
 from __future__ import annotations
 

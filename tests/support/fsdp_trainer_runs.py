@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tiny_models import images
 from training import make_trainer
@@ -14,8 +13,8 @@ from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_saq import SAQTrainer
 
-RUNS = [(None, "local"), (3, "global"), (3, "local"), (2, "global")]
-
+RUNS = [(3, "global"), (3, "local")]
+MORE_RUNS = [(None, "local"), (2, "global")]
 
 NOT_SHARDED = {
     "reuse='previous'": dict(reuse="previous"),
@@ -70,58 +69,91 @@ def raised(**options) -> str:
     return "nothing"
 
 
-def run(output: Path) -> tuple[dict, Accelerator]:
-    """Results by name, and the accelerator, whose training is to be ended."""
-    AcceleratorState.__init__ = accept_cpu(AcceleratorState.__init__)
-    results = {}
-    for case, sync in RUNS:
-        trainer = trainer_of(case, sync, output / "runs")
-        trainer.train()
-        skipped = trainer.minimizer.skipped if trainer.minimizer else 0
-        sharded = all(hasattr(p, "full_tensor") for p in trainer.model.parameters())
-        results[case, sync] = {"state": state_of(trainer), "skipped": skipped, "sharded": sharded}
+def trained(case, sync, output: Path) -> dict:
+    """State after a run, and the trainer."""
+    trainer = trainer_of(case, sync, output / "runs")
+    trainer.train()
+    skipped = trainer.minimizer.skipped if trainer.minimizer else 0
+    sharded = all(hasattr(p, "full_tensor") for p in trainer.model.parameters())
+    return {"state": state_of(trainer), "skipped": skipped, "sharded": sharded, "trainer": trainer}
+
+
+def runs(output: Path, asked: list) -> dict:
+    """Runs by case and sync, and what the last of them saves."""
+    results = {run: trained(*run, output) for run in asked}
+    trainer = [result.pop("trainer") for result in results.values()][-1]
     trainer.save_model(str(output / "packed"))
     logits = trainer.model.eval()(pixel_values=images(4).double()).logits
     if dist.get_rank() == 0:
         reloaded = AutoModelForImageClassification.from_pretrained(output / "packed", dtype=torch.float64)
         results["packed"] = {"trained": logits.detach(), "reloaded": reloaded(images(4).double()).logits.detach()}
+    return results
 
-    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
-        directory = output / kind
-        options = dict(optim="adamw_torch", save_strategy="steps", save_steps=1)
-        whole = trainer_of(3, "local", directory, kind, **options)
-        whole.train()
-        resumed = trainer_of(3, "local", output / f"{kind} resumed", kind, **options)
-        resumed.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
-        results[kind] = {"whole": state_of(whole), "resumed": state_of(resumed)}
-    dist.barrier()
-    if dist.get_rank() == 0:
-        directory = output / "FULL_STATE_DICT" / "checkpoint-3"
+
+def resumed(kind: str, output: Path) -> dict:
+    """A run, and the same one resumed, with checkpoints of `kind`."""
+    options = dict(optim="adamw_torch", save_strategy="steps", save_steps=1)
+    whole = trainer_of(3, "local", output / kind, kind, **options)
+    whole.train()
+    again = trainer_of(3, "local", output / f"{kind} resumed", kind, **options)
+    again.train(resume_from_checkpoint=str(output / kind / "checkpoint-2"))
+    results = {"whole": state_of(whole), "resumed": state_of(again)}
+    if kind == "FULL_STATE_DICT" and dist.get_rank() == 0:  # others are in parts
+        directory = output / kind / "checkpoint-3"
         checkpoint = AutoModelForImageClassification.from_pretrained(directory, dtype=torch.float64)
         results["checkpoint"] = checkpoint.state_dict()
+    dist.barrier()
+    return results
 
-    stale = dict(knobs=dict(reuse="stale", interval=2))
-    trainer = trainer_of(3, "global", output / "runs", **stale)
+
+def stale(output: Path) -> dict:
+    knobs = dict(knobs=dict(reuse="stale", interval=2))
+    trainer = trainer_of(3, "global", output / "runs", **knobs)
     trainer.train()
-    options = dict(optim="adamw_torch", save_strategy="steps", save_steps=1, **stale)
+    options = dict(optim="adamw_torch", save_strategy="steps", save_steps=1, **knobs)
     whole = trainer_of(3, "global", output / "stale", **options)
     whole.train()
-    resumed = trainer_of(3, "global", output / "stale resumed", **options)
-    resumed.train(resume_from_checkpoint=str(output / "stale" / "checkpoint-1"))  # step 2 needs the eps of step 1
-    results["stale"] = {"trained": state_of(trainer), "whole": state_of(whole), "resumed": state_of(resumed)}
+    again = trainer_of(3, "global", output / "stale resumed", **options)
+    again.train(resume_from_checkpoint=str(output / "stale" / "checkpoint-1"))  # step 2 needs the eps of step 1
+    return {"trained": state_of(trainer), "whole": state_of(whole), "resumed": state_of(again)}
 
+
+def last_layers(output: Path) -> dict:
     late = trainer_of(3, "global", output / "runs", knobs=dict(ascent_depth=0.5))
     late.train()
-    results["last layers"] = {"trained": state_of(late), "first": late.minimizer.late.first}
+    return {"trained": state_of(late), "first": late.minimizer.late.first}
+
+
+def radius_matched(output: Path) -> dict:
     matched = trainer_of(3, "global", output / "runs", knobs=MATCHED, callbacks=[LooksWithoutGradients()])
     matched.train()
-    results["radius matched"] = {"trained": state_of(matched), **matched.scheduled_step.radius.state()}
+    return {"trained": state_of(matched), **matched.scheduled_step.radius.state()}
 
+
+def refused(output: Path) -> dict:
     common = dict(sync="local", output=output / "refused")
-    results["refused"] = {
+    return {
         "case": raised(case=2, **common),
         "version": raised(case=3, fsdp={"version": 1, "sync_module_states": False}, **common),
         **{name: raised(case=3, knobs=knobs, **common) for name, knobs in NOT_SHARDED.items()},
         "loading": raised(case=3, fsdp={"cpu_ram_efficient_loading": True}, **common),
     }
-    return results, trainer.accelerator
+
+
+PARTS = {
+    "runs": lambda output: runs(output, RUNS),
+    "more runs": lambda output: runs(output, MORE_RUNS),
+    "FULL_STATE_DICT": lambda output: resumed("FULL_STATE_DICT", output),
+    "SHARDED_STATE_DICT": lambda output: resumed("SHARDED_STATE_DICT", output),
+    "stale": stale,
+    "last layers": last_layers,
+    "radius matched": radius_matched,
+    "refused": refused,
+}
+"""What is done in both processes, by the name of its results."""
+
+
+def run(output: Path, parts: list[str]) -> dict:
+    """Results of `parts` by name."""
+    AcceleratorState.__init__ = accept_cpu(AcceleratorState.__init__)
+    return {name: PARTS[name](output) for name in parts}

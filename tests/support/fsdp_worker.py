@@ -1,6 +1,7 @@
-"""Started by `test_fsdp.py`: trains under FSDP2 in two processes and leaves the results of rank 0 in a file.
+"""Started by tests of FSDP2: trains in two processes and leaves the results of rank 0 in a file.
 
-First with `SAQTrainer`, whose Accelerate makes the process group, then with the minimizer alone.
+First the parts of `fsdp_trainer_runs.py` that are asked for, since Accelerate makes the process group there; then,
+where "minimizer" is asked for, the minimizer alone.
 """
 
 from __future__ import annotations
@@ -99,9 +100,8 @@ def plain_first_pass() -> str:
     return raised(lambda: minimizer.perturbed().__enter__())
 
 
-def main(output: Path) -> None:
-    trained, accelerator = fsdp_trainer_runs.run(output)
-    results = {"trainer": trained}
+def minimizer_alone() -> dict:
+    results = {}
     for name, options in RUNS.items():
         # Half of the runs shard under a minimizer that is already there, as SAQTrainer does.
         model = net()
@@ -117,10 +117,17 @@ def main(output: Path) -> None:
     results["plain first pass"] = plain_first_pass()
     for case in (1, 2):
         results[f"case {case} local"] = raised(lambda c=case: SharpnessAwareMinimizer(shard(net()), rho=RHO, case=c))
+    return results
+
+
+def main(output: Path, parts: list[str]) -> None:
+    results = fsdp_trainer_runs.run(output, [part for part in parts if part != "minimizer"])
+    if "minimizer" in parts:
+        results["minimizer"] = minimizer_alone()
     if dist.get_rank() == 0:
         torch.save(results, output / "results.pt")
-    accelerator.end_training()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_in_processes(PROCESSES, main, Path(sys.argv[1]))
+    run_in_processes(PROCESSES, main, Path(sys.argv[1]), sys.argv[2:])

@@ -243,9 +243,9 @@ def train_reference(model, loss_of, steps, optimizer, max_grad_norm=0.0, **how):
         optimizer.step()
 
 
-def largest_difference(model: nn.Module, reference: nn.Module) -> float:
-    """Over all parameters and floating point buffers of the reference."""
-    state = model.state_dict()
+def largest_difference(model: nn.Module | dict[str, torch.Tensor], reference: nn.Module) -> float:
+    """Over all parameters and floating point buffers of the reference; `model` may be a state."""
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     worst = 0.0
     for name, value in reference.state_dict().items():
         if value.is_floating_point():

@@ -134,7 +134,7 @@ def distilling(family="vit", **settings):
 )
 def test_training_equals_the_reference(family, case, accumulation, sync, knobs, tmp_path):
     """Also with label smoothing, and under schedules that split batches or see them twice. The tolerance is that of
-    tests/training/test_distributed.py."""
+    tests/training/distributed/test_distributed.py."""
     make = distilling(family)
     settings = dict(label_smoothing_factor=0.1)
     trainer = make_trainer(family, case, accumulation, sync, tmp_path, cls=make, knobs=knobs, **settings)

@@ -1,28 +1,32 @@
-"""FSDP2 with two processes on the gloo backend against the plain-PyTorch reference, which simulates both."""
+"""FSDP2 with two processes on the gloo backend against the plain-PyTorch reference, which simulates both.
+
+Schedules, sharded checkpoints and further cases are in test_fsdp_more.py.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from fsdp_runs import LEARNING_RATE, MICRO_BATCHES, PROCESSES, RHO, RUNS, STEPS, batch, loss_of, net
-from fsdp_trainer_runs import MATCHED, NOT_SHARDED
+from fsdp_trainer_runs import NOT_SHARDED
 from fsdp_trainer_runs import RUNS as TRAINER_RUNS
 from processes import SUPPORT, run_python
-from reference import package_name, to_reference, train_reference
-from training import make_trainer, reference_result, scheduled_reference
+from reference import largest_difference, to_reference, train_reference
+from training import reference_result
 
 TOLERANCE = 1e-11
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
+def trained(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("fsdp")
-    run_python(SUPPORT / "fsdp_worker.py", output)
+    run_python(SUPPORT / "fsdp_worker.py", output, "runs", "FULL_STATE_DICT", "refused", "minimizer")
     return torch.load(output / "results.pt", weights_only=True)
 
 
-def difference(state: dict, reference: torch.nn.Module) -> float:
-    return max(float((state[package_name(n)] - t).abs().max()) for n, t in reference.state_dict().items())
+@pytest.fixture
+def results(trained) -> dict:
+    return trained["minimizer"]
 
 
 def expected(case, sync, adaptive=False, perturb=("weight", "bias", "norm"), sharded=True) -> torch.nn.Module:
@@ -38,23 +42,23 @@ def expected(case, sync, adaptive=False, perturb=("weight", "bias", "norm"), sha
 
 @pytest.mark.parametrize("name", RUNS)
 def test_training_equals_the_reference(name, results):
-    assert difference(results[name]["state"], expected(**RUNS[name])) < TOLERANCE
+    assert largest_difference(results[name]["state"], expected(**RUNS[name])) < TOLERANCE
     assert results[name]["skipped"] == 0
 
 
 def test_global_equals_ddp(results):
-    assert difference(results["case 3 global"]["state"], expected(3, "global", sharded=False)) < TOLERANCE
+    assert largest_difference(results["case 3 global"]["state"], expected(3, "global", sharded=False)) < TOLERANCE
 
 
 def test_local_equals_ddp_where_nothing_is_perturbed_in_place(results):
     run = "case 3 local, weights only"
-    assert difference(results[run]["state"], expected(**RUNS[run], sharded=False)) < TOLERANCE
+    assert largest_difference(results[run]["state"], expected(**RUNS[run], sharded=False)) < TOLERANCE
 
 
 def test_local_differs_from_ddp_and_from_global(results):
     """Otherwise the comparisons above could not tell them apart."""
     for other in (expected(3, "local", sharded=False), expected(3, "global")):
-        assert difference(results["case 3 local"]["state"], other) > 1e3 * TOLERANCE
+        assert largest_difference(results["case 3 local"]["state"], other) > 1e3 * TOLERANCE
 
 
 def test_shards_are_restored_after_an_exception(results):
@@ -79,53 +83,24 @@ def test_a_plain_first_pass_is_refused(results):
 # SAQTrainer through Accelerate ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trained(results) -> dict:
-    return results["trainer"]
-
-
 @pytest.mark.parametrize(("case", "sync"), TRAINER_RUNS)
 def test_trainer_equals_the_reference(case, sync, trained):
-    result = trained[case, sync]
+    result = trained["runs"][case, sync]
     reference = reference_result("vit", case, 2, sync, processes=2, sharded=True)
     assert result["sharded"]
-    assert difference(result["state"], reference) < TOLERANCE
+    assert largest_difference(result["state"], reference) < TOLERANCE
     assert result["skipped"] == 0
 
 
 def test_trainer_saves_a_packed_model(trained):
-    assert (trained["packed"]["trained"] - trained["packed"]["reloaded"]).abs().max() < 1e-5
+    packed = trained["runs"]["packed"]
+    assert (packed["trained"] - packed["reloaded"]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_trainer_resumes_exactly(kind, trained):
-    whole, resumed = trained[kind]["whole"], trained[kind]["resumed"]
+def test_trainer_resumes_exactly(trained):
+    whole, resumed = trained["FULL_STATE_DICT"]["whole"], trained["FULL_STATE_DICT"]["resumed"]
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_a_stale_eps_equals_the_reference_and_resumes_exactly(trained):
-    whole, resumed = trained["stale"]["whole"], trained["stale"]["resumed"]
-    reference, _ = scheduled_reference("vit", 3, 2, "global", dict(reuse="stale", interval=2), processes=2)
-    assert difference(trained["stale"]["trained"], reference) < TOLERANCE
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_the_last_layers_alone_equal_the_reference(trained):
-    reference, _ = scheduled_reference("vit", 3, 2, "global", dict(ascent_depth=0.5), processes=2)
-    assert trained["last layers"]["first"] == "vit.layers.1"
-    assert difference(trained["last layers"]["trained"], reference) < TOLERANCE
-
-
-def test_the_radius_is_matched_as_in_one_process(trained, tmp_path):
-    """Which takes the micro-batches of both. Whole parameters left by a forward alone change nothing."""
-    alone = make_trainer("vit", 3, 4, "global", tmp_path, knobs=MATCHED)
-    alone.train()
-    found, expected = trained["radius matched"], alone.scheduled_step.radius.state()
-    assert found["steps"] == expected["steps"] == 3 and found["factor"] == pytest.approx(expected["factor"], rel=1e-9)
-    assert abs(expected["factor"] - 1) > 1e-3  # something was matched
-    state = alone.model.state_dict()
-    assert max(float((found["trained"][name] - value).abs().max()) for name, value in state.items()) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", NOT_SHARDED)
@@ -134,7 +109,7 @@ def test_schedules_that_read_gradients_of_one_process_are_refused(kind, trained)
 
 
 def test_checkpoints_hold_the_whole_model_in_float(trained):
-    whole, checkpoint = trained["FULL_STATE_DICT"]["whole"], trained["checkpoint"]
+    whole, checkpoint = trained["FULL_STATE_DICT"]["whole"], trained["FULL_STATE_DICT"]["checkpoint"]
     assert whole.keys() == checkpoint.keys()
     # `from_pretrained` keeps step sizes in float32.
     assert all(torch.equal(whole[name].to(checkpoint[name].dtype), checkpoint[name]) for name in whole)
