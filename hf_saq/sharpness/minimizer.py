@@ -40,7 +40,6 @@ class SharpnessAwareMinimizer:
     ```
 
     This is the one way to take a full step; [`ScheduledStep`] makes others of [`displaced`], [`recorded`], [`climb`].
-
     One buffer of the size of the quantized weights is needed: `g_q`, which becomes `eps` in place; it is part of no
     state dict. (In cases 1 and 2 it is the gradient of the latent weights, of which case 2 also saves a copy.)
     Parameters may be replaced, frozen or unfrozen between steps; each step perturbs what is trainable at that time.
@@ -70,11 +69,8 @@ class SharpnessAwareMinimizer:
         skipped (`int`): How often `norm` was zero or not finite, so that `eps` was 0 (plain training on that step).
 
     Raises:
-        ValueError: If an argument is out of range or `perturb` selects no tensor of the model.
+        ValueError: If an argument is none of its choices or `perturb` selects no tensor of the model.
     """
-
-    _tensors: PerturbedTensors
-    _prefix: SharedPrefix
 
     def __init__(
         self,
@@ -86,7 +82,7 @@ class SharpnessAwareMinimizer:
         perturb: Collection[str] = ("weight", "bias", "norm"),
         sync: Literal["local", "global"] = "local",
     ):
-        check_climb(rho, case)
+        check_climb(rho, case, sync)
         self.model, self.rho, self.case, self.adaptive = model, rho, case, adaptive
         self.eta, self.perturb, self.sync = eta, tuple(perturb), sync
         self.ascent_norm, self.radius_factor, self.skipped, self._in_a_row = 0.0, 1.0, 0, 0
@@ -96,14 +92,26 @@ class SharpnessAwareMinimizer:
         self._grads: dict[nn.Parameter, Tensor] | None = None  # what first passes collected from parameters
         self._begun: list[tuple[RNGState, BufferState]] = []  # one per first pass, oldest first
         self._eps: Displacement | None = None  # made of the gradients of the first passes
-        self._seam.watch(model)
         self._find_tensors()
         if not self._tensors:
             self.detach()
             raise nothing_selected(model, perturb)
 
-    def __deepcopy__(self, memo: dict) -> SharpnessAwareMinimizer:
-        return self  # copying a model copies its hooks; they must not bring a second minimizer along
+    def __getstate__(self) -> dict:
+        """Copy as one of the copied model that has no step under way; its hooks come with its next step."""
+        return {**vars(self), "_seam": Seam(), "_grads": None, "_begun": [], "_eps": None}
+
+    def _look_again(self) -> None:
+        """Find the tensors anew if parameters have changed, and put back hooks that were removed."""
+        if not self._tensors.is_current(self.model):
+            self._find_tensors()
+        self._seam.attach(self._tensors.by_quantizer, self.model)
+
+    def _find_tensors(self) -> None:
+        sharding.check_parallelism(self.model, self.case, self.sync)
+        self._tensors = PerturbedTensors(self.model, self.perturb, None if self.late is None else self.late.parameters)
+        self._seam.attach(self._tensors.by_quantizer, self.model)
+        self._prefix = SharedPrefix(self.model, self.late)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -111,7 +119,7 @@ class SharpnessAwareMinimizer:
         return [*self.model.parameters(), *self.outside]
 
     def detach(self) -> None:
-        """Remove the hooks; then the model is as it was before the minimizer was built."""
+        """Remove the hooks; then the model is as it was before. A later step puts them back."""
         self._seam.let_go()
         self.reset()
 
@@ -148,15 +156,7 @@ class SharpnessAwareMinimizer:
             yield
         finally:
             self.late, self._tensors, self._prefix = late, tensors, prefix
-            self._seam.attach(self._tensors.by_quantizer)
-
-    def _find_tensors(self) -> None:
-        sharding.check_parallelism(self.model, self.case, self.sync)
-        self._tensors = PerturbedTensors(self.model, self.perturb, None if self.late is None else self.late.parameters)
-        self._seam.attach(self._tensors.by_quantizer)
-        self._prefix = SharedPrefix(self.model, self.late)
-
-    # First pass --------------------------------------------------------------------------------------------------
+            self._seam.attach(self._tensors.by_quantizer, self.model)
 
     @contextmanager
     def ascent(self, clean: dict[nn.Parameter, Tensor] | None = None) -> Iterator[None]:
@@ -209,8 +209,7 @@ class SharpnessAwareMinimizer:
         """Place the leaves and note the random state. Return the dict that collects the gradients of parameters."""
         if self._grads is None:
             self.reset()
-            if not self._tensors.is_current(self.model):
-                self._find_tensors()
+            self._look_again()
             check_nothing_steps_inside_backward(self._tensors.parameters)
             self._seam.place_leaves([] if latent_weights_are_asked(self.case) else self._tensors.weights)
             self._grads = {}
@@ -296,4 +295,5 @@ class SharpnessAwareMinimizer:
     def displaced(self, eps: Displacement) -> AbstractContextManager[None]:
         """Run the block at the perturbed point and change nothing else: normalization statistics are updated there."""
         sharding.reshard(self.model)
+        self._look_again()
         return self._seam.displaced(self.model, eps, self.rho)

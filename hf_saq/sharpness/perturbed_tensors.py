@@ -37,9 +37,16 @@ class PerturbedTensors:
         by_quantizer: Quantizer of each of `weights` -> the entry.
         without_size: Those of `in_place` that the adaptive form does not scale: biases.
         costly: Parameters whose gradients a first pass may leave out if it does not need them.
+
+    Raises:
+        ValueError: If `perturb` holds something else.
     """
 
+    _signature: list[tuple[int, bool]] | None = None
+
     def __init__(self, model: nn.Module, perturb: Collection[str], inside: Collection[str] | None = None):
+        if not set(perturb) <= set(KINDS):
+            raise ValueError(f"perturb={perturb!r}; expected a list of some of {list(KINDS)}.")
         self.parameters = list(model.parameters())
         self._signature = _signature(model)
         kinds = kinds_of_parameters(model)
@@ -58,6 +65,10 @@ class PerturbedTensors:
     def is_current(self, model: nn.Module) -> bool:
         """Tell whether `model` still has the same parameters, and the same ones are trainable."""
         return _signature(model) == self._signature
+
+    def __getstate__(self) -> dict:
+        """Leave all out of copies and pickles: there they are the tensors of no model, and not current."""
+        return {}
 
     def __bool__(self) -> bool:
         return bool(self.weights or self.in_place)

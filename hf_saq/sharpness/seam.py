@@ -50,6 +50,7 @@ class Seam:
         self._added: Mapping[Quantizer, Tensor] = {}
         self.is_in_a_pass = False
         self._watched: nn.Module | None = None
+        self._watching: torch.utils.hooks.RemovableHandle | None = None
         self._catches, self._passes_on = False, True
         self._handles: dict[Quantizer, torch.utils.hooks.RemovableHandle] = {}
 
@@ -61,23 +62,27 @@ class Seam:
     def __reduce__(self) -> tuple[type[Seam], tuple[()]]:
         return Seam, ()
 
-    def watch(self, model: nn.Module) -> None:
-        """Let each forward of `model` inside of a pass reduce gradients, where they are sharded."""
-        self._watched = model
-        self._watching = model.register_forward_pre_hook(self._before_forward)
-
     def let_go(self) -> None:
         """Remove all hooks."""
-        self._watching.remove()
-        self.attach([])
+        if self._watching is not None:
+            self._watching.remove()
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
 
-    def attach(self, quantizers: Iterable[Quantizer]) -> None:
-        """Put hooks on these quantizers, and remove them from all others."""
+    def attach(self, quantizers: Iterable[Quantizer], model: nn.Module) -> None:
+        """Put hooks on these quantizers of `model`, where they are not there still, and remove them from all others.
+
+        Each forward of `model` inside of a pass reduces gradients from then on, where they are sharded.
+        """
+        if self._watching is None or self._watching.id not in model._forward_pre_hooks:
+            self._watched, self._watching = model, model.register_forward_pre_hook(self._before_forward)
         wanted = dict.fromkeys(quantizers)
         for quantizer in [q for q in self._handles if q not in wanted]:
             self._handles.pop(quantizer).remove()
         for quantizer in wanted:
-            if quantizer not in self._handles:
+            handle = self._handles.get(quantizer)
+            if handle is None or handle.id not in quantizer._forward_hooks:
                 self._handles[quantizer] = quantizer.register_forward_hook(self._hook)
 
     def place_leaves(self, weights: Iterable[QuantizedWeight]) -> None:
@@ -85,7 +90,9 @@ class Seam:
         for entry in weights:
             # Expand one element: a zero of the weight's shape then takes no memory. Only its gradient does.
             zero = torch.zeros((), dtype=entry.weight.dtype, device=entry.weight.device)
-            self.leaves.setdefault(entry.quantizer, zero.expand(entry.weight.shape).requires_grad_())
+            if entry.quantizer not in self.leaves:
+                leaf = self.leaves[entry.quantizer] = zero.expand(entry.weight.shape).requires_grad_()
+                leaf.register_hook(self._refuse_outside)
 
     @contextmanager
     def a_pass(self, or_else: Callable[[], None]) -> Iterator[None]:
@@ -163,6 +170,14 @@ class Seam:
             self.rounding.conclude(rho)
         finally:
             torch.clear_autocast_cache()
+
+    def _refuse_outside(self, grad: Tensor) -> None:  # noqa: ARG002 (a hook)
+        if not self.is_in_a_pass:
+            raise RuntimeError(
+                "The backward of a first pass ran after its block. Put it into the block, forward and backward: "
+                "`with minimizer.ascent(): loss_of(batch).backward()`. Outside, gradients of the first pass would "
+                "stay in p.grad and be missing in the perturbation."
+            )
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:  # noqa: ARG002
         if self.is_in_a_pass and module is self._watched:

@@ -46,12 +46,14 @@ class Climb(NamedTuple):
     eta: float
 
 
-def check_climb(rho: float, case: int) -> None:
-    """Raise `ValueError` if one of the two is out of range."""
+def check_climb(rho: float, case: int, sync: str) -> None:
+    """Raise `ValueError` if one of them is out of range."""
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho={rho}; expected a finite number >= 0.")
     if case not in (1, 2, 3):
         raise ValueError(f"case={case}; expected 1, 2 or 3. For plain training use no minimizer.")
+    if sync not in ("local", "global"):
+        raise ValueError(f'sync={sync!r}; expected "local" or "global".')
 
 
 def latent_weights_are_asked(case: Case) -> bool:
