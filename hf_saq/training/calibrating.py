@@ -8,13 +8,15 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from ..analysis import cost
 from ..conversion import calibrate, needs_calibration
@@ -69,11 +71,19 @@ class Calibrating(Trainer):
         ):
             self.train_dataset = replayed(stream)
         loader = self.get_train_dataloader()
+        self._tell_length(loader)
         try:
-            yield loader
+            with unchanged_generators_of(loader):
+                yield loader
         finally:
             kept = self.accelerator._dataloaders  # would keep it, with its workers, until the end of the run
             kept[:] = [one for one in kept if one is not loader]
+
+    def _tell_length(self, loader: Any) -> None:
+        """Let losses that change in the course of training read its length from `state`: `Trainer` sets it later."""
+        if self.state.max_steps == 0 and (has_length(loader) or self.args.max_steps > 0):
+            epochs, *_, self.state.max_steps = self.set_initial_training_values(self.args, loader)
+            self.state.num_train_epochs = epochs
 
     def _first_batches(self) -> list[Any]:
         try:
@@ -157,3 +167,30 @@ def unchanged_rng() -> Iterator[None]:
         of_torch.restore()
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+@contextmanager
+def unchanged_generators_of(loader: Any) -> Iterator[None]:
+    """Leave generators of a loader's and its samplers' own as they were, which they would go on from in training."""
+    restores = list(_restores(loader, set()))
+    try:
+        yield
+    finally:
+        for restore in restores:
+            restore()
+
+
+def _restores(owner: Any, seen: set[int]) -> Iterator[Callable[[], object]]:
+    """Find what puts back each generator that `owner`, or a sampler or loader in it, holds."""
+    seen.add(id(owner))
+    for name, value in getattr(owner, "__dict__", {}).items():
+        if isinstance(value, torch.Generator):
+            yield partial(value.set_state, value.get_state())
+        elif isinstance(value, np.random.RandomState):
+            yield partial(value.set_state, value.get_state())
+        elif isinstance(value, np.random.Generator):
+            yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+        elif isinstance(value, random.Random):
+            yield partial(value.setstate, value.getstate())
+        elif id(value) not in seen and (name.endswith("sampler") or isinstance(value, (Sampler, DataLoader))):
+            yield from _restores(value, seen)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import find_executable_batch_size
 
 from ..config import SAQConfig, SAQQuantizationConfig
 from ..conversion.forms import is_packed
@@ -173,8 +174,11 @@ class SAQTrainer(
             resume_from_checkpoint = self.complete_checkpoint(resume_from_checkpoint)
             self.take_bits_of(resume_from_checkpoint)
         else:
-            self.calibrate_if_needed()
-            self.give_bits()
+            # Calibration may meet the same lack of memory as training does, which starts with the size found here.
+            prepare = find_executable_batch_size(
+                self._calibrate_and_give_bits, self._train_batch_size, self.args.auto_find_batch_size
+            )
+            prepare()
         if isinstance(self.train_dataset, ReplayedStream):
             self.train_dataset.read_for_good()
         self.tell_before_training()
@@ -182,6 +186,11 @@ class SAQTrainer(
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._step_batches = self._used_batches = []
+
+    def _calibrate_and_give_bits(self, batch_size: int) -> None:
+        self._train_batch_size = batch_size
+        self.calibrate_if_needed()
+        self.give_bits()
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begin a training as `Trainer` does, and forget the steps of an earlier one.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import random
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import NUM_LABELS, images, resnet, vit
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from training import BATCH, Images, InOrder, arguments
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
@@ -124,6 +126,83 @@ def test_weight_only_quantization_is_run_once(tmp_path):
     assert needs_calibration(trainer.model)
     trainer.train()
     assert not needs_calibration(trainer.model)
+
+
+class Annealed(InOrder):
+    """A loss whose parts change their weights in the course of training."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        progress = self.state.global_step / self.state.max_steps + self.state.epoch / self.state.num_train_epochs
+        return super().compute_loss(model, inputs) * (2 - progress)
+
+
+def test_a_loss_may_ask_how_far_training_is(tmp_path):
+    """`Trainer` knows the number of steps only as training begins; the loss that calibrates asks before."""
+    trainer = trainer_of(vit(), tmp_path, Annealed, steps=3)
+    trainer.calibrate_if_needed()
+    assert (trainer.state.max_steps, trainer.state.num_train_epochs) == (3, 2)
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+class Drawn(Sampler):
+    """Draws indices from generators of its own, as those do that weigh classes or must be reproducible."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.of_torch, self.of_python = torch.Generator().manual_seed(3), random.Random(3)
+        self.of_numpy, self.old_numpy = np.random.default_rng(3), np.random.RandomState(3)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        order = torch.randperm(self.count, generator=self.of_torch).numpy()[self.of_numpy.permutation(self.count)]
+        order = order[self.old_numpy.permutation(self.count)].tolist()
+        return iter(self.of_python.sample(order, self.count))
+
+
+def test_training_begins_where_a_sampler_of_ones_own_does(tmp_path):
+    """A calibration had drawn the first order, and so had each estimation of norms: a run that went on from a
+    checkpoint, without calibration, saw other images than the one that had left it."""
+    data, trained = Images(2 * BATCH, torch.float32), []
+
+    class OwnSampler(InOrder):
+        def _get_train_sampler(self, train_dataset=None):
+            return self.own
+
+        def training_step(self, model, inputs, *args):
+            if self._instead_of_step is None:
+                same = (inputs["pixel_values"][:, None] == data.pixel_values).flatten(2).all(dim=2)
+                trained.extend(same.int().argmax(dim=1).tolist())
+            return super().training_step(model, inputs, *args)
+
+    trainer = OwnSampler(
+        resnet(),
+        arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1),
+        saq_config=SAQConfig(case=None, norm_batches=1),
+        quantization_config=SAQQuantizationConfig(),
+        train_dataset=data,
+        eval_dataset=Images(BATCH, torch.float32),
+    )
+    trainer.own, other = Drawn(2 * BATCH), Drawn(2 * BATCH)
+    trainer.train()
+    assert trained == [*other, *other]
+
+
+def test_a_batch_size_that_must_be_found(tmp_path):
+    """`auto_find_batch_size`: the calibration meets the lack of memory first."""
+
+    class Small(InOrder):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["labels"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    changes = dict(auto_find_batch_size=True, per_device_train_batch_size=4)
+    trainer = trainer_of(vit(), tmp_path, Small, changes=changes)
+    trainer.train()
+    assert is_calibrated(trainer.model) and trainer.state.train_batch_size == 2
 
 
 # Streams -------------------------------------------------------------------------------------------------------------
