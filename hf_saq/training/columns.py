@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from ..conversion.observing import check_keys
+from .calibrating import unchanged_rng
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label that the losses of torch leave out."""
@@ -42,10 +47,10 @@ class KeepsColumnsOfTransforms(Trainer):
     """Keys of the batch that was compared with the model last."""
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if dataset.format["type"] != "custom":
+            dataset = super()._remove_unused_columns(dataset, description)
         self._check_classes(dataset, description)
-        if dataset.format["type"] == "custom":
-            return dataset
-        return super()._remove_unused_columns(dataset, description)
+        return dataset
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as `Trainer` does.
@@ -91,11 +96,26 @@ class KeepsColumnsOfTransforms(Trainer):
             named = getattr(features.get(name), "num_classes", 0)
             # Read the labels only where they may be too large: a part of a data set keeps the names of all.
             largest = max(dataset.unique(name), default=0) if named > known and len(dataset) else 0
-            if largest >= known:
+            if largest >= known and self._reaches_the_model(dataset, name, known):
                 raise ValueError(
                     f"{type(self).__name__}: the {description or 'given'} data set has {named} classes in {name!r} "
                     f"and labels up to {largest}; the model has {known} classes. Build it with num_labels={named}."
                 )
+
+    def _reaches_the_model(self, dataset: Any, name: str, known: int) -> bool:
+        """Tell whether an image of the largest class in the column `name` leaves the collator with such a label too.
+
+        The transform of a data set, or the collator, may make other labels of those in its columns.
+        """
+        row = int(dataset.select_columns([name]).with_format("numpy")[:][name].argmax())
+        try:
+            with unchanged_rng():
+                twice = [dataset[row]] * 2  # for what mixes images
+                labels = torch.as_tensor(self.data_collator(twice)["labels"])
+        except Exception as error:  # it comes again where it is in the way
+            logger.info("The labels of a data set are not compared with the model: %s", error)
+            return False
+        return not labels.is_floating_point() and labels.numel() > 0 and int(labels.max()) >= known
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Raise `ValueError` if the keys of `inputs`, which the model is going to see, do not fit it."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import datasets
+import numpy as np
 import pytest
 import torch
 from tiny_models import images, vit
@@ -150,12 +153,15 @@ def test_the_trainer_says_which_label_the_model_has_not(tmp_path):
             use()
 
 
-def test_the_trainer_says_when_a_data_set_has_more_classes(tmp_path):
-    """Before anything is computed."""
+def with_many_classes() -> datasets.Dataset:
     features = datasets.Features({"pixel_values": datasets.Array3D((3, 16, 16), "float32")})
     features["label"] = datasets.ClassLabel(names=[f"flower {k}" for k in range(5)])
-    rows = {"pixel_values": images(4).numpy(), "label": [0, 1, 4, 0]}
-    many = datasets.Dataset.from_dict(rows, features=features)
+    return datasets.Dataset.from_dict({"pixel_values": images(4).numpy(), "label": [0, 1, 4, 0]}, features=features)
+
+
+def test_the_trainer_says_when_a_data_set_has_more_classes(tmp_path):
+    """Before anything is computed."""
+    many = with_many_classes()
     trainer = make_trainer("vit", 3, 1, "local", tmp_path, cls=SAQTrainer)
     trainer.train_dataset = many
     message = r"the \w+ data set has 5 classes in 'label' and labels up to 4; the model has 3 .* num_labels=5"
@@ -165,6 +171,30 @@ def test_the_trainer_says_when_a_data_set_has_more_classes(tmp_path):
         trainer.evaluate(many)
     few = many.filter(lambda row: row["label"] < 3).rename_column("label", "labels")  # it has five names still
     assert trainer.evaluate(few.with_format("torch"))["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("where", ["transform", "collator"])
+@pytest.mark.parametrize("last", [2, 3])
+def test_labels_that_are_made_of_those_of_a_data_set(where, last, tmp_path):
+    """One flower against all others, say: the columns have more classes than the model, its batches have not."""
+
+    def merged(rows: dict) -> dict:
+        labels = [min(int(label), last) for label in rows["label"]]
+        return {"pixel_values": torch.tensor(np.array(rows["pixel_values"])), "labels": labels}
+
+    def collated(rows: list[dict]) -> dict:
+        made = merged({name: [row[name] for row in rows] for name in rows[0]})
+        return {**made, "labels": torch.tensor(made["labels"])}
+
+    data, collator = with_many_classes(), None
+    if where == "transform":
+        data = data.with_transform(merged)
+    else:
+        collator = collated
+    trainer = SAQTrainer(vit(), arguments(tmp_path), saq_config=SAQConfig(case=None), data_collator=collator)
+    expected = pytest.raises(ValueError, match="labels up to 4; the model has 3") if last == 3 else nullcontext()
+    with expected:
+        assert trainer.evaluate(data)["eval_loss"] > 0
 
 
 def test_a_loss_function_takes_labels_that_the_model_does_not(tmp_path):
