@@ -18,6 +18,7 @@ from ..sharpness import SharpnessAwareMinimizer, default_rho
 from ..sharpness.schedules import KNOBS, ScheduledStep
 from ..sharpness.schedules.partial_batch import count_samples
 from .columns import counted_labels
+from .oscillation_callback import OscillationCallback
 from .step_logs import StepLogs
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class PerturbedSteps(Trainer):
     """Of their mean losses."""
     _micro_batch: int
     """Number of them that are done."""
+    _drawn: int
+    """Number of micro-batches that were drawn for the step."""
     _logs: StepLogs
     _has_perturbed_losses: bool
     _was_reached: bool
@@ -131,6 +134,7 @@ class PerturbedSteps(Trainer):
             self._instead_of_step(inputs)
             return torch.zeros((), device=self.args.device)
         self._was_reached = True
+        self._check_number_of_batches()
         step, k = self.scheduled_step, self._micro_batch
         self._micro_batch = (k + 1) % max(1, len(self._used_batches))
         if step is None:
@@ -153,7 +157,10 @@ class PerturbedSteps(Trainer):
         outcome = step.micro_batch(k, batches, backward, self.state.global_step, self.state.max_steps)
         self._has_perturbed_losses |= not outcome.is_clean
         share = 1 / self._divisors[k] if self._divisors else 1 / len(batches)
-        self._logs.add(outcome, share, was_watched=step.schedule.trigger and self._micro_batch == 0)
+        is_last = self._micro_batch == 0
+        self._logs.add(outcome, share, was_watched=step.schedule.trigger and is_last)
+        if is_last:
+            self._logs.end_step()
         return outcome.loss
 
     def _weighted_step(self, model: nn.Module, inputs: dict[str, Any], items: Any, k: int) -> Tensor:
@@ -182,6 +189,7 @@ class PerturbedSteps(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._begun is None:
             self._begun = self.state.global_step
+        self._drawn = len(batches)
         # Start from 0: a callback may have stopped the previous step half-way.
         self._step_batches, self._micro_batch = list(batches) if self.scheduled_step is not None else [], 0
         used: Any = batches
@@ -204,10 +212,24 @@ class PerturbedSteps(Trainer):
                 "or change the loss in compute_loss instead, or say SAQConfig(case=None)."
             )
 
+    def _check_number_of_batches(self) -> None:
+        """Raise `RuntimeError` if a subclass gives a step more or fewer micro-batches than were drawn and counted."""
+        given = getattr(self, "current_gradient_accumulation_steps", 1)  # `Trainer` counts what it was given
+        if given == self._drawn or not self.is_in_train:
+            return
+        if self._drawn or (given > 1 and self.scheduled_step is not None):
+            raise RuntimeError(
+                f"{type(self).__name__}.get_batch_samples returned {given} micro-batches for a step, and that of "
+                f"SAQTrainer {self._drawn}: they would have wrong shares in the gradient, or none. Call "
+                "super().get_batch_samples(...) in it and return as many batches; leave samples out in the data set "
+                "or in the collator."
+            )
+
     def start_steps_again(self) -> None:
         """Forget what the steps of an earlier training left: batches, sums for the log, the schedule's memory."""
         self._step_batches, self._used_batches, self._divisors = [], [], []
-        self._micro_batch, self._logs, self._has_perturbed_losses = 0, StepLogs(), False
+        self._micro_batch, self._drawn, self._has_perturbed_losses = 0, 0, False
+        self._logs = StepLogs(leaves_out_nan=self.args.logging_nan_inf_filter)
         self._begun, self._was_reached = None, False
         if self.scheduled_step is not None:
             self.scheduled_step.start_again()
@@ -218,7 +240,9 @@ class PerturbedSteps(Trainer):
         return output._replace(metrics=self._named_train_loss(output.metrics))
 
     def _named_train_loss(self, logs: dict[str, float]) -> dict[str, float]:
-        own = "train_perturbed_loss" if self._has_perturbed_losses else "train_loss"
+        """Name the mean loss of a training. An evaluation with the prefix "train" has a `train_loss` of its own."""
+        is_of_training = "total_flos" in logs
+        own = "train_perturbed_loss" if self._has_perturbed_losses and is_of_training else "train_loss"
         return {own if name == "train_loss" else name: value for name, value in logs.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -236,7 +260,7 @@ class PerturbedSteps(Trainer):
         if "loss" in logs or "perturbed_loss" in logs:
             # Take them here: a callback's own `on_log` comes after the history and the other callbacks have theirs.
             for callback in self.callback_handler.callbacks:
-                logs = {**logs, **getattr(callback, "to_log", dict)()}
+                logs = {**logs, **(callback.to_log() if isinstance(callback, OscillationCallback) else {})}
         super().log(logs, start_time)
 
     def _hyperparameters(self) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from quantized_models import quantized
 from tiny_models import vit
-from training import Images, arguments
-from transformers import AutoModelForImageClassification, default_data_collator
+from training import BATCH, Images, InOrder, arguments, quantized_model
+from transformers import AutoModelForImageClassification, TrainerCallback, default_data_collator
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, pack, parameter_groups, quantize
 from hf_saq.storage.saved_directory import model_class
@@ -172,3 +172,97 @@ def test_a_loss_that_divides_by_the_count_of_items(tmp_path):
         trainer.train()
         logged.append(trainer.state.log_history[0]["measured_sharpness"])
     assert logged[0] == pytest.approx(logged[1], rel=1e-2) and logged[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("config", "is_refused"),
+    [
+        (SAQConfig(rho=0.1, schedule="full", sync="global"), True),
+        (SAQConfig(case=None), True),
+        (SAQConfig(rho=0.1, schedule="full"), False),
+    ],
+    ids=["one_eps_for_a_step", "plain", "as_drawn"],
+)
+def test_a_subclass_that_gives_a_step_other_batches(config, is_refused, tmp_path):
+    """A batch that is left out took all gradients of the step along, or half of its own."""
+
+    class Leaves(SAQTrainer):
+        def get_batch_samples(self, *args):
+            batches, count = super().get_batch_samples(*args)
+            return batches[:1] if is_refused else batches[::-1], count
+
+    how = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    trainer = Leaves(quantized(), how, saq_config=config, train_dataset=Images(32, torch.float32))
+    said = "Leaves.get_batch_samples returned 1 micro-batches for a step, and that of SAQTrainer 2"
+    with pytest.raises(RuntimeError, match=said) if is_refused else nullcontext():
+        trainer.train()
+
+
+class NamesLogs(TrainerCallback):
+    """A callback of the user's, which has a list under the name of a method of hf_saq's own."""
+
+    def __init__(self):
+        self.to_log = ["loss"]
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.evaluate(self.trainer.train_dataset, metric_key_prefix="train")
+
+
+def test_a_loss_on_the_training_data_is_that_of_the_model(tmp_path):
+    """A callback evaluates on the training data too; its `train_loss` was named as the mean of a perturbed training
+    is."""
+    callback = NamesLogs()
+    how = arguments(tmp_path, max_steps=2)
+    data = Images(8, torch.float32)
+    trainer = SAQTrainer(quantized(), how, saq_config=SAQConfig(rho=0.1), train_dataset=data, callbacks=[callback])
+    callback.trainer = trainer
+    trainer.train()
+    evaluated, trained = trainer.state.log_history[-2:]
+    assert evaluated["train_loss"] == trainer.evaluate(data)["eval_loss"]
+    assert "train_perturbed_loss" in trained and "train_loss" not in trained
+
+
+class OneIsNaN(InOrder):
+    """The loss of one batch is NaN, and the gradients that it leaves are zero."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 and self.model.training else loss
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        for p in model.parameters():
+            p.grad = None if p.grad is None else torch.nan_to_num(p.grad)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("schedule", "is_filtered", "accumulation"), [("full", True, 1), ("balanced", True, 2), ("balanced", False, 1)]
+)
+def test_losses_that_are_nan_are_left_out_of_logs_as_trainer_does(schedule, is_filtered, accumulation, tmp_path):
+    """`logging_nan_inf_filter`, which is on by default. A perturbation that was left out has no norm."""
+    size = BATCH * accumulation
+    data = Images(size * 3, torch.float32)
+    found = []
+    for steps in (3, 1):
+        trainer = OneIsNaN(
+            quantized_model("vit", torch.float32),
+            arguments(
+                tmp_path,
+                max_steps=3,
+                logging_steps=steps,
+                learning_rate=0.0,
+                gradient_accumulation_steps=accumulation,
+                logging_nan_inf_filter=is_filtered,
+            ),
+            saq_config=SAQConfig(rho=0.1, schedule=schedule, sync="global", log_sharpness=False),
+            train_dataset=data,
+        )
+        trainer.train()
+        found.append(trainer.state.log_history[:-1])
+    (together,), apart = found
+    for name in ("perturbed_loss",) if schedule == "balanced" else ("sharpness",):
+        mean = (apart[0][name] + apart[2][name]) / 2
+        assert together[name] == pytest.approx(mean, abs=2e-6) if is_filtered else together[name] != together[name]
+    assert together["ascent_norm"] == pytest.approx((apart[0]["ascent_norm"] + apart[2]["ascent_norm"]) / 2, rel=1e-5)
+    assert together["skipped_perturbations"] == apart[1]["skipped_perturbations"] == 1
