@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,15 @@ def _openvino(content: bytes, threads: int | None, exact: bool = False) -> RunFu
     if threads is not None:
         properties["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(core.read_model(content), "CPU", properties)
-    return lambda x: compiled(x)[0]
+    own = threading.local()
+
+    def run(x: np.ndarray) -> np.ndarray:
+        # Give each thread a request of its own: a call while another one runs is refused, or gets that one's inputs.
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        return own.request.infer(x, share_inputs=True)[0]
+
+    return run
 
 
 RUNNERS: dict[str, Callable[..., RunFunction]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

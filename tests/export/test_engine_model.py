@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -41,6 +42,16 @@ def test_every_engine_predicts_what_the_model_does(exported, engine: str):
     found = ExportedClassifier.from_pretrained(directory, engine=engine, threads=1)(pixel_values=x).logits
     assert far(found.numpy(), expected) <= max(4 * own_noise, 2e-3)
     assert torch.equal(found.argmax(-1), torch.from_numpy(expected).argmax(-1))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_threads_that_share_a_model_get_the_answers_to_their_own_images(exported, engine: str):
+    model = ExportedClassifier.from_pretrained(exported[1], engine=engine, threads=1)
+    batches = [images(2, seed=seed) for seed in range(4)]
+    expected = [model(x).logits for x in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        found = list(pool.map(lambda i: model(batches[i % len(batches)]).logits, range(400)))
+    assert all(torch.equal(logits, expected[i % len(batches)]) for i, logits in enumerate(found))
 
 
 def test_biases_of_convolutions_stay_in_float_where_rounding_them_counts(tmp_path):
