@@ -25,9 +25,10 @@ NORM_BATCHES = 16
 class ReestimatesNorms(Calibrating):
     """Keeps, for [`SAQTrainer`], batch-norm statistics those of the model that is evaluated and saved.
 
-    Before an evaluation during training, before a checkpoint and at the end of training the model runs forward on
-    `SAQConfig.norm_batches` batches of the training data, as [`reestimate_batch_norm`] says. Gradients do not depend
-    on running statistics, so training itself goes the same way without it.
+    Before an evaluation or prediction during training, whoever asks for it, before a checkpoint and at the end of
+    training the model runs forward on `SAQConfig.norm_batches` batches of the training data, as
+    [`reestimate_batch_norm`] says. Gradients do not depend on running statistics, so training itself goes the same way
+    without it.
     """
 
     saq_config: SAQConfig
@@ -98,6 +99,30 @@ class ReestimatesNorms(Calibrating):
         if self.control.should_evaluate or self.control.should_save:
             self.reestimate_norms_if_needed()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_under_way():
+            self.reestimate_norms_if_needed()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # A callback may have changed the weights since the evaluation of this step, which was that of an average.
+        self.reestimate_norms_if_needed()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Of several processes one alone may be saving, and the others would not take part in it.
+        if self._is_under_way() and self.accelerator.num_processes == 1:
+            self.reestimate_norms_if_needed()
+        super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._norms_are_of = self._now()  # they were estimated before that checkpoint
+
+    def _is_under_way(self) -> bool:
+        """Tell whether weights have been trained since `train` was called, and it has not returned."""
+        return self.is_in_train and self.state.global_step > getattr(self, "_initial_global_step", 0)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.reestimate_norms_if_needed()

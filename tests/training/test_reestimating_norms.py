@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 from training import BATCH, Images, InOrder, arguments, quantized_model
+from transformers import TrainerCallback
 
 from hf_saq import SAQConfig, reestimate_batch_norm
+from hf_saq.training.saving import go_on_from
 
 STEPS = 4
 
@@ -126,6 +129,55 @@ def test_a_stream_loses_no_sample(tmp_path, caplog):
         trainer = trained(tmp_path, SAQConfig(rho=0.2, reuse="previous"), data=stream)
     assert trainer.state.global_step == STEPS
     assert "Batch-norm statistics are not re-estimated: train_dataset is a stream" in caplog.text
+
+
+class Around(TrainerCallback):
+    """Looks at the model after each step, and evaluates an average in its place, as callbacks do."""
+
+    def __init__(self, looks: bool):
+        self.looks = looks
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.looks:
+            self.trainer.predict(Images(BATCH, torch.float32))
+            self.seen = copy.deepcopy(model)
+            return
+        self.kept = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(self.kept[name])
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_statistics_are_those_of_the_weights_at_hand_where_callbacks_ask(looks, tmp_path):
+    """A prediction that a callback asks for had those of perturbed passes; a checkpoint had those of the average that
+    was evaluated before."""
+    data, callback = Images(STEPS * BATCH, torch.float32), Around(looks)
+    when = {} if looks else dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    trainer = InOrder(
+        quantized_model("resnet", torch.float32),
+        arguments(tmp_path, max_steps=2, **when),
+        saq_config=SAQConfig(rho=0.2, reuse="previous", norm_batches=2),
+        train_dataset=data,
+        eval_dataset=Images(BATCH, torch.float32),
+        callbacks=[callback],
+    )
+    callback.trainer = trainer
+    trainer.train()
+    if looks:
+        model = callback.seen
+    else:
+        model = quantized_model("resnet", torch.float32)
+        go_on_from(model, str(tmp_path / "checkpoint-2"))
+    found = states(model)["statistics"]
+    reestimate_batch_norm(model, [{"pixel_values": x} for x in data.pixel_values.split(BATCH)[:2]])
+    for name, value in states(model)["statistics"].items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
 class AtTwoPoints(torch.optim.SGD):
