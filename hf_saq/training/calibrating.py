@@ -38,6 +38,8 @@ class Calibrating(Trainer):
 
     model: nn.Module
     _instead_of_step: Callable[[Any], None] | None
+    is_aside = False
+    """Whether a loss runs for something else than a step at the moment."""
     _cost_logs: dict[str, float] = {}
     """Cost of a model that was calibrated here, for the first line of its log."""
 
@@ -49,13 +51,17 @@ class Calibrating(Trainer):
         """
         if not needs_calibration(self.model):
             return
-        if self.train_dataset is None:
+        if not self.has_train_data():
             raise ValueError("SAQTrainer: the model is not calibrated and there is no train_dataset to do it with.")
         self._move_to_device()
         with unchanged_rng():
             batches = self._first_batches()
             calibrate(self.model, batches, run=self.run_forward)
             self._count_cost(batches[0])
+
+    def has_train_data(self) -> bool:
+        """Tell whether there is something to train on: a data set, or a loader that a subclass makes without one."""
+        return self.train_dataset is not None or type(self).get_train_dataloader is not Trainer.get_train_dataloader
 
     @contextmanager
     def fresh_loader(self) -> Iterator[Any]:
@@ -116,10 +122,19 @@ class Calibrating(Trainer):
         self._instead_of_step = forward
         try:
             # Allow gradients, for losses that run a backward of their own; `set_aside` removes them again.
-            with torch.enable_grad(), set_aside(self.model.parameters()):
+            with self.aside(), torch.enable_grad(), set_aside(self.model.parameters()):
                 self.training_step(self.model, copy.copy(batch), items)
         finally:
             self._instead_of_step = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run the block for something else than training: what a loss logs in it belongs to no step."""
+        before, self.is_aside = self.is_aside, True
+        try:
+            yield
+        finally:
+            self.is_aside = before
 
     def _count_cost(self, batch: Any) -> None:
         """Count for the log what the model costs for one image. If that fails, training goes on without it."""

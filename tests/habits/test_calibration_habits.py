@@ -12,6 +12,7 @@ from tiny_models import NUM_LABELS, images, resnet, vit
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from training import BATCH, Images, InOrder, arguments
+from transformers import TrainerCallback
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
 from hf_saq.conversion import is_calibrated, needs_calibration
@@ -188,6 +189,49 @@ def test_training_begins_where_a_sampler_of_ones_own_does(tmp_path):
     trainer.own, other = Drawn(2 * BATCH), Drawn(2 * BATCH)
     trainer.train()
     assert trained == [*other, *other]
+
+
+class TellsItsParts(InOrder):
+    """A loss that logs its parts, as losses of several parts do."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs)
+        self.log({"part": loss.item()})
+        return loss
+
+
+def test_what_a_loss_logs_is_of_steps_alone(tmp_path, monkeypatch):
+    """It runs for a calibration, for estimations of norms and for a measurement of sharpness too."""
+    monkeypatch.setattr("hf_saq.training.analyses.measured_sharpness.STEPS_BETWEEN", 1)
+    told: list[float] = []
+
+    class Listens(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.extend([logs["part"]] if "part" in logs else [])
+
+    trainer = TellsItsParts(
+        resnet(),
+        arguments(tmp_path, max_steps=2),
+        saq_config=SAQConfig(case=None, norm_batches=2, log_sharpness=True, rho=0.1),
+        quantization_config=SAQQuantizationConfig(),
+        train_dataset=Images(2 * BATCH, torch.float32),
+        callbacks=[Listens()],
+    )
+    trainer.train()
+    assert len(told) == 2 and any("measured_sharpness" in entry for entry in trainer.state.log_history)
+
+
+def test_a_loader_of_a_subclass_needs_no_data_set(tmp_path):
+    """Files that a library of its own reads, or batches that are made: nothing is passed to the trainer."""
+
+    class Own(InOrder):
+        def get_train_dataloader(self):
+            return DataLoader(Images(2 * BATCH, torch.float32), batch_size=BATCH)
+
+    config = SAQConfig(case=None)
+    trainer = Own(vit(), arguments(tmp_path), saq_config=config, quantization_config=SAQQuantizationConfig())
+    trainer.train()
+    assert is_calibrated(trainer.model)
 
 
 def test_a_batch_size_that_must_be_found(tmp_path):

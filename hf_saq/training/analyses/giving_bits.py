@@ -69,7 +69,7 @@ class GivesBits(Calibrating):
             return
         self.check_bit_budget()
         amount, unit = read_bit_budget("SAQConfig.bit_budget", self.saq_config.bit_budget)
-        if self.train_dataset is None:
+        if not self.has_train_data():
             raise ValueError("SAQTrainer: SAQConfig.bit_budget needs a train_dataset, which losses are measured on.")
         with unchanged_rng():
             with self.fresh_loader() as loader:
@@ -105,7 +105,8 @@ class GivesBits(Calibrating):
 
     def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
         items = self._get_num_items_in_batch([batch], self.args.device)
-        return self.compute_loss(model, dict(batch), num_items_in_batch=items)  # type: ignore[return-value]
+        with self.aside():
+            return self.compute_loss(model, dict(batch), num_items_in_batch=items)  # type: ignore[return-value]
 
 
 def _bits_of_quantizers(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, dict[str, int]]:

@@ -42,7 +42,12 @@ class MeasuresSharpness(Calibrating):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the sharpness to a line of the training log, if the last one is long enough ago."""
+        """Add the sharpness to a line of the training log, if the last one is long enough ago.
+
+        What a loss logs by itself is left out where it runs for a measurement or a calibration and not for a step.
+        """
+        if self.is_aside:
+            return
         step = self.state.global_step
         if any(name in logs for name in LOSSES) and self.measures_sharpness and self._last_inputs is not None:
             if step // STEPS_BETWEEN > min(self._last_logged_step, step) // STEPS_BETWEEN:
@@ -75,5 +80,5 @@ class MeasuresSharpness(Calibrating):
     def _loss_of_inputs(self, model: nn.Module, batch: Any) -> Tensor:
         items = self._get_num_items_in_batch([batch], self.args.device)
         inputs = self._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
-        with self.compute_loss_context_manager():
+        with self.aside(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=items)  # type: ignore[return-value]
