@@ -10,9 +10,11 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -24,7 +26,7 @@ from ..quantizers import Quantizer
 from .absent_layers import absent_packed_layers, prepare_absent_layers
 from .earlier_versions import first_last_modules_of
 from .seal import check_seal, make_seal
-from .weight_files import HINT
+from .weight_files import HINT, ONE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -141,10 +143,12 @@ class SAQHfQuantizer(HfQuantizer):
         conversion.forget_export(model)
         _describe_parts(model)
         own = model.state_dict()
-        given = _by_names_of(own, _state_dict_given_to_save() or {})
+        save = _arguments_of_save()
+        given = _by_names_of(own, save.get("state_dict") or {})
         # Keep what it lacks, such as buffers in an average of parameters.
         state: dict[str, Any] = {**own, **given, HINT: torch.zeros(0, dtype=torch.uint8)}
         if not conversion.is_packed(model):
+            _make_way_for_shards(state, save)
             return state, {}
         for name, tensor in given.items():
             if name not in own or (own[name].shape, own[name].dtype) != (tensor.shape, tensor.dtype):
@@ -159,6 +163,7 @@ class SAQHfQuantizer(HfQuantizer):
         config: Any = copy.deepcopy(model.config)  # make it as `save_pretrained` will write it
         config.dtype = str(model.dtype).removeprefix("torch.")
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        _make_way_for_shards(state, save)
         return state, make_seal(
             revert_weight_conversion(model, sealed),  # type: ignore[arg-type]
             config.quantization_config.to_dict(),
@@ -211,16 +216,27 @@ def _describe_parts(model: nn.Module) -> None:
                 _describe(part)
 
 
-def _state_dict_given_to_save() -> dict[str, Tensor] | None:
-    """Find the `state_dict` that the caller gave to `save_pretrained`, an average of weights for example.
+def _arguments_of_save() -> Mapping[str, Any]:
+    """Find what the caller gave to `save_pretrained`: a `state_dict`, an average of weights for example, and where to.
 
-    transformers puts what [`SAQHfQuantizer.get_state_dict_and_metadata`] returns in its place without handing it on,
-    so read it where it still is.
+    transformers puts what [`SAQHfQuantizer.get_state_dict_and_metadata`] returns in the place of `state_dict` without
+    handing it on, so read it where it still is.
     """
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_name != "save_pretrained":
         frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("state_dict")
+    return {} if frame is None else frame.f_locals
+
+
+def _make_way_for_shards(state: Mapping[str, Tensor], save: Mapping[str, Any]) -> None:
+    """Remove the single file of an earlier save where shards will take its place: transformers leaves it there, and
+    would go on loading the earlier weights."""
+    if "save_directory" not in save or not save.get("is_main_process", True) or save.get("distributed_checkpoint"):
+        return
+    sizes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+    if split_torch_state_dict_into_shards(sizes, max_shard_size=save["max_shard_size"]).is_sharded:
+        file, variant = Path(save["save_directory"]) / ONE_FILE, save.get("variant")
+        (file if variant is None else file.with_suffix(f".{variant}{file.suffix}")).unlink(missing_ok=True)
 
 
 def _by_names_of(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import timm
 import torch
 from checkpoint_files import load
 from quantized_models import quantized
-from tiny_models import images
+from tiny_models import images, vit
 from torch import nn
 from training import Images, arguments
 
@@ -123,3 +123,16 @@ def test_names_of_ddp_are_those_of_the_model(tmp_path):
     model = quantized()
     model.save_pretrained(tmp_path, state_dict={f"module.{name}": t for name, t in model.state_dict().items()})
     assert torch.equal(load(tmp_path).classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize("variant", [None, "w4"])
+@pytest.mark.parametrize("storage", ["float", "packed"])
+def test_shards_take_the_place_of_one_file(storage, variant, tmp_path):
+    """A later model is saved in shards where an earlier one lay in one file: the earlier one was loaded, for good."""
+    earlier, later = (quantized(lambda seed=seed: vit(seed)) for seed in (0, 1))
+    if storage == "packed":
+        earlier, later = pack(earlier), pack(later)
+    earlier.save_pretrained(tmp_path, variant=variant)
+    later.save_pretrained(tmp_path, variant=variant, max_shard_size="3KB")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path, variant=variant)(images()).logits, later(images()).logits)
