@@ -15,13 +15,14 @@ from ..storage.inspection import inspect_checkpoint
 from ..tables import kibibytes, markdown_table
 from ..version import __version__
 from .card_export import integer_inference
-from .card_facts import LANDSCAPE, CardFacts, ResultRow, facts_of_files, measured
+from .card_facts import LANDSCAPE, TASK, CardFacts, ResultRow, facts_of_files, measured, task_of
 from .card_sections import closing_sections, folded
 from .layer_bits import layer_bits
 
 CARD = "README.md"
 PICTURE = "training_curve.png"
-TASK = "image-classification"
+ONE_IMAGE_IN = ("image-segmentation", "object-detection", "depth-estimation", "image-feature-extraction")
+"""Tasks whose pipelines take an image and nothing else, as that of classification does."""
 
 METRIC_NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
 """Short name that `evaluate` uses -> name in a card. Any other metric keeps its name."""
@@ -36,7 +37,7 @@ def model_card(facts: CardFacts) -> ModelCard:
     data = ModelCardData(
         model_name=facts.name if metrics else None,  # names the results; the Hub knows the repository's name
         library_name="transformers",
-        pipeline_tag=TASK,
+        pipeline_tag=task_of(facts.architecture),
         base_model=facts.base_model,
         datasets=list(facts.datasets) or None,
         license=facts.license,
@@ -45,12 +46,13 @@ def model_card(facts: CardFacts) -> ModelCard:
         metrics=list(dict.fromkeys(METRIC_TYPES.get(name, name) for name in metrics)) or None,
         eval_results=[_eval_result(facts, name, value) for name, value in metrics.items()] or None,
     )
+    is_classifier = task_of(facts.architecture) == TASK
     sections = (
         _introduction(facts),
         _loading(facts),
         _results(facts, metrics),
         _quantization(facts),
-        integer_inference(facts.export, facts.load_from, facts.revision, facts.has_processor),
+        integer_inference(facts.export, facts.load_from, facts.revision, facts.has_processor and is_classifier),
         _training(facts),
         *(closing_sections(facts) if facts.config is not None else ()),
     )
@@ -89,7 +91,7 @@ def write_card(directory: str | Path, load_from: str | None = None, overwrite: b
 
 def _eval_result(facts: CardFacts, name: str, value: float) -> EvalResult:
     return EvalResult(
-        task_type=TASK,
+        task_type=task_of(facts.architecture),
         # Give both, because the Hub asks for them, and call what is not known "unknown".
         dataset_type=facts.datasets[0] if facts.datasets else "unknown",
         dataset_name=facts.dataset_name or (facts.datasets[0] if facts.datasets else "unknown"),
@@ -121,19 +123,18 @@ def _loading(facts: CardFacts) -> str:
         return ""
     where = f'"{facts.load_from}"' + (f', revision="{facts.revision}"' if facts.revision is not None else "")
     lines = [f"# {how_to_install()}", "import hf_saq  # makes transformers know the format"]
-    if facts.has_processor:
+    task = task_of(facts.architecture)
+    if facts.has_processor and task in (TASK, *ONE_IMAGE_IN):
+        run = "classify" if task == TASK else "run"
         lines += [
             "from transformers import pipeline",
             "",
-            f'classify = pipeline("{TASK}", model={where})',
-            'print(classify("image.png"))',
+            f'{run} = pipeline("{task}", model={where})',
+            f'print({run}("image.png"))',
         ]
     else:
-        lines += [
-            "from transformers import AutoModelForImageClassification",
-            "",
-            f"model = AutoModelForImageClassification.from_pretrained({where})",
-        ]
+        kind = "AutoModelForImageClassification" if task == TASK else facts.architecture
+        lines += [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({where})"]
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
 
 

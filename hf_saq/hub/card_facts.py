@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto import modeling_auto
+
 from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
 from ..export.report import ExportReport
@@ -26,6 +28,24 @@ NO_METRICS = (*TIMINGS, "samples", "epoch", "step")
 _TIMINGS_OF_A_DATA_SET = tuple(f"_{name}" for name in TIMINGS)
 RESULTS = "eval_results.json"
 """What `Trainer.save_metrics("eval", metrics)` writes beside a model."""
+TASK = "image-classification"
+"""What models do whose class transformers does not list under another task."""
+OTHER_TASKS = {
+    "image-segmentation": (
+        "FOR_SEMANTIC_SEGMENTATION",
+        "FOR_INSTANCE_SEGMENTATION",
+        "FOR_UNIVERSAL_SEGMENTATION",
+        "FOR_IMAGE_SEGMENTATION",
+    ),
+    "object-detection": ("FOR_OBJECT_DETECTION",),
+    "depth-estimation": ("FOR_DEPTH_ESTIMATION",),
+    "image-to-image": ("FOR_IMAGE_TO_IMAGE",),
+    "keypoint-detection": ("FOR_KEYPOINT_DETECTION",),
+    "zero-shot-image-classification": ("FOR_ZERO_SHOT_IMAGE_CLASSIFICATION",),
+    "zero-shot-object-detection": ("FOR_ZERO_SHOT_OBJECT_DETECTION",),
+    "image-feature-extraction": ("FOR_IMAGE",),
+}
+"""Name of a task on the Hub -> lists of classes for it in transformers (`MODEL_..._MAPPING_NAMES`)."""
 LANDSCAPE = "landscape.png"
 """A picture of the loss around the weights, if somebody put one beside a model: `landscape(...).plot(file)`."""
 
@@ -146,6 +166,16 @@ def facts_of_files(found: StoredModel, load_from: str, directory: Path) -> CardF
         labels=names_of_classes(found.labels),
         has_landscape=(directory / LANDSCAPE).is_file(),
     )
+
+
+def task_of(architecture: str) -> str:
+    """Return the Hub's name of the task of a model class, by its name."""
+    for task, lists in {TASK: ("FOR_IMAGE_CLASSIFICATION",), **OTHER_TASKS}.items():
+        for name in lists:
+            listed = getattr(modeling_auto, f"MODEL_{name}_MAPPING_NAMES", {}).values()
+            if any(architecture in (each if isinstance(each, (tuple, list)) else (each,)) for each in listed):
+                return task
+    return TASK
 
 
 def in_order(id2label: Mapping[Any, Any] | None) -> list[Any]:

@@ -183,3 +183,43 @@ def test_snippet(has_processor: bool):
     assert '"me/a-model", revision="v1")' in snippet[0]
     assert ("pipeline(" in snippet[0]) == has_processor
     assert "```python" not in str(model_card(full_facts(load_from=None)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "with_processor", "without"),
+    [
+        (
+            "SegformerForSemanticSegmentation",
+            "image-segmentation",
+            'run = pipeline("image-segmentation", model="me/x")',
+            'SegformerForSemanticSegmentation.from_pretrained("me/x")',
+        ),
+        (
+            "CLIPModel",  # its pipeline asks for words as well
+            "zero-shot-image-classification",
+            'CLIPModel.from_pretrained("me/x")',
+            'CLIPModel.from_pretrained("me/x")',
+        ),
+        (
+            "DeiTForImageClassificationWithTeacher",
+            "image-classification",
+            'classify = pipeline("image-classification", model="me/x")',
+            'AutoModelForImageClassification.from_pretrained("me/x")',
+        ),
+    ],
+)
+def test_the_task_is_that_of_the_class(architecture: str, task: str, with_processor: str, without: str):
+    """Cards of segmentation models said image classification, with code that fails."""
+    for has_processor, expected in ((True, with_processor), (False, without)):
+        card = model_card(
+            CardFacts(
+                name="x",
+                architecture=architecture,
+                config=None,
+                load_from="me/x",
+                has_processor=has_processor,
+                metrics={"eval_accuracy": 0.5},
+            )
+        )
+        assert expected in card.text
+        assert card.data.pipeline_tag == task and card.data.eval_results[0].task_type == task
