@@ -28,3 +28,8 @@ def logits_of(output: Any, may_be_first: bool = False) -> Tensor:
         f"the model returns a {type(output).__name__} without `logits`; expected a classifier, which returns a "
         f"tensor or an output with `logits`{', or a tuple that begins with them' if may_be_first else ''}."
     )
+
+
+def class_axis(dimensions: int) -> int:
+    """Return the axis of classes in logits: `(n, classes)`, maps `(n, classes, H, W)` or `(n, queries, classes)`."""
+    return 1 if dimensions == 4 else -1

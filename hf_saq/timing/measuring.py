@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import PackedLayer, QuantizedLayer
-from ..outputs import logits_of
+from ..outputs import class_axis, logits_of
 from .forms import FORMS, StoredForms
 from .inputs import images_for
 from .machine import cores, machine, versions
@@ -104,7 +104,7 @@ def benchmark(
             forms=tuple(found[name] for name in names),
             timings=tuple(timing for cell in cells for timing in _timings(cell, names, reference, clock)),
             skipped=skipped,
-            count=len(inputs),
+            count=expected.size // expected.shape[class_axis(expected.ndim)],
         )
 
 
@@ -236,8 +236,9 @@ def _timing(name: str, cell: _Cell, clock: str, ratios: list[float]) -> Timing:
 
 def _compared(name: str, size: int, logits: np.ndarray, expected: np.ndarray) -> FormResult:
     # Sorting takes NaN for the largest score: such an image has no class, and nothing gives it the same one.
-    has_class = ~(np.isnan(logits).any(-1) | np.isnan(expected).any(-1))
-    same = int((has_class & (logits.argmax(-1) == expected.argmax(-1))).sum())
+    axis = class_axis(expected.ndim)
+    has_class = ~(np.isnan(logits).any(axis) | np.isnan(expected).any(axis))
+    same = int((has_class & (logits.argmax(axis) == expected.argmax(axis))).sum())
     scale = np.sqrt(np.mean(np.square(expected, dtype=np.float64)))
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         difference = np.sqrt(np.mean(np.square(logits - expected, dtype=np.float64))) / max(scale, 1e-30)

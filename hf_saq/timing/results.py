@@ -20,7 +20,8 @@ class FormResult:
         name: Key of `FORMS`.
         about: What it is.
         file_bytes: Bytes of its weight files, or of its graph.
-        same_top1: Images that it gives the class that the quantized model gives; scores that are NaN give none.
+        same_top1: Images, or their pixels or queries, that it gives the class that the quantized model gives; scores
+            that are NaN give none.
         difference: Root mean square of the differences of its logits to the quantized model's, as a share of that of
             those; NaN or infinite, and then `None` in `to_dict()`, if logits are.
     """
@@ -82,6 +83,7 @@ class BenchmarkResult:
         forms: One entry for each form that was measured.
         timings: One entry for each form, number of threads and batch size.
         skipped: Form -> why it was not measured.
+        count: Predictions that were compared: one for each image, or for each of its pixels or queries.
     """
 
     model: str

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
 from hf_saq.export import ExportCheckError, export_onnx
-from hf_saq.export.checks import sessions, verification
+from hf_saq.export.checks import sessions, verification, whole_model
 from hf_saq.export.checks.sessions import integer_layers
 from hf_saq.export.checks.whole_model import Agreement, own_logits
 from hf_saq.export.extras import needed
@@ -192,3 +192,13 @@ def test_a_model_is_as_far_from_itself_as_its_roundings_flip():
     coarse = quantized(conv_net, X, weight_bits=2, activation_bits=2, first_last_bits=None)
     fine = quantized(conv_net, X, activation_bits=None, first_last_bits=None)
     assert own_logits(coarse, X)[1] > 1e-3 > 1e-6 > own_logits(fine, X)[1]
+
+
+def test_predictions_of_maps_are_counted_pixel_by_pixel(monkeypatch):
+    """An export of a segmentation model said, and its card with it, that 512 of 2 were equal."""
+    logits = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    other = logits.copy()
+    other[0, :, 1, 2] = np.roll(other[0, :, 1, 2], 1)  # another class in one pixel
+    monkeypatch.setattr(whole_model, "run_graph", lambda *_: {whole_model.OUTPUT: other})
+    found = whole_model.agreement(b"", logits, 0.1, torch.zeros(2, 1), "x", "")
+    assert (found.same_top1, found.count) == (39, 40)

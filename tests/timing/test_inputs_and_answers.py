@@ -12,7 +12,12 @@ from PIL import Image
 from quantized_models import quantized
 from tiny_models import resnet, vit
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
-from transformers import ConvNextImageProcessor, ViTImageProcessor
+from transformers import (
+    ConvNextImageProcessor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    ViTImageProcessor,
+)
 
 from hf_saq import pack
 from hf_saq.timing import benchmark, measuring
@@ -115,3 +120,21 @@ def test_what_is_given_twice_is_measured_once(answers, tmp_path):
     result = benchmark(model, forms=["packed", "packed"], rounds=1, batch_sizes=(1, 2, 1), threads=(1, 1))
     assert [(t.form, t.threads, t.batch) for t in result.timings] == [("packed", 1, 1), ("packed", 1, 2)]
     assert len([line for line in str(result).splitlines() if line.startswith("packed ")]) == 2
+
+
+def test_maps_are_compared_pixel_by_pixel(tmp_path, answers, monkeypatch):
+    """The class of a column of each map was compared, as often as there are rows: 768 of 16 were the same."""
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_attention_heads": [1, 1], "num_encoder_blocks": 2}
+    lists = {"patch_sizes": [7, 3], "strides": [4, 2], "sr_ratios": [2, 1], "mlp_ratios": [2, 2]}
+    config = SegformerConfig(**sizes, **lists, decoder_hidden_size=8, num_labels=3, image_size=32)
+    x = torch.randn(2, 3, 32, 32)
+    model = pack(quantized(lambda: SegformerForSemanticSegmentation(config).eval(), x))
+    model.save_pretrained(tmp_path)
+    of_class_0 = np.eye(3, dtype=np.float32)[:1, :, None, None].repeat(8, axis=2).repeat(8, axis=3)
+    monkeypatch.setattr(answers, "scores", of_class_0)
+    result = benchmark(tmp_path, rounds=1, forms=["packed"], image_size=32)
+    noise = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        classes = torch.cat([model(image).logits for image in noise.split(1)]).argmax(1)
+    assert result.count == 16 * 8 * 8 and result.forms[0].same_top1 == (classes == 0).sum()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...outputs import logits_of
+from ...outputs import class_axis, logits_of
 from ...quantizers import Quantizer
 from ..tracing import OUTPUT
 from .sessions import run_graph
@@ -44,8 +44,8 @@ class Agreement:
     Attributes:
         difference: Root mean square of the differences, as a share of that of the logits.
         own_noise: The same of the model with itself: see [`OwnLogits`].
-        same_top1: How many of the inputs have the same class.
-        count: How many inputs there were.
+        same_top1: How many of the predictions are the same class.
+        count: How many predictions there were: one for each input, or for each of its pixels or queries.
     """
 
     difference: float
@@ -130,8 +130,9 @@ def agreement(
     found = run_graph(engine, content, {input_name: example.numpy()})[OUTPUT]
     if found.shape != logits.shape:
         return Agreement(float("nan"), own_noise, 0, len(logits))
-    same = int((found.argmax(-1) == logits.argmax(-1)).sum())
-    return Agreement(_relative(found - logits, logits), own_noise, same, len(logits))
+    axis = class_axis(logits.ndim)
+    same = found.argmax(axis) == logits.argmax(axis)
+    return Agreement(_relative(found - logits, logits), own_noise, int(same.sum()), same.size)
 
 
 def _relative(difference: np.ndarray, logits: np.ndarray) -> float:
