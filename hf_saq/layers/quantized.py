@@ -51,6 +51,8 @@ class QuantizedLayer(HoldsQuantizers, QuantizesInput, ABC):
     _is_loading = False
     _came_first: frozenset[str] = frozenset()
     """Quantizers whose values were loaded without the weight, which then is in another part of the checkpoint."""
+    _awaited: frozenset[str] = frozenset()
+    """Quantizers whose values did not come with the weight; those that come later belong to it."""
 
     @classmethod
     def from_float(
@@ -79,6 +81,8 @@ class QuantizedLayer(HoldsQuantizers, QuantizesInput, ABC):
     def forward(self, x: Tensor) -> Tensor:
         if is_symbol(x):
             return call_in_graph(self, x)
+        if self._came_first:
+            self._warn_of_another_weight()
         x_q, w_q = self.quantized_input(x), self.quantized_weight()
         operand = in_autocast_type(x_q)
         with operand_recomputed(x_q, operand):
@@ -116,18 +120,42 @@ class QuantizedLayer(HoldsQuantizers, QuantizesInput, ABC):
                 continue
             has_values = any(f"{prefix}{child}.{name}" in state_dict for name, _ in quantizer.named_parameters())
             if f"{prefix}weight" not in state_dict:
-                self._came_first |= {child} if has_values else set()
+                self._came_first |= {child} - self._awaited if has_values else set()
             elif child in self._came_first:
                 self._came_first -= {child}
-            elif not has_values:
+            elif has_values:
+                self._awaited -= {child}
+            else:
+                self._awaited |= {child}
                 quantizer.reset()
-                # Fit no quantizer to shards of a weight: it stays without a range and raises when it is used.
-                if (
-                    quantizer is self.weight_quantizer
-                    and type(self.weight) is nn.Parameter
-                    and not self.weight.is_meta
-                ):
-                    quantizer.initialize(self.weight)
+                if quantizer is self.weight_quantizer:
+                    self._fit_weight_quantizer()
+
+    def _warn_of_another_weight(self) -> None:
+        self._came_first = frozenset()
+        path = next((quantizer.path for quantizer in self.own_quantizers()), "").rpartition(".")[0]
+        warnings.warn(
+            f"{path}: the values of its quantizers were loaded and its weight was not. If that is a new one, as in a "
+            f'head for other classes, leave out what begins with "{path}." altogether, or give it scales of its own: '
+            "`layer.weight_quantizer.initialize(layer.weight)`, then `calibrate`.",
+            stacklevel=4,
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw new weights as the float layer does; activations then wait for `calibrate` again."""
+        if "float_form" not in vars(self):  # in the constructor
+            super().reset_parameters()  # type: ignore[misc]
+        elif hasattr(self.float_form.kind, "reset_parameters"):
+            self.float_form.kind.reset_parameters(self)
+            for quantizer in self.own_quantizers():
+                quantizer.reset()
+                if quantizer is self.weight_quantizer:
+                    self._fit_weight_quantizer()
+
+    def _fit_weight_quantizer(self) -> None:
+        """Fit it to the whole weight; to shards of one nothing is fitted, and it raises when it is used."""
+        if type(self.weight) is nn.Parameter and not self.weight.is_meta:
+            self.weight_quantizer.initialize(self.weight)  # type: ignore[union-attr]
 
     def quantized_weight(self) -> Tensor:
         """Compute `Q(w)`, same shape as `weight`."""

@@ -179,6 +179,23 @@ class Quantizer(HasRangeState, ABC):
         scale, offset = self.grid(x)
         return codes.to(scale.dtype) * scale + offset
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Save as any module does, and note the bits beside torch's version of the module: `torch.save` keeps them."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        getattr(destination, "_metadata", {}).get(prefix[:-1], {})["bits"] = self.bits
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs):
+        """Load as any module does; refuse values that are known to be of other bits: their grid is another one."""
+        bits = local_metadata.get("bits", self.bits)
+        if bits != self.bits and any(f"{prefix}{name}" in state_dict for name in (*self._parameters, *self._buffers)):
+            error_msgs.append(
+                f"{prefix[:-1]}: its values are those of {bits} bits, and this model has {self.bits}. Quantize with "
+                "the configuration that was saved. To go on with other bits load the weights alone, and calibrate: "
+                '`load_state_dict({k: v for k, v in state.items() if "_quantizer." not in k}, strict=False)`.'
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs)
+
     def _apply(self, fn, recurse=True):
         """Move and convert as any module does, but let `.to(torch.bfloat16)` and the like leave the grid as it is."""
         return super()._apply(without_narrowing(fn), recurse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -88,3 +89,63 @@ def test_parameters_without_buffers_keep_their_scales():
     model = calibrate(quantized(vit(seed=0)), [images(4)])
     model.load_state_dict(dict(source.named_parameters()), strict=False)
     assert torch.equal(logits(model), logits(source))
+
+
+@pytest.mark.parametrize("through", ["memory", "file"])
+def test_values_of_other_bits_are_refused(through: str):
+    """A user goes from 8 to 4 bits by load_state_dict, or has forgotten the bits: steps were 16 times too small."""
+    source = calibrate(quantized(resnet(seed=1)), [images(4)])
+    state = source.state_dict()
+    if through == "file":
+        torch.save(state, file := io.BytesIO())
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    model = quantize(resnet(seed=1), SAQQuantizationConfig(weight_bits=4, activation_bits=4))
+    with pytest.raises(RuntimeError, match=r"quantizer: its values are those of 8 bits, and this model has 4"):
+        model.load_state_dict(state)
+    quantized(resnet(seed=0)).load_state_dict(state)
+    weights = {name: value for name, value in state.items() if "_quantizer." not in name}  # as the message says
+    model.load_state_dict(weights, strict=False)
+    expected = quantize(resnet(seed=1), SAQQuantizationConfig(weight_bits=4, activation_bits=4))
+    assert torch.equal(logits(calibrate(model.eval(), [images(4)])), logits(calibrate(expected.eval(), [images(4)])))
+
+
+def test_the_values_of_a_head_without_its_weight_are_told_of():
+    """A user drops `weight` and `bias` of the head from a checkpoint, for other classes: it kept the old scales."""
+    source = calibrate(quantized(vit(seed=1)), [images(4)])
+    state = source.state_dict()
+    del state["classifier.weight"], state["classifier.bias"]
+    model = quantized(vit(seed=0))
+    model.load_state_dict(state, strict=False)
+    with pytest.warns(
+        UserWarning, match=r"^classifier: the values of its quantizers were loaded and its weight was not"
+    ):
+        model(images(2))
+    model(images(2))  # said once
+    for name in [name for name in state if name.startswith("classifier.")]:
+        del state[name]
+    model.load_state_dict(state, strict=False)
+    model(images(2))  # a head that is left out altogether is nothing to be told of
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "liq"])
+def test_reset_parameters_resets_quantizers(quantizer: str):
+    """A user resets all layers before each fold of a cross-validation: scales stayed those of the fold before."""
+    model = calibrate(quantized(resnet(seed=0), quantizer), [images(4)])
+    with torch.no_grad():
+        for module in model.modules():
+            for p in module.parameters(recurse=False) if isinstance(module, Quantizer) else ():
+                p.mul_(7)
+    torch.manual_seed(3)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    with pytest.raises(RuntimeError, match="activation_quantizer: this activation quantizer has no range yet"):
+        model(images(4))
+    expected = resnet(seed=0)
+    torch.manual_seed(3)
+    for module in expected.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    expected = calibrate(quantized(expected, quantizer), [images(4)])
+    assert torch.equal(logits(calibrate(model, [images(4)])), logits(expected))

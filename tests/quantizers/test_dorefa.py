@@ -109,3 +109,16 @@ def test_negative_activations_take_the_signed_grid_through_zero():
     quantizer.initialize(x)
     assert quantizer.signed and not quantizer.has_offset
     assert_close(quantizer(x), (x / (3 / 7)).round().clamp(-8, 7) * (3 / 7))
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+def test_the_range_of_activations_stays_fixed_where_all_parameters_are_made_trainable(signed: bool):
+    """A user freezes a backbone and thaws all of it: the fixed range was learned from then on, as in PACT."""
+    quantizer = DoReFaQuantizer(QuantizerSettings(3, "activation", signed))
+    x = torch.linspace(0, 2, 20)
+    quantizer.initialize(x)
+    for p in quantizer.parameters():
+        p.requires_grad_(True)
+    x.requires_grad_()
+    quantizer(x * 1.5).sum().backward()
+    assert quantizer.clip_value.grad is None and x.grad.abs().sum() > 0

@@ -66,7 +66,9 @@ class DoReFaQuantizer(ClipQuantizer):
 
     def learned_grid(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.role == "activation":
-            return super().learned_grid(x)
+            scale, offset = super().learned_grid(x)
+            # Not by `requires_grad` alone: whoever freezes a model and thaws all of it again would make this PACT.
+            return (scale, offset) if self.learns_activation_clip else (scale.detach(), offset)
         clip_value: Tensor = self.clip_value
         if x is not None:
             follows = clip_value * self._largest(torch.tanh(x / self.tanh_width.abs()))
