@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import FORMAT_VERSION, SAQQuantizationConfig
 from ..layers import QUANTIZED_LAYERS, HoldsQuantizers, PackedLayer
@@ -37,11 +38,17 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
 
     Raises:
         ValueError: If the model is quantized already, has no layer that can be quantized, has no attention that can be
-            and `quantize_attention` asks for it, or if a name in `modules_to_not_convert` or a pattern in `overrides`
-            matches no module.
+            and `quantize_attention` asks for it, is wrapped by DDP, or if a name in `modules_to_not_convert` or a
+            pattern in `overrides` matches no module.
     """
     if not isinstance(config, SAQQuantizationConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a SAQQuantizationConfig.")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "quantize: the model is wrapped by DistributedDataParallel, which averages the gradients of parameters "
+            "that it found then. It would miss the new step sizes, and every process would learn its own. Quantize "
+            "`model.module`, and wrap it anew."
+        )
     report = convert(model, config)
     initialize_weight_quantizers(model)
     if report.converted and hasattr(getattr(model, "config", None), "model_type"):

@@ -2,7 +2,8 @@
 
 The running statistics of norms have a file of their own, `frozen_batch_norm.py`. Others keep a queue of features, the
 centre of a teacher's answers, the vectors of a power iteration: changed twice in a step they would follow the
-perturbation, and a second pass would find its own images in the queue.
+perturbation, and a second pass would find its own images in the queue. Frozen parameters that follow others in a
+forward, as those of a momentum encoder do, would take two steps.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class _Saved(NamedTuple):
 class BufferState:
     """Holds the buffers of a model at the moment it is made, without those of norms and of quantizers.
 
+    And the tensors behind frozen parameters, which are not copied: a new tensor that a forward puts in the place of
+    one, `p.data = m * p.data + (1 - m) * q.data`, is taken back; a change of the tensor itself is not.
+
     Args:
         model: Modules may change these buffers in place or put others in their place.
     """
@@ -43,6 +47,8 @@ class BufferState:
             if not isinstance(module, Quantizer) and not has_running_statistics(module)
             for name, buffer in module._buffers.items()
         ]
+        frozen = [p for p in model.parameters() if not p.requires_grad and type(p) is nn.Parameter]
+        self._frozen = [(p, p.data) for p in frozen if type(p.data) is Tensor]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -52,6 +58,13 @@ class BufferState:
                 buffer.copy_(value)
             if name in module._buffers and module._buffers[name] is not buffer:
                 module._buffers[name] = buffer
+        for p, tensor in self._frozen:
+            if p.data.data_ptr() != tensor.data_ptr() and _are_alike(p.data, tensor):
+                p.data = tensor
+
+
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _version(buffer: Tensor | None) -> int:

@@ -17,7 +17,7 @@ class RNGState:
     python: Any = field(default_factory=random.getstate)
     numpy: Any = field(default_factory=np.random.get_state)
     cpu: torch.Tensor = field(default_factory=torch.get_rng_state)
-    device: torch.Tensor | None = field(default_factory=lambda: _accelerator_rng_state())
+    device: Any = field(default_factory=lambda: _accelerator_rng_state())
 
     def restore(self) -> None:
         """Set all generators back to these states."""
@@ -25,12 +25,16 @@ class RNGState:
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         if self.device is not None:
-            _device_module().set_rng_state(self.device)
+            module = _device_module()
+            (module.set_rng_state_all if isinstance(self.device, list) else module.set_rng_state)(self.device)
 
 
-def _accelerator_rng_state() -> torch.Tensor | None:
+def _accelerator_rng_state() -> torch.Tensor | list[torch.Tensor] | None:
+    """Return the states of all devices, where there may be several: a model need not be on the current one."""
     module = _device_module()
-    return None if module is None else module.get_rng_state()
+    if module is None:
+        return None
+    return module.get_rng_state_all() if hasattr(module, "set_rng_state_all") else module.get_rng_state()
 
 
 def _device_module() -> Any:

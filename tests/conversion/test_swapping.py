@@ -264,3 +264,15 @@ def test_a_scale_too_coarse_for_many_channels_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantize(per_channel, SAQQuantizationConfig(weight_granularity="channel"))
+
+
+def test_a_model_that_is_wrapped_by_ddp_is_refused():
+    """A user wraps the model, trains it in float, and quantizes what is inside: its scales were not averaged."""
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)  # without processes
+    wrapped.module = linear_net()
+    with pytest.raises(
+        ValueError, match="wrapped by DistributedDataParallel.*Quantize `model.module`, and wrap it anew"
+    ):
+        quantize(wrapped, W4A4)
+    assert not any(isinstance(module, QuantLinear) for module in wrapped.modules())

@@ -133,3 +133,35 @@ def test_a_pass_that_fails_leaves_what_the_first_one_remembered():
         net(data[0])
         raise KeyError
     assert_remembers(net, plain)
+
+
+class MomentumEncoder(nn.Module):
+    """Compares features with those of a frozen encoder that follows the trained one in every forward (MoCo, BYOL)."""
+
+    def __init__(self):
+        super().__init__()
+        self.online = quantized(linear_net)
+        self.slow = copy.deepcopy(self.online).requires_grad_(False)
+        self.found: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.found.append(self.slow[0].weight.clone())
+        with torch.no_grad():
+            for p, q in zip(self.online.parameters(), self.slow.parameters(), strict=True):
+                q.data = q.data * 0.9 + p.data * 0.1 + 0.01
+            near = self.slow(x)
+        return self.online(x) - near
+
+
+def test_a_momentum_encoder_takes_one_step():
+    """It took two, the second towards biases and norms that were perturbed."""
+    net, data = MomentumEncoder().train(), batch(linear_net())
+    plain, still = copy.deepcopy(net), copy.deepcopy(net)
+    loss_of(plain, data).backward()
+    two_passes(net, SharpnessAwareMinimizer(net, rho=RHO), data)
+    assert torch.equal(*net.found)
+    for p, q in zip(net.slow.parameters(), plain.slow.parameters(), strict=True):
+        assert torch.equal(p, q)
+    two_passes(still, SharpnessAwareMinimizer(still, rho=0.0), data)
+    for p, q in zip(still.online.parameters(), plain.online.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)

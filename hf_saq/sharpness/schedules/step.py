@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..frozen_batch_norm import frozen_norm_statistics
@@ -77,7 +78,11 @@ class ScheduledStep:
 
         Returns:
             The loss and the quantities for the log.
+
+        Raises:
+            TypeError: If `backward` returns no loss.
         """
+        backward = _returning_a_loss(backward)
         if k == 0:
             self.minimizer.reset()  # the step before may have been stopped half-way
             self.rule.begin_step()
@@ -150,3 +155,18 @@ class ScheduledStep:
         self.rule.load_state(tensors, values)
         if self.radius is not None:
             self.radius.load_state(values[RADIUS])
+
+
+def _returning_a_loss(backward: Backward) -> Backward:
+    """Let `backward` return a tensor, of a plain number too; refuse one that returns nothing."""
+
+    def checked(*args: Any, **kwargs: Any) -> Tensor:
+        loss = backward(*args, **kwargs)
+        if loss is None:
+            raise TypeError(
+                "`backward` returned None; expected the loss of the batch, divided by the number of micro-batches. "
+                "End it with `return loss`."
+            )
+        return loss if isinstance(loss, Tensor) else torch.tensor(float(loss))
+
+    return checked
