@@ -82,10 +82,10 @@ def hessian_trace(
         The trace, its standard error over vectors, and the traces of the blocks of each tensor of the point.
     """
     vectors = [random_signs(point, generator) for _ in range(samples)]
-    blocks = torch.zeros(samples, len(point.keys), dtype=torch.float64)
+    blocks = torch.zeros(samples, len(point.keys), dtype=torch.float64, device="cpu")
     for weight, products in zip(data.weights, point.hessian_products(data, vectors), strict=True):
         for row, (v, product) in enumerate(zip(vectors, products, strict=True)):
-            blocks[row] += weight * torch.tensor([dot([a], [b]) for a, b in zip(v, product, strict=True)])
+            blocks[row] += weight * blocks.new_tensor([dot([a], [b]) for a, b in zip(v, product, strict=True)])
         after_each()
     totals = blocks.sum(1).tolist()
     return statistics.mean(totals), deviation(totals) / samples**0.5, blocks.mean(0).tolist()
@@ -93,8 +93,9 @@ def hessian_trace(
 
 def random_vector(point: WeightPoint, generator: torch.Generator) -> Vector:
     """Draw standard normal numbers on the CPU, so that every device gets the same."""
-    return [torch.randn(part.shape, generator=generator).to(part) for part in point.zeros()]
+    return [torch.randn(part.shape, generator=generator, device="cpu").to(part) for part in point.zeros()]
 
 
 def random_signs(point: WeightPoint, generator: torch.Generator) -> Vector:
-    return [(torch.randint(2, part.shape, generator=generator) * 2 - 1).to(part) for part in point.zeros()]
+    signs = (torch.randint(2, part.shape, generator=generator, device="cpu") * 2 - 1 for part in point.zeros())
+    return [sign.to(part) for sign, part in zip(signs, point.zeros(), strict=True)]

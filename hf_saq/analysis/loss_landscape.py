@@ -170,7 +170,7 @@ def landscape(
         for name, point in _points(named, perturb).items():
             model = point.model
             with left_as_it_was(model):
-                generator = torch.Generator().manual_seed(seed)
+                generator = torch.Generator("cpu").manual_seed(seed)
                 first = filter_normalized(point, generator)
                 second = filter_normalized(point, generator) if dimensions == 2 else point.zeros()
 

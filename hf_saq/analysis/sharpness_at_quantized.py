@@ -158,7 +158,7 @@ def sharpness(
     data = LabelledBatches("sharpness", batches, loss)
     warn_of_few_digits("sharpness", model)
     point = WeightPoint("sharpness", model, perturb)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     steps = 2 * len(data) + 1 + random_directions + power_iterations
     with left_as_it_was(model), progress_bar(steps, "sharpness", progress) as bar:
         losses, steepest, adaptive = [], [], []

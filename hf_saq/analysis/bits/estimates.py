@@ -80,7 +80,7 @@ def activation_estimates(
         for operand in operands:
             for b in bits:
                 others = candidates.of(operand, b)
-                slopes = torch.zeros(size, dtype=torch.float64)
+                slopes = torch.zeros(size, dtype=torch.float64, device="cpu")
                 for quantizer in operand.quantizers:
                     for x, output, gradient in uses.get(quantizer, ()):
                         with torch.no_grad():

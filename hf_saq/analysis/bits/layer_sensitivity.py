@@ -225,7 +225,7 @@ def sensitivity(
         with observed(others):
             if any(o.weight.requires_grad for o in weights):  # type: ignore[union-attr]
                 point = WeightPoint("sensitivity", model, ("weight",))
-                generator = torch.Generator().manual_seed(seed)
+                generator = torch.Generator("cpu").manual_seed(seed)
                 estimates |= weight_estimates(point, part, weights, bits, fitted, trace_samples, generator)
             if activations:
                 estimates |= activation_estimates(model, part, activations, bits, fitted)

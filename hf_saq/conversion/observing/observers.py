@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class ActivationObserver(Observer):
         self.minimum, self.maximum = float("inf"), -float("inf")
         self.offered = 0
         self.samples: list[Tensor] = []
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
 
     def update(self, x: Tensor) -> None:
         self.ran = True
@@ -41,7 +42,8 @@ class ActivationObserver(Observer):
             if flat.numel() > SAMPLES_PER_BATCH:
                 # Draw at random: with an even stride all draws may miss the same channel or place of the layout.
                 # The generator has a seed of its own, so that every process draws alike.
-                draw = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator)
+                # On the CPU whatever torch's default device is, as its generator is.
+                draw = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=self.generator, device="cpu")
                 flat = flat[draw.to(flat.device)]
             self._keep(flat.float())
 
@@ -62,8 +64,9 @@ class ActivationObserver(Observer):
             return
         if len(self.samples) > 1:
             self.samples = [torch.cat(self.samples)]
-        counts = torch.arange(self.offered + 1, self.offered + len(late) + 1, dtype=torch.float64)
-        places = (torch.rand(len(late), generator=self.generator, dtype=torch.float64) * counts).long()
+        of_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
+        counts = torch.arange(self.offered + 1, self.offered + len(late) + 1, **of_cpu)
+        places = (torch.rand(len(late), generator=self.generator, **of_cpu) * counts).long()
         taken = (places < SAMPLES).nonzero().flatten()
         # Of several values for one place the last stays, on every device.
         last = dict(zip(places[taken].tolist(), taken.tolist(), strict=True))

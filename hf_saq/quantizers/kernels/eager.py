@@ -46,6 +46,5 @@ def _place(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 @functools.lru_cache(maxsize=128)
 def just_outside(grid: Grid, dtype: torch.dtype) -> tuple[float, float]:
     """Find the numbers next to `qmin` and `qmax` on the far side: `hardtanh_backward` counts its bounds as outside."""
-    infinity = torch.tensor(torch.inf, dtype=dtype)
-    low, high = torch.tensor([grid.qmin, grid.qmax], dtype=dtype)
+    low, high, infinity = torch.tensor([grid.qmin, grid.qmax, torch.inf], dtype=dtype, device="cpu")
     return torch.nextafter(low, -infinity).item(), torch.nextafter(high, infinity).item()
