@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,3 +56,23 @@ def split_off_scales(groups: Iterable[dict[str, Any]], model: nn.Module, ratio: 
             group["params"] = [p for p in group["params"] if p not in scales]
             new.append({**group, "params": own, "lr": group["lr"] * ratio})
     return new
+
+
+def tell_of_another_rate(groups: Iterable[dict[str, Any]], model: nn.Module, ratio: float) -> None:
+    """Warn if the quantizers' values learn at another rate than `ratio` times that of the weights.
+
+    Schedulers that set the rate of each group by themselves, and a checkpoint, take the place of what was asked for.
+
+    Args:
+        groups: Of an optimizer that `split_off_scales` was applied to, with the first rates that schedulers keep.
+    """
+    scales = quantizer_parameters(model)
+    first = [(g["initial_lr"], scales.issuperset(g["params"])) for g in groups if g["params"] and "initial_lr" in g]
+    own, others = ([float(rate) for rate, is_own in first if is_own is kind] for kind in (True, False))
+    if own and others and max(others) > 0 and not math.isclose(max(own) / max(others), ratio, rel_tol=1e-6):
+        warnings.warn(
+            f"SAQTrainer: step sizes of quantizers learn at {max(own) / max(others):g} times the rate of the weights, "
+            f"not at SAQConfig.scale_lr_ratio={ratio:g}: the scheduler sets rates of its own (give OneCycleLR a "
+            "max_lr for each group of the optimizer), or the checkpoint has those of another ratio.",
+            stacklevel=3,
+        )

@@ -124,7 +124,16 @@ class SavesAndResumes(Trainer):
         return str(asked)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"{checkpoint}: its optimizer has other groups of parameters than that of this run ({error}). Resume "
+                "with the optimizer, the frozen parameters and the SAQConfig.scale_lr_ratio that wrote it: 1 makes no "
+                "groups for step sizes of quantizers."
+            ) from error
         if checkpoint is not None and self.scheduled_step is not None:
             load_schedule(self.scheduled_step, checkpoint, self.args.process_index, self.args.world_size)
 

@@ -25,7 +25,7 @@ from .analyses import GivesBits, MeasuresSharpness
 from .columns import KeepsColumnsOfTransforms
 from .distillation import LearnsFromTeacher
 from .fsdp import check_fsdp, skeleton_of
-from .parameter_groups import quantizer_parameters, split_off_scales
+from .parameter_groups import quantizer_parameters, split_off_scales, tell_of_another_rate
 from .perturbed_steps import PerturbedSteps
 from .reestimating_norms import ReestimatesNorms
 from .replayed_stream import ReplayedStream
@@ -83,6 +83,8 @@ class SAQTrainer(
 
     _knows_optimizer = False
     """Whether [`create_optimizer`] here has made or seen the optimizer."""
+    _made_groups = False
+    """Whether it has made the groups of that."""
 
     def __init__(
         self,
@@ -214,6 +216,7 @@ class SAQTrainer(
             groups = split_off_scales(optimizer.param_groups, model or self.model, self.saq_config.scale_lr_ratio)
             for group in groups:
                 optimizer.add_param_group(group)
+            self._made_groups = True
         elif not is_new:
             self._check_own_optimizer(optimizer, model or self.model)
         return optimizer
@@ -226,6 +229,8 @@ class SAQTrainer(
             return prepared
         if not self._knows_optimizer:
             self._check_own_optimizer(own, self.model)
+        elif self._made_groups:
+            tell_of_another_rate(own.param_groups, self.model, self.saq_config.scale_lr_ratio)
         if self.minimizer is not None:
             known = set(self.model.parameters())
             self.minimizer.outside = [p for group in own.param_groups for p in group["params"] if p not in known]

@@ -266,3 +266,30 @@ def test_losses_that_are_nan_are_left_out_of_logs_as_trainer_does(schedule, is_f
         assert together[name] == pytest.approx(mean, abs=2e-6) if is_filtered else together[name] != together[name]
     assert together["ascent_norm"] == pytest.approx((apart[0]["ascent_norm"] + apart[2]["ascent_norm"]) / 2, rel=1e-5)
     assert together["skipped_perturbations"] == apart[1]["skipped_perturbations"] == 1
+
+
+class OneCycle(SAQTrainer):
+    """A scheduler that gives all groups one rate."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=1e-3, total_steps=4)
+        return self.lr_scheduler
+
+
+def test_step_sizes_that_do_not_learn_at_their_own_rate(tmp_path):
+    """A scheduler that sets rates, and a checkpoint of another ratio: `scale_lr_ratio` was ignored. Another number of
+    groups is refused by name."""
+
+    def trainer_with_ratio(ratio, cls=SAQTrainer, **changes):
+        config = SAQConfig(case=None, scale_lr_ratio=ratio)
+        model = quantized_model("vit", torch.float32)
+        return cls(model, arguments(tmp_path, **changes), saq_config=config, train_dataset=Images(8, torch.float32))
+
+    with pytest.warns(UserWarning, match="learn at 1 times the rate of the weights, not at SAQConfig.scale_lr_ratio="):
+        trainer_with_ratio(0.1, OneCycle, max_steps=1).train()
+    trainer_with_ratio(0.1, max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.warns(UserWarning, match=r"learn at 0.1 times .* not at SAQConfig.scale_lr_ratio=0.5"):
+        trainer_with_ratio(0.5, max_steps=2).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint-1: its optimizer has other groups .*scale_lr_ratio"):
+        trainer_with_ratio(1.0, max_steps=2).train(resume_from_checkpoint=checkpoint)
