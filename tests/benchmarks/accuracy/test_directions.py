@@ -47,3 +47,18 @@ def test_the_whole_batch_in_the_last_layers_is_a_projection():
     assert cosine == pytest.approx(length / 0.01, rel=1e-9) and share == late.share and 0 < share < 0.5
     assert rise == pytest.approx((losses[2] - losses[0]) / (losses[1] - losses[0]), rel=1e-6)
     assert -1 < found["1/4 of the batch"][0][0] < 1
+
+
+def test_the_images_with_the_largest_losses():
+    """Where all others have losses near zero, theirs are the whole gradient. Batch norms must not mix the images."""
+    model = quantized_model("resnet").eval()
+    pixels = images(8).double()
+    with torch.no_grad():
+        labels = model(pixels).logits.argmax(-1)
+        labels[5:7] = (labels[5:7] + 1) % 3  # two are wrong
+        head = model.classifier[1]
+        for value in (head.weight, head.bias, head.weight_quantizer.scale):
+            value.mul_(300)
+    found = {way: values for way, values, _ in directions_of(model, {"pixels": pixels, "labels": labels}, 1e-4)}
+    cosine, _ = found["the 1/4 with the largest losses"]
+    assert cosine > 0.9 > found["1/4 of the batch"][0]
