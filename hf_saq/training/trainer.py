@@ -83,8 +83,8 @@ class SAQTrainer(
 
     _knows_optimizer = False
     """Whether [`create_optimizer`] here has made or seen the optimizer."""
-    _made_groups = False
-    """Whether it has made the groups of that."""
+    _ratio_of_groups: float | None = None
+    """The `scale_lr_ratio` that it has made the groups of that with."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class SAQTrainer(
             groups = split_off_scales(optimizer.param_groups, model or self.model, self.saq_config.scale_lr_ratio)
             for group in groups:
                 optimizer.add_param_group(group)
-            self._made_groups = True
+            self._ratio_of_groups = self.saq_config.scale_lr_ratio
         elif not is_new:
             self._check_own_optimizer(optimizer, model or self.model)
         return optimizer
@@ -229,8 +229,8 @@ class SAQTrainer(
             return prepared
         if not self._knows_optimizer:
             self._check_own_optimizer(own, self.model)
-        elif self._made_groups:
-            tell_of_another_rate(own.param_groups, self.model, self.saq_config.scale_lr_ratio)
+        elif self._ratio_of_groups is not None:
+            tell_of_another_rate(own.param_groups, self.model, self._ratio_of_groups)
         if self.minimizer is not None:
             known = set(self.model.parameters())
             self.minimizer.outside = [p for group in own.param_groups for p in group["params"] if p not in known]
