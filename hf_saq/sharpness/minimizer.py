@@ -40,6 +40,7 @@ class SharpnessAwareMinimizer:
     ```
 
     This is the one way to take a full step; [`ScheduledStep`] makes others of [`displaced`], [`recorded`], [`climb`].
+
     One buffer of the size of the quantized weights is needed: `g_q`, which becomes `eps` in place; it is part of no
     state dict. (In cases 1 and 2 it is the gradient of the latent weights, of which case 2 also saves a copy.)
     Parameters may be replaced, frozen or unfrozen between steps; each step perturbs what is trainable at that time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,25 +70,30 @@ def raised(**options) -> str:
     return "nothing"
 
 
-def trained(case, sync, output: Path) -> dict:
-    """State after a run, and the trainer."""
+def trained(case, sync, output: Path) -> tuple[dict, SAQTrainer]:
+    """What a run leaves, and its trainer."""
     trainer = trainer_of(case, sync, output / "runs")
     trainer.train()
     skipped = trainer.minimizer.skipped if trainer.minimizer else 0
     sharded = all(hasattr(p, "full_tensor") for p in trainer.model.parameters())
-    return {"state": state_of(trainer), "skipped": skipped, "sharded": sharded, "trainer": trainer}
+    return {"state": state_of(trainer), "skipped": skipped, "sharded": sharded}, trainer
 
 
-def runs(output: Path, asked: list) -> dict:
+def runs(output: Path) -> dict:
     """Runs by case and sync, and what the last of them saves."""
-    results = {run: trained(*run, output) for run in asked}
-    trainer = [result.pop("trainer") for result in results.values()][-1]
+    results = {}
+    for run in RUNS:
+        results[run], trainer = trained(*run, output)
     trainer.save_model(str(output / "packed"))
     logits = trainer.model.eval()(pixel_values=images(4).double()).logits
     if dist.get_rank() == 0:
         reloaded = AutoModelForImageClassification.from_pretrained(output / "packed", dtype=torch.float64)
         results["packed"] = {"trained": logits.detach(), "reloaded": reloaded(images(4).double()).logits.detach()}
     return results
+
+
+def more_runs(output: Path) -> dict:
+    return {run: trained(*run, output)[0] for run in MORE_RUNS}
 
 
 def resumed(kind: str, output: Path) -> dict:
@@ -141,10 +147,10 @@ def refused(output: Path) -> dict:
 
 
 PARTS = {
-    "runs": lambda output: runs(output, RUNS),
-    "more runs": lambda output: runs(output, MORE_RUNS),
-    "FULL_STATE_DICT": lambda output: resumed("FULL_STATE_DICT", output),
-    "SHARDED_STATE_DICT": lambda output: resumed("SHARDED_STATE_DICT", output),
+    "runs": runs,
+    "more runs": more_runs,
+    "FULL_STATE_DICT": partial(resumed, "FULL_STATE_DICT"),
+    "SHARDED_STATE_DICT": partial(resumed, "SHARDED_STATE_DICT"),
     "stale": stale,
     "last layers": last_layers,
     "radius matched": radius_matched,

@@ -9,7 +9,7 @@ from processes import SUPPORT, run_python
 from reference import largest_difference
 from training import make_trainer, reference_result, scheduled_reference
 
-pytestmark = pytest.mark.slow  # seven trainings, most of a minute of two cores
+pytestmark = pytest.mark.slow  # nine trainings, most of a minute of two cores
 TOLERANCE = 1e-11
 PARTS = ("more runs", "SHARDED_STATE_DICT", "stale", "last layers", "radius matched")
 
