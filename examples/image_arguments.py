@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_saq import SAQConfig, SAQQuantizationConfig
 from hf_saq.data import DataTrainingArguments
+from hf_saq.sharpness.schedules import KNOBS
 from hf_saq.training import check_distillation, what_is_missing
 
 METHODS = ("qat", "saq")
@@ -39,7 +40,7 @@ class QuantizationArguments:
     )
     quantizer: str = field(default="lsq", metadata={"help": "Name of the quantizer."})
     weight_granularity: str = field(default="tensor", metadata={"help": "tensor or channel."})
-    activation_mode: str = field(default="auto", metadata={"help": "auto, signed or unsigned."})
+    activation_mode: str = field(default="auto", metadata={"help": "auto, signed, unsigned or affine."})
     scale_init: str = field(default="mse", metadata={"help": "mse or mean."})
     first_last_bits: int = field(default=8, metadata={"help": "Of the first layer and the heads; 0: like the rest."})
     quantize_attention: bool = field(default=False, metadata={"help": "Also the operands of attention products."})
@@ -145,7 +146,7 @@ DIGITS_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "dataloader_pin_memory": False,
     "rho": 0.2,
-    "interval": 1,  # as schedule="full", but any other schedule may be given on the command line
+    "interval": 1,  # two passes in every step; a schedule on the command line takes its place
 }
 """Used for what the user does not set when no data set is named."""
 
@@ -201,21 +202,27 @@ def parse_arguments(argv: Sequence[str], description: str = "") -> Arguments:
     """From the command line, or from a `.json` or `.yaml` file and what the command line has after it, which wins."""
     parser = make_parser(description)
     try:
-        given, rest = {}, list(argv)
+        given, rest, digits = {}, list(argv), dict(DIGITS_DEFAULTS)
         if rest and rest[0].endswith((".json", ".yaml", ".yml")):
             given = read_arguments(Path(rest.pop(0)), parser)
+        if any(text.split("=")[0] == "--schedule" for text in rest):  # a preset says all of the schedule
+            given, digits = _without_knobs(given), _without_knobs(digits)
         parser.set_defaults(**given)
         asked, unknown = parser.parse_known_args(rest)
         if unknown:
             raise ValueError(_no_argument(unknown, parser))
         if not (asked.dataset_name or asked.train_dir or asked.validation_dir):
-            parser.set_defaults(**{**DIGITS_DEFAULTS, **given})
+            parser.set_defaults(**{**digits, **given})
         parsed = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
         model, data, quantization, saq, training = parsed
         training.resume_from_checkpoint = resume_choice(training.resume_from_checkpoint)
         return model, data, training, saq, quantization  # type: ignore[return-value]
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
+
+
+def _without_knobs(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in KNOBS}
 
 
 def read_arguments(path: Path, parser: OneLineParser) -> dict[str, Any]:

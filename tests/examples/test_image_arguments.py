@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from hf_saq import SAQConfig
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from image_arguments import DIGITS_DEFAULTS, make_parser, parse_arguments, resume_choice  # noqa: E402
 
@@ -24,6 +26,16 @@ def test_one_file_of_arguments(kind, tmp_path):
     _, data, training, saq, quantization = parse_arguments([str(path)])
     assert data.is_digits and saq.rho == 0.25 and quantization.weight_bits == [3]
     assert training.learning_rate == DIGITS_DEFAULTS["learning_rate"]
+
+
+@pytest.mark.parametrize("preset", ["full", "balanced", "last_layers", "free"])
+def test_schedule_of_the_command_line_takes_the_place_of_all_knobs(preset, tmp_path):
+    path = tmp_path / "arguments.yaml"
+    path.write_text("interval: 1\nascent_fraction: 0.5\n")
+    expected = SAQConfig(schedule=preset).perturbation_schedule()
+    for arguments in ([f"--schedule={preset}"], [str(path), "--schedule", preset]):
+        assert parse_arguments(arguments)[3].perturbation_schedule() == expected
+    assert parse_arguments([str(path), "--interval=2"])[3].ascent_fraction == 0.5  # a knob goes with the others
 
 
 def test_the_command_line_overrides_the_digits_defaults():
