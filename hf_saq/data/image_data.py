@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, DatasetDict, Features, Image, concatenate_datasets, load_dataset
+from datasets import ClassLabel, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
 from datasets import Dataset as HFDataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -230,9 +230,25 @@ def _standard_columns(dataset: HFDataset, args: DataTrainingArguments) -> HFData
     dataset = dataset.select_columns([image, label])
     renames = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     dataset = dataset.rename_columns(renames) if renames else dataset
-    if not isinstance(dataset.features["label"], ClassLabel):
-        dataset = dataset.class_encode_column("label")
-    return dataset
+    feature = dataset.features["label"]
+    if isinstance(feature, ClassLabel):
+        return dataset
+    if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float")):
+        return _numbered_in_order(dataset)
+    return dataset.class_encode_column("label")
+
+
+def _numbered_in_order(dataset: HFDataset) -> HFDataset:
+    """Make classes of numbers, in the order of the numbers: `datasets` sorts them as text, with 10 before 2, and a
+    model that was trained on the numbers themselves would be shown other classes."""
+    numbers = sorted(dataset.unique("label"))
+    place = {number: k for k, number in enumerate(numbers)}
+    return dataset.map(
+        lambda labels: {"label": [place[label] for label in labels]},
+        batched=True,
+        input_columns=["label"],
+        features=Features({**dataset.features, "label": ClassLabel(names=[str(number) for number in numbers])}),
+    )
 
 
 def _with_classes_of(training: HFDataset, evaluation: HFDataset) -> HFDataset:

@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from image_mistakes import unreadable_images_in_one_line  # noqa: E402
 
 from hf_saq.data import (  # noqa: E402
+    DataTrainingArguments,
     TransformedImages,
     UnreadableImageError,
+    load_split,
     transforms,
     without_unreadable,
 )
@@ -138,6 +140,19 @@ def test_labels_without_names_become_classes(labels, tmp_path):
     kind = Value("string" if isinstance(labels[0], str) else "int64")
     splits = load(dataset_name=table(tmp_path / "data", labels, kind), train_val_split=0.25)
     assert splits["train"].features["label"].names == sorted(map(str, set(labels)))
+
+
+@pytest.mark.parametrize("kind", ["int64", "float32"])
+def test_labels_that_are_numbers_are_classes_in_the_order_of_the_numbers(kind, tmp_path):
+    """Twelve classes, one of which no image has: class 10 came before class 2, as text does, also to the heads of
+    models that had been trained on the numbers."""
+    there = [k for k in range(13) if k != 7]
+    rows = table(tmp_path / "data", there * 2, Value(kind), split="validation")
+    name, split = load_split(DataTrainingArguments(dataset_name=str(rows)), seed=0)
+    places = [there.index(k) for k in there * 2]
+    assert name == "validation" and split["label"][:] == places
+    assert [float(text) for text in split.features["label"].names] == there
+    assert [image.getpixel((0, 0)) for image in split["image"]] == list(range(24))
 
 
 def test_hidden_labels_are_out_of_range(tmp_path):
