@@ -6,6 +6,7 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperImageProcessor,
@@ -51,8 +53,12 @@ class ModelArguments:
     )
 
 
-def small_vit(labels: list[str], image_size: int) -> PreTrainedModel:
-    """A ViT of 0.1 million parameters for tiny images, with random weights."""
+SIZES_OF_ALL_IMAGES = ("dinov2", "dinov2_with_registers")
+"""Types of models that fit stored position embeddings to each image; `image_size` says what those were made for."""
+
+
+def small_vit(labels: list[str], image_size: int, **overrides: Any) -> PreTrainedModel:
+    """A ViT of 0.1 million parameters for tiny images, with random weights; `overrides` are fields of its own."""
     config = ViTConfig(
         image_size=image_size,
         patch_size=2,
@@ -64,13 +70,21 @@ def small_vit(labels: list[str], image_size: int) -> PreTrainedModel:
         initializer_range=0.1,
         **_label_maps(labels),
     )
+    _check_fields(overrides, config)
+    for name, value in overrides.items():
+        setattr(config, name, value)
     return AutoModelForImageClassification.from_config(config)
 
 
 def load_model(args: ModelArguments, labels: list[str] | None, image_size: int | None) -> PreTrainedModel:
-    """The model, with a head for `labels`; as it was stored, where these are `None`."""
+    """The model, with a head for `labels`; as it was stored, where these are `None`.
+
+    Raises:
+        ValueError: If there is no such model, it has no such fields, or what is asked for needs other weights than the
+            stored ones, but for the head.
+    """
     if args.model_name_or_path is None:
-        return small_vit(labels or [], image_size or 8)
+        return small_vit(labels or [], image_size or 8, **_overrides(args))
     name = timm_repository(args.model_name_or_path)
     hub = {
         "cache_dir": args.cache_dir,
@@ -97,19 +111,34 @@ def load_model(args: ModelArguments, labels: list[str] | None, image_size: int |
                 f"--model_name_or_path {args.model_name_or_path!r} is no directory here, and could not be had from "
                 f"the Hub: {error}{hint}"
             ) from error
+    _check_fields(overrides, config)
     if image_size is not None and isinstance(config, TimmWrapperConfig):
         config.pretrained_cfg = {**getattr(config, "pretrained_cfg", {}), "input_size": [3, image_size, image_size]}
-    elif image_size is not None and hasattr(config, "image_size"):
+    elif (
+        image_size is not None
+        and hasattr(config, "image_size")
+        and (args.from_scratch or config.model_type not in SIZES_OF_ALL_IMAGES)
+    ):
         config.image_size = image_size
     if args.from_scratch:
         return AutoModelForImageClassification.from_config(config, trust_remote_code=args.trust_remote_code)
-    return AutoModelForImageClassification.from_pretrained(
+    model, loaded = AutoModelForImageClassification.from_pretrained(
         name,
         config=config,
         # A packed checkpoint guards itself with mismatched shapes; they must not be waved through.
         ignore_mismatched_sizes=args.ignore_mismatched_sizes and not hasattr(config, "quantization_config"),
+        output_loading_info=True,
         **hub,
     )
+    for tensor, stored, wanted in sorted(loaded["mismatched_keys"]):
+        if stored[1:] != wanted[1:] or wanted[0] != model.config.num_labels:
+            raise ValueError(
+                f"--model_name_or_path {args.model_name_or_path!r}: its {tensor} has the shape {tuple(stored)}, and "
+                f"{tuple(wanted)} is needed for what --image_size and --config_overrides ask for, so that it would "
+                "start from random values. Leave them out, take a model that was made for them, or train all of it "
+                "--from_scratch."
+            )
+    return model
 
 
 def numbered_as_in(model: PreTrainedModel, images: Dataset) -> Dataset:
@@ -146,6 +175,15 @@ def _overrides(args: ModelArguments) -> dict:
             f'--config_overrides {args.config_overrides!r}; expected fields, as in {{"hidden_size": 64}}.'
         )
     return found
+
+
+def _check_fields(overrides: dict, config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for a field that `config` has not, which transformers leaves out without a word."""
+    for name in overrides:
+        if not hasattr(config, name) and name != "attn_implementation":
+            near = difflib.get_close_matches(name, list(config.to_dict()), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--config_overrides: {type(config).__name__} has no field {name!r}.{hint}")
 
 
 def load_processor(args: ModelArguments, model: PreTrainedModel, image_size: int | None):

@@ -175,7 +175,7 @@ def test_a_timm_checkpoint_has_a_processor(size, tmp_path):
 def test_processors_follow_image_size(family, tmp_path):
     """Those of ResNet and ConvNeXt, too, which want the shortest edge."""
     TRANSFORMERS_MODELS[family]().save_pretrained(tmp_path)
-    arguments = ModelArguments(model_name_or_path=str(tmp_path))
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), from_scratch=True)
     processor = load_processor(arguments, load_model(arguments, ["a", "b"], 48), 48)
     assert input_size(processor) == 48
     assert np.shape(processor(Image.new("RGB", (90, 70)))["pixel_values"][0]) == (3, 48, 48)
@@ -185,7 +185,7 @@ def test_image_size_reaches_a_processor_whose_crop_is_switched_off(tmp_path):
     """EfficientNet's has the size of a crop that it does not do."""
     TRANSFORMERS_MODELS["vit"]().save_pretrained(tmp_path)
     EfficientNetImageProcessor().save_pretrained(tmp_path)
-    arguments = ModelArguments(model_name_or_path=str(tmp_path))
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), from_scratch=True)
     model = load_model(arguments, ["a", "b"], 48)
     assert input_size(load_processor(arguments, model, None)) == 346
     processor = load_processor(arguments, model, 48)

@@ -13,7 +13,14 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import IMAGE_SIZE, NUM_LABELS, vit
-from transformers import AutoConfig, TimmWrapperConfig, TimmWrapperForImageClassification, TrainingArguments
+from transformers import (
+    AutoConfig,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainingArguments,
+)
 
 from hf_saq import SAQQuantizationConfig, quantize
 
@@ -117,6 +124,42 @@ def test_a_model_that_cannot_be_had(monkeypatch):
 def test_config_overrides_that_are_none(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_model(ModelArguments(model_name_or_path="vit", config_overrides=overrides), ["a", "b"], None)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["a model", "the small one"])
+def test_config_overrides_of_fields_that_are_none(named, tmp_path):
+    """transformers leaves them out, and training went on without what was asked for."""
+    vit().save_pretrained(tmp_path)
+    name = str(tmp_path) if named else None
+    wrong = ModelArguments(model_name_or_path=name, config_overrides='{"hidden_droput_prob": 0.1}')
+    with pytest.raises(
+        ValueError, match=r"ViTConfig has no field 'hidden_droput_prob'\. Did you mean 'hidden_dropout"
+    ):
+        load_model(wrong, ["a", "b"], IMAGE_SIZE)
+    right = ModelArguments(model_name_or_path=name, config_overrides='{"hidden_dropout_prob": 0.1}')
+    assert load_model(right, ["a", "b"], IMAGE_SIZE).config.hidden_dropout_prob == 0.1
+
+
+def test_an_image_size_that_the_stored_position_embeddings_are_not_made_for(tmp_path):
+    """They would be random: only a head may be new. Models that fit them to each image keep them."""
+    vit().save_pretrained(tmp_path / "vit")
+    given = ModelArguments(model_name_or_path=str(tmp_path / "vit"))
+    with pytest.raises(
+        ValueError, match=r"its vit\.embeddings\.position_embeddings has the shape \(1, \d+, \d+\), and"
+    ):
+        load_model(given, ["a", "b"], 2 * IMAGE_SIZE)
+    assert load_model(given, ["a", "b"], IMAGE_SIZE).num_labels == 2
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, num_labels=3
+    )
+    stored = Dinov2ForImageClassification(config)
+    stored.save_pretrained(tmp_path / "dino")
+    given = ModelArguments(model_name_or_path=str(tmp_path / "dino"))
+    model = load_model(given, ["a", "b"], 32)
+    torch.testing.assert_close(
+        model.dinov2.embeddings.position_embeddings, stored.dinov2.embeddings.position_embeddings, rtol=0, atol=0
+    )
+    assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)
 
 
 def test_a_processor_that_was_named_is_not_replaced_by_a_default(tmp_path):
