@@ -44,8 +44,9 @@ def write_page(results: Path, document: Path) -> None:
         [(f"{s[0].name}", [(training_images(x), x.gain(SAQ)) for x in s]) for s in studies], sizes
     )
     parts = [
-        "# Does SAQ beat plain quantization-aware training?\n\nWritten by `make results` from the runs in "
-        f"`{results.as_posix()}`; no figure is typed by hand. How each comes about is at the end.\n",
+        "# Does SAQ beat plain quantization-aware training?\n\nWritten by `python -m benchmarks.accuracy.page` from "
+        f"the runs in `{results.as_posix()}`, each of which names its command; no figure is typed by hand. "
+        "How each comes about is at the end.\n",
         claims([s for s in settings if s.is_default]),
         f"![Gain of SAQ over plain QAT]({gains.name})\n" if drawn else "",
         cheaper([s for s in settings if s.is_default]),
@@ -94,7 +95,8 @@ def how_chosen(task: Task) -> str:
         at = "" if task.tuned_at is None else f", at {task.tuned_at} bits for all"
         return (
             f"Here every method has a learning rate and a radius of its own, the best of {task.trials} trials "
-            f"each{at}; cases 1 and 2 take the learning rate of case 3 ([protocol.md](protocol.md))."
+            f"each{at}; cases 1 and 2 and the last layers take the learning rate of case 3 and try radii alone "
+            "([protocol.md](protocol.md))."
         )
     return "Cases 1 and 2 use the radius of case 3." if task.shared_radius else "Each case has its own radius."
 

@@ -25,14 +25,16 @@ def claims(settings: Sequence[Setting]) -> str:
         "## In short",
         "",
         "SAQ (case 3) minus each of the others, mean over seeds of the paired difference in top-1, in points, with "
-        "its 95 % interval. **Bold**: the interval does not contain zero.",
+        "its 95 % interval. **Bold**: the interval does not contain zero. A number behind it: so many "
+        "seeds have both, where that is not all of SAQ's.",
         "",
         *head("task", "seeds", "minus QAT, same steps", "minus QAT, twice the steps", "minus case 2", "minus case 1"),
     ]
     for s in settings:
         found = [s.gain(SAQ, over) for over in RIVALS]
-        lines.append(row(s.name, str(len(s.runs.get(SAQ, {}))), *map(shown, found)))
-    for title, among in (("all settings", settings), ("settings that nothing was chosen on", reported(settings))):
+        seeds = len(s.runs.get(SAQ, {}))
+        lines.append(row(s.name, str(seeds), *(shown(gain) + fewer(gain, seeds) for gain in found)))
+    for title, among in (("all settings", settings), ("settings that no preset was chosen on", reported(settings))):
         lines.append(averages(title, among))
     lines += ["", *(f"- {sentence}" for sentence in sentences(settings))]
     return "\n".join(lines) + "\n"
@@ -64,8 +66,8 @@ def cheaper(settings: Sequence[Setting]) -> str:
         "",
         "Gains over plain QAT in points, of the way and of SAQ with two full passes, on the seeds that both have. "
         "Kept is the one over the other. It is not given where SAQ itself gains less than a point, as that divides by "
-        "noise. **Bold** settings are those that no preset was chosen on, and averages are over them alone. Measured "
-        "times are in [cost.md](cost.md).",
+        "noise. **Bold** settings are those that no preset was chosen on, and averages are over them alone. On models "
+        "of few layers the last eighth and the head can be the same layers. Measured times are in [cost.md](cost.md).",
         "",
         *head("way", "passes", "setting", "seeds", "its gain", "gain of two passes", "kept"),
     ]
@@ -103,6 +105,11 @@ def shown(gain: Difference | None) -> str:
     if gain is None:
         return "-"
     return f"**{gain}**" if gain.sign else str(gain)
+
+
+def fewer(gain: Difference | None, seeds: int) -> str:
+    """What a cell says of its seeds: nothing where they are those of its row."""
+    return "" if gain is None or len(gain.values) == seeds else f" ({len(gain.values)})"
 
 
 def sentences(settings: Sequence[Setting]) -> list[str]:

@@ -88,7 +88,9 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
             cells.append(", ".join(f"{step['page_faults'][way]:.0f}" for way in ("float", "eager", "compiled")))
             lines.append(row(model, freed_memory(found["setting"]), *cells))
     for found in runs:
-        lines += ["", conditions(found["setting"])]
+        rows = ", ".join(found["training_step"])
+        lines += ["", f"{rows}, freed memory {freed_memory(found['setting'])}: {conditions(found['setting'])}"]
+    for found in runs:
         if found["layers"]:
             lines += layers(found)
     return "\n".join(lines) + "\n"
@@ -128,8 +130,7 @@ def conditions(setting: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in setting["versions"].items() if v is not None)
     return (
         f"W{setting['bits']}A{setting['bits']}, one scale per tensor, batches of {setting['batch']}, "
-        f"{setting['threads']} thread(s) on {setting['device']}, freed memory {freed_memory(setting)}, "
-        f"{setting['clock']} clock, medians of "
+        f"{setting['threads']} thread(s) on {setting['device']}, {setting['clock']} clock, medians of "
         f"{setting['repetitions']} interleaved repetitions of a step and three times as many of a layer; {versions}."
     )
 
@@ -138,7 +139,8 @@ def layers(found: dict[str, Any]) -> list[str]:
     kinds = list(dict.fromkeys(k for layer in found["layers"].values() for k in layer["ratio_to_float"]))
     lines = [
         "",
-        "Forward and backward of one layer. A dash: the library has no such layer.",
+        f"Forward and backward of one layer, in the run with freed memory {freed_memory(found['setting'])}. A dash: "
+        "the library has no such layer.",
         "",
         *head("layer", *kinds),
     ]

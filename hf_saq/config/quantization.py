@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..installing import how_to_install
 from ..quantizers import check_activation_mode, check_bits, quantizer_class
 from .checks import check_choice
+from .described import described
 
 QUANT_METHOD = "saq"
 EXPORT_RECORD = "hf_saq_export"
@@ -57,12 +58,13 @@ def _check_layer_fields(where: str, values: dict[str, Any]) -> None:
         check_activation_mode(where, values["quantizer"], values["activation_mode"])
 
 
+@described
 @dataclass(repr=False, kw_only=True)
 class SAQQuantizationConfig(QuantizationConfigMixin):
     """Describes how to quantize a vision model; `quant_method` is `"saq"`.
 
     Pass it to `from_pretrained(..., quantization_config=...)`, to `hf_saq.quantize` or to `SAQTrainer`. It is stored
-    in the `config.json` of a saved model. The `help` of each field gives its meaning and range.
+    in the `config.json` of a saved model.
 
     Raises:
         ValueError: If a field is out of range or two fields contradict each other. All are checked when it is built.

@@ -8,17 +8,19 @@ from typing import Any, Literal
 from ..sharpness.schedules import KNOBS, PerturbationSchedule, resolve_preset
 from .bit_budget import read_bit_budget
 from .checks import check_choice, is_number
+from .described import described
 
 PERTURBABLE = ("weight", "bias", "norm", "scale", "other")
 
 
+@described
 @dataclass
 class SAQConfig:
     """Describes how to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
 
-    Works with `HfArgumentParser`, next to `TrainingArguments`. The `help` of each field gives its meaning and range.
+    Works with `HfArgumentParser`, next to `TrainingArguments`.
     Fields stay as they were given: [`perturbation_schedule`] looks up what the preset `schedule` means for `interval`,
-    `ascent_fraction`, `ascent_depth`, `reuse` and `trigger`. If none of these is given, the preset is `"balanced"`.
+    `ascent_fraction`, `ascent_depth`, `reuse`, `trigger` and `match_radius`; `"balanced"` if none of them is given.
     `hf_saq/sharpness/schedules/schedule.py` says what each of them costs and which go together.
 
     Raises:
@@ -121,7 +123,8 @@ class SAQConfig:
         default=None,
         metadata={
             "help": "Give each layer its own bits before training, within 0.8x the bit operations of the uniform "
-            "ones, 0.8x bytes of packed weights, 3 bits on average, or a number with a unit: 1.5e9 bops, 250000 bytes."
+            "ones, 0.8x bytes of packed weights, what 3 bits everywhere cost (3 bits), or a number with a unit: "
+            "1.5e9 bops, 250000 bytes."
         },
     )
 

@@ -63,7 +63,7 @@ class SharpnessAwareMinimizer:
             for what is perturbed in place.
 
     Attributes:
-        ascent_norm (`float`): `norm` of the last perturbation.
+        ascent_norm (`float`): `norm` of the gradients that the last perturbation was made from.
         radius_factor (`float`): Factor of `rho` in the next [`climb`]; a schedule may adapt it.
         late (`LateLayers`, *optional*): The layers that are perturbed, where not all are, see [`perturb_last_layers`].
         outside (`list`): Parameters that are trained though they are not in the model, such as those of a loss.

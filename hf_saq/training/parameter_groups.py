@@ -26,7 +26,7 @@ def parameter_groups(
     Args:
         model: A quantized model; parameters that are not trainable are left out.
         learning_rate: Learning rate of all but the quantizers' values.
-        weight_decay: Weight decay of weights; all others have none.
+        weight_decay: Weight decay of weights and embeddings; biases, norms and quantizers' values have none.
         scale_lr_ratio: Learning rate of the quantizers' values, relative to `learning_rate`.
 
     Returns:

@@ -59,6 +59,15 @@ def _title(record: dict[str, Any]) -> str:
     return f"{TASKS[record['arguments']['task']].title.split(', ')[-1]}, {bits}"
 
 
+def _named(run: dict[str, Any]) -> str:
+    """A run in words: the model, and where it has run if it was not in hf_saq itself."""
+    a = run["arguments"]
+    if "engine" not in a:
+        return _title(run)
+    engine = f"{ENGINES['onnxruntime']}, exact" if a["engine"] == EXACT else ENGINES[a["engine"]]
+    return f"{_title(run)} in {engine}, {PLACES[a['place']]}"
+
+
 def _runs(records: dict[str, Any], name: str, target: str) -> dict[tuple[str, str], dict[str, Any]]:
     keys = {(engine, place): f"{name}-{target}-{engine}-{place}" for engine in ENGINES for place in PLACES}
     return {key: records[run] for key, run in keys.items() if run in records}
@@ -134,20 +143,20 @@ def _summary(records: dict[str, Any], own: dict[str, Any]) -> str:
 def _verdict(runs: list[dict[str, Any]], where: str | None = None) -> str:
     """Say how many of `runs` are near hf_saq, and which are not; `where` names a part of an outcome."""
     far = [
-        run["name"]
+        _named(run)
         for run in runs
         if abs(_points(run["outcome"] if where is None else run["outcome"][where])) > ALLOWED
     ]
     if not far:
         return f"all {len(runs)} runs are within {ALLOWED} points of hf_saq"
-    return f"{len(runs) - len(far)} of {len(runs)} runs are within {ALLOWED} points of hf_saq; not {', '.join(far)}"
+    return f"{len(runs) - len(far)} of {len(runs)} runs are within {ALLOWED} points of hf_saq; not {'; '.join(far)}"
 
 
 def _seen(runs: list[dict[str, Any]]) -> str:
-    differ = [run["name"] for run in runs if abs(_points(run["outcome"])) > 100 * run["outcome"]["margin"]]
+    differ = [_named(run) for run in runs if abs(_points(run["outcome"])) > 100 * run["outcome"]["margin"]]
     if not differ:
         return "No difference is larger than its interval."
-    return f"Differences larger than their interval: {', '.join(differ)}."
+    return f"Differences larger than their interval: {'; '.join(differ)}."
 
 
 def _on_the_first(runs: list[dict[str, Any]]) -> str:

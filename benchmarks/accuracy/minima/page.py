@@ -207,7 +207,9 @@ def how(records: Sequence[dict[str, Any]]) -> str:
         f"rate is chosen with plain QAT and used by all, `{ECHO}` takes the radius of case 3. Sharpness is measured "
         f"by `hf_saq.analysis.sharpness` after the last step, on at most {LOOKED_AT} training images without "
         "augmentation, in batches of the training's size, in evaluation mode, with one radius for all methods of a "
-        f"task: {radii}. Rises are in nats. Landscapes are those of the first seed.\n\n"
+        f"task: {radii}. Rises are in nats. Landscapes are those of the first seed. All models were "
+        "trained for this page: accuracies differ a little from those of results.md at the same settings, which are "
+        "runs of other commits.\n\n"
         f"{'; '.join(versions_of(records))}. {len(measured)} minima; training and measuring took {seconds / 60:.0f} "
         "minutes of one processor.\n"
     )

@@ -86,7 +86,7 @@ def test_what_cheaper_ways_keep(tmp_path):
     assert text.count("average over 2 settings") == 1
     # 0.3 on each of three seeds and 2, 3, 4 on others: the second alone has an error.
     assert "| average over all settings |  | **+1.20 [+0.37, +2.03]** (3 rows) |" in text
-    assert "| average over settings that nothing was chosen on |  | **+1.65 [+0.41, +2.89]** (2 rows) |" in text
+    assert "| average over settings that no preset was chosen on |  | **+1.65 [+0.41, +2.89]** (2 rows) |" in text
 
 
 def write(results: Path, *records) -> None:

@@ -72,8 +72,8 @@ def test_the_page_says_what_is_stored(stored):
         "| 79.0 (-1.00 ± 1.20) | 80.4 (+0.40 ± 1.20) |" in text
     )
     assert "all 4 runs are within 0.5 points of hf_saq. No difference is larger than its interval." in text
-    assert "On the first 300 images alone, 0 of 4 runs are within 0.5 points of hf_saq; not m-cpu-" in text
-    far = "3 of 4 runs are within 0.5 points of hf_saq; not m-cpu-onnxruntime-exact-bias-here. On the first"
+    assert "On the first 300 images alone, 0 of 4 runs are within 0.5 points of hf_saq; not MobileNetV2, W8A8 in " in text
+    far = "3 of 4 runs are within 0.5 points of hf_saq; not MobileNetV2, W8A8 in ONNX Runtime, exact, VNNI. On the first"
     assert f"As `ExportedClassifier` loads them, {far}" in text and f"by `exact=True`, {far}" in text
     assert (
         "in float64 instead of float32, on all images: all 1 runs are within 0.5 points of hf_saq. On the first 300 "
@@ -93,8 +93,8 @@ def test_an_engine_that_is_further_off_is_named(stored):
     entry = run("m", "cpu", "openvino", "here", 0.785)
     (stored / f"{entry['name']}.json").write_text(json.dumps(entry))
     text = page(stored)
-    assert "3 of 4 runs are within 0.5 points of hf_saq; not m-cpu-openvino-here." in text
-    assert "Differences larger than their interval: m-cpu-openvino-here." in text
+    assert "3 of 4 runs are within 0.5 points of hf_saq; not MobileNetV2, W8A8 in OpenVINO, VNNI." in text
+    assert "Differences larger than their interval: MobileNetV2, W8A8 in OpenVINO, VNNI." in text
 
 
 def test_the_margin_is_that_of_paired_differences():
