@@ -91,7 +91,7 @@ def write_card(directory: str | Path, load_from: str | None = None, overwrite: b
 
 def _eval_result(facts: CardFacts, name: str, value: float) -> EvalResult:
     return EvalResult(
-        task_type=task_of(facts.architecture),
+        task_type=task_of(facts.architecture) or "other",  # the Hub asks for one
         # Give both, because the Hub asks for them, and call what is not known "unknown".
         dataset_type=facts.datasets[0] if facts.datasets else "unknown",
         dataset_name=facts.dataset_name or (facts.datasets[0] if facts.datasets else "unknown"),

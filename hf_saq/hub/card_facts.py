@@ -20,6 +20,7 @@ from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
 from ..export.report import ExportReport
 from ..storage.inspection_report import StoredModel
+from ..storage.saved_directory import named_model_class
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 """Entries of `Trainer.evaluate` besides metrics; of several data sets, the name of each stands before them."""
@@ -29,7 +30,7 @@ _TIMINGS_OF_A_DATA_SET = tuple(f"_{name}" for name in TIMINGS)
 RESULTS = "eval_results.json"
 """What `Trainer.save_metrics("eval", metrics)` writes beside a model."""
 TASK = "image-classification"
-"""What models do whose class transformers does not list under another task."""
+"""What models do of classes that are not those of transformers; its own are listed under their tasks."""
 OTHER_TASKS = {
     "image-segmentation": (
         "FOR_SEMANTIC_SEGMENTATION",
@@ -40,7 +41,10 @@ OTHER_TASKS = {
     "object-detection": ("FOR_OBJECT_DETECTION",),
     "depth-estimation": ("FOR_DEPTH_ESTIMATION",),
     "image-to-image": ("FOR_IMAGE_TO_IMAGE",),
-    "keypoint-detection": ("FOR_KEYPOINT_DETECTION",),
+    "keypoint-detection": ("FOR_KEYPOINT_DETECTION", "FOR_POSE_ESTIMATION"),
+    "video-classification": ("FOR_VIDEO_CLASSIFICATION",),
+    "mask-generation": ("FOR_MASK_GENERATION",),
+    "image-text-to-text": ("FOR_IMAGE_TEXT_TO_TEXT",),
     "zero-shot-image-classification": ("FOR_ZERO_SHOT_IMAGE_CLASSIFICATION",),
     "zero-shot-object-detection": ("FOR_ZERO_SHOT_OBJECT_DETECTION",),
     "image-feature-extraction": ("FOR_IMAGE",),
@@ -168,14 +172,15 @@ def facts_of_files(found: StoredModel, load_from: str, directory: Path) -> CardF
     )
 
 
-def task_of(architecture: str) -> str:
-    """Return the Hub's name of the task of a model class, by its name."""
+def task_of(architecture: str) -> str | None:
+    """Return the Hub's name of the task of a model class, by its name; `None` where the Hub has none for it, as for
+    backbones and for training on masked images."""
     for task, lists in {TASK: ("FOR_IMAGE_CLASSIFICATION",), **OTHER_TASKS}.items():
         for name in lists:
             listed = getattr(modeling_auto, f"MODEL_{name}_MAPPING_NAMES", {}).values()
             if any(architecture in (each if isinstance(each, (tuple, list)) else (each,)) for each in listed):
                 return task
-    return TASK
+    return TASK if named_model_class(architecture) is None else None
 
 
 def in_order(id2label: Mapping[Any, Any] | None) -> list[Any]:
