@@ -51,13 +51,35 @@ class ModuleNames:
     def any_matches(self, patterns: Iterable[str], *names: str) -> bool:
         return any(self.matches(pattern, name) for pattern in patterns for name in names)
 
-    def check(self, where: str, patterns: Collection[str]) -> None:
-        """Raise `ValueError` for a pattern that means no module."""
+    def check(
+        self, where: str, patterns: Collection[str], layers: Collection[str] | None = None, are_needed: bool = False
+    ) -> None:
+        """Raise `ValueError` for a pattern that means no module, or modules alone and not the layers inside of them.
+
+        Args:
+            where: Name of the setting, for messages.
+            layers: Names of those modules that the setting is about.
+            are_needed: Whether a pattern has to mean one of them: it would have no effect otherwise.
+        """
         for pattern in patterns:
-            if not any(self.matches(pattern, name) for name in self._own):
+            meant = [name for name in self._own if self.matches(pattern, name)]
+            if not meant:
                 raise ValueError(
                     f"{where}: {pattern!r} matches no module of the model. Expected a dotted module name, a prefix of "
                     f"one, or a glob such as '*.layers.0.*'; the model has for example {self._own[:3]}."
+                )
+            if layers is None or any(self.matches(pattern, name) for name in layers):
+                continue
+            inside = next((name for name in layers if any(name.startswith(f"{module}.") for module in meant)), None)
+            if inside is not None:
+                raise ValueError(
+                    f"{where}: {pattern!r} matches {meant[0]}, and none of the layers inside, such as {inside}: a "
+                    f"glob has to match a whole name. Expected {pattern + '.*'!r} for all that is inside."
+                )
+            if are_needed:
+                raise ValueError(
+                    f"{where}: {pattern!r} matches {meant[0]}, which is no layer that can be quantized, so that it "
+                    f"would have no effect; expected layers such as {list(layers)[:3]}."
                 )
 
     def check_stored(self, where: str, patterns: Collection[str]) -> None:

@@ -30,14 +30,18 @@ def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) 
             f"{type(model).__name__} has quantized layers already; start from the float model, or train on as it is."
         )
     refuse_adapters(model, "quantize")
+    if not stored:
+        config.replace()  # checks the fields, which may have been set one by one
     names = ModuleNames(model, only_where_needed=config.format_version == 1)
     attentions = _attentions(model) if config.quantize_attention else {}
     names.add(products_name(name) for name in attentions)
     excluded = config.modules_to_not_convert or []
+    able = [name for name, module in model.named_modules() if name in attentions or unsupported(module) is not None]
+    able += map(products_name, attentions)
     if not stored:
-        names.check("modules_to_not_convert", excluded)
-        names.check("overrides", config.overrides)
-    edges = _first_and_heads(model, config, names, stored)
+        names.check("modules_to_not_convert", excluded, able)
+        names.check("overrides", config.overrides, able, are_needed=True)
+    edges = _first_and_heads(model, config, names, stored, able)
     tied = tied_to_something_else(model)
 
     layers: list[LayerPlan] = []
@@ -77,7 +81,7 @@ def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) 
 
 
 def _first_and_heads(
-    model: nn.Module, config: SAQQuantizationConfig, names: ModuleNames, stored: bool
+    model: nn.Module, config: SAQQuantizationConfig, names: ModuleNames, stored: bool, able: list[str]
 ) -> list[str] | None:
     """Name the first layer and the heads: as the configuration says, else found by structure; `None` if it is no
     matter which they are."""
@@ -87,7 +91,10 @@ def _first_and_heads(
     if given is None:
         found = first_and_heads(model)
         return [name for name, _ in model.named_modules() if name in found]
-    (names.check_stored if stored else names.check)("first_last_modules", given)
+    if stored:
+        names.check_stored("first_last_modules", given)
+    else:
+        names.check("first_last_modules", given, able)
     return [name for name, _ in model.named_modules() if name and names.any_matches(given, name)]
 
 

@@ -67,7 +67,7 @@ def features(part: nn.Module) -> torch.Tensor:
         {},
         {"quantize_attention": True, "overrides": {"backbone.encoder.layer.1.attention": {"activation_bits": 2}}},
         {"share_inputs": True, "shared_input_modules": [[f"backbone.encoder.layer.0.mlp.fc{n}" for n in (1, 2)]]},
-        {"quantizer": "lsq_plus", "weight_granularity": "channel", "modules_to_not_convert": ["*layer.0.mlp"]},
+        {"quantizer": "lsq_plus", "weight_granularity": "channel", "modules_to_not_convert": ["*layer.0.mlp.*"]},
         {"activation_bits": None, "overrides": {"*.fc1": {"quantizer": "liq", "activation_bits": 5}}},
     ],
     ids=["plain", "attention", "shared", "excluded", "overrides"],

@@ -86,12 +86,13 @@ def allocate_bits(
     refuse_shared_quantizers(model, "allocate_bits")
     data = LabelledBatches("allocate_bits", batches, loss)
     names = ModuleNames(model)
-    names.add(operand.name for operand in quantized_operands(model))
+    quantized = list(dict.fromkeys(operand.name for operand in quantized_operands(model)))
+    names.add(quantized)
     report = getattr(model, "quantization_report", None)
     patterns = (getattr(report, "first_last_modules", None) or []) if fixed is None else list(fixed)
     minima = {"*": minimum_bits} if isinstance(minimum_bits, int) else dict(minimum_bits)
-    names.check("allocate_bits: fixed", patterns)
-    names.check("allocate_bits: minimum_bits", minima)
+    names.check("allocate_bits: fixed", patterns, quantized)
+    names.check("allocate_bits: minimum_bits", minima, quantized)
     together = [] if alike is None else [list(group) for group in alike]
     _check_alike(together, model)
     with left_as_it_was(model):

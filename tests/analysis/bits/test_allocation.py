@@ -240,6 +240,11 @@ def test_what_is_wrong_is_said(monkeypatch):
         allocate_bits(net, batches, "5 bits", found=measured)
     with pytest.raises(ValueError, match=r"allocate_bits: fixed: 'head' matches no module"):
         allocate_bits(net, batches, 1e6, found=measured, fixed=["head"])
+    vit_net, pairs = quantized_vit(), labelled_images()
+    with pytest.raises(ValueError, match=r"fixed: '\*.mlp' matches vit.layers.0.mlp, and none of the layers inside"):
+        allocate_bits(vit_net, pairs, "0.8x", fixed=["*.mlp"])
+    with pytest.raises(ValueError, match=r"minimum_bits: '\*.attention' matches .* Expected '\*.attention.\*'"):
+        allocate_bits(vit_net, pairs, "0.8x", minimum_bits={"*.attention": 4})
     for group in (["0", "two"], ["0", ""]):
         with pytest.raises(ValueError, match=rf"alike names '{group[1]}', which is no layer of Sequential"):
             allocate_bits(net, batches, 1e6, found=measured, alike=[group])
