@@ -17,6 +17,8 @@ from .observing import ActivationObserver, PassThrough, fit_alike, names_of_firs
 from .report import ConversionReport, note_signs
 from .swapping import leave_in_float
 
+CUT_ENERGY = 0.1
+"""Share of the squares of an activation in its negative values from which on it is told of that they are cut off."""
 NEVER_RUN = "the model never calls this layer: its weight is read directly, or has no part in the output"
 
 
@@ -34,8 +36,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
 
     Where torch.distributed is initialized, all processes must call this, each with batches of its own if it likes:
     ranges and signs are those of the first process everywhere, also of parameters that FSDP2 shards. A sample of fixed
-    size is kept for each quantizer, however many batches there are. A quantizer that sees one value alone is named in
-    a warning.
+    size is kept for each quantizer, however many batches there are. A quantizer that sees one value alone, or is
+    unsigned by `activation_mode` and cuts off much that is negative, is named in a warning.
 
     Args:
         model: A quantized model.
@@ -78,6 +80,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
             "Give batches that are not empty."
         )
     _warn_of_constant_inputs(seen)
+    _warn_of_negative_values(seen)
     reshard(model)
     fit_alike((quantizer, torch.cat(observer.samples), observer.minimum) for quantizer, observer in seen.items())
     note_signs(model)
@@ -95,6 +98,24 @@ def _warn_of_constant_inputs(seen: Mapping[Quantizer, ActivationObserver]) -> No
             "range: whatever differs from it later may be cut off. They are, with the value: "
             f"{', '.join(constant)}. Give batches of real inputs; a layer that is zero in a fresh model should be "
             "calibrated after some training, or left in float (modules_to_not_convert).",
+            stacklevel=4,
+        )
+
+
+def _warn_of_negative_values(seen: Mapping[Quantizer, ActivationObserver]) -> None:
+    """Name quantizers that are unsigned because they were told to, and get much that is negative."""
+    cut = {}
+    for quantizer, observer in seen.items():
+        if quantizer.settings.signed is False and observer.minimum < 0:
+            values = torch.cat(observer.samples).double()
+            cut[quantizer.path] = (values.clamp(max=0).square().sum() / values.square().sum()).item()
+    told = [f"{path} ({share:.0%})" for path, share in cut.items() if share >= CUT_ENERGY]
+    if told:
+        warnings.warn(
+            f"calibrate: {len(told)} of {len(seen)} quantizers are unsigned, as activation_mode='unsigned' says, and "
+            "cut off the negative values of what they see. These are, with their share of its squares: "
+            f"{', '.join(told)}. Images are normalized to values of both signs. Use activation_mode='auto', or "
+            "`overrides` for these layers.",
             stacklevel=4,
         )
 

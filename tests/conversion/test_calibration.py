@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -96,8 +97,22 @@ def test_auto_decides_the_sign_from_the_smallest_value():
 @pytest.mark.parametrize("mode", ["signed", "unsigned"])
 def test_a_sign_that_was_told_is_kept(mode: str):
     model = quantize(linear_net(), SAQQuantizationConfig(activation_mode=mode))
-    calibrate(model, [vectors()])
+    with pytest.warns(match="cut off the negative") if mode == "unsigned" else nullcontext():
+        calibrate(model, [vectors()])
     assert {model[i].activation_quantizer.signed for i in (0, 2, 4)} == {mode == "signed"}
+
+
+def test_inputs_that_are_cut_off_because_they_were_told_to_be_unsigned_are_named():
+    """`unsigned` suits what follows a ReLU; of normalized images it takes one half. SiLU's dip is cut on purpose."""
+    x = vectors(64)
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.SiLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        net[2].weight.mul_(20)
+    share = x.clamp(max=0).square().sum() / x.square().sum()
+    quantize(net, SAQQuantizationConfig(activation_mode="unsigned"))
+    with pytest.warns(match=rf"1 of 3 quantizers are unsigned, .*: 0.activation_quantizer \({share:.0%}\)\."):
+        calibrate(net, [x])
+    calibrate(net, [x.abs()])
 
 
 def test_ranges_belong_to_the_float_function():
@@ -314,7 +329,7 @@ def test_rare_large_activations_in_one_column_are_seen():
     x = torch.rand(16384 * 91 // 7, 7)
     x[:400, 3] = 6.0
     model = torch.nn.Sequential(torch.nn.Linear(7, 3), torch.nn.Linear(3, 2))
-    quantize(model, SAQQuantizationConfig(weight_bits=8, activation_bits=8, activation_mode="unsigned"))
+    quantize(model, SAQQuantizationConfig(weight_bits=8, activation_bits=8))
     calibrate(model, [x])
     quantizer = model[0].activation_quantizer
     assert quantizer.scale.item() * quantizer.qmax == pytest.approx(6.0, rel=0.02)
