@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -53,6 +54,13 @@ class PerturbedTensors:
         movable = {p for name, p in model.named_parameters() if inside is None or name in inside}
         in_place = [(name, p) for name, p in in_place_parameters(model, perturb) if p in movable]
         weights = quantized_weights(model) if "weight" in perturb else []
+        if "weight" in perturb and "other" not in perturb and in_place and "weight" not in kinds.values():
+            warnings.warn(
+                f"perturb={list(perturb)}: no weight of {type(model).__name__} is quantized, and `weight` means those "
+                f"that are, so that {len(in_place)} other tensors, such as {in_place[0][0]}, are all that is "
+                'perturbed. Quantize the weights (weight_bits), or add "other", which perturbs those in float.',
+                stacklevel=2,
+            )
         self.weights = [entry for entry in weights if entry.weight in movable]
         self.in_place = [p for _, p in in_place]
         self.latent = {entry.weight: entry for entry in self.weights}

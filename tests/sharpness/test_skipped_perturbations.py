@@ -9,7 +9,7 @@ import pytest
 import torch
 from minimizer_nets import batch, linear_net, loss_of, quantized
 
-from hf_saq import SharpnessAwareMinimizer
+from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, quantize
 
 
 def climbs(minimizer, net, count: int, factor: float = 1.0) -> None:
@@ -30,6 +30,17 @@ def test_a_loss_of_a_copy_of_the_model():
         climbs(minimizer, other, 1)
     climbs(minimizer, other, 20)  # said once
     assert minimizer.skipped == 40
+
+
+@pytest.mark.parametrize("weight_bits", [None, 4], ids=["float weights", "quantized"])
+def test_weights_in_float_are_not_perturbed_without_a_word(weight_bits: int | None):
+    """With activations alone quantized, or a model that nobody has quantized, biases were all that was perturbed."""
+    net = quantize(linear_net(), SAQQuantizationConfig(weight_bits=weight_bits, first_last_bits=None))
+    told = pytest.warns(UserWarning, match=r"no weight of Sequential is quantized, .*so that \d other tensors, such")
+    with told if weight_bits is None else nullcontext():
+        SharpnessAwareMinimizer(net, rho=0.1)
+    for perturb in (["bias"], ["weight", "other"]):
+        SharpnessAwareMinimizer(net, rho=0.1, perturb=perturb)
 
 
 @pytest.mark.parametrize("too_large", [16, 20])
