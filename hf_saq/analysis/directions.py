@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from ..layers import QuantizedLayer
+from ..layers import QuantizedLayer, quantized_form
 from ..sharpness import Displacement
 from .curvature import random_vector
 from .weight_point import Vector, WeightPoint
@@ -18,7 +19,7 @@ def filter_normalized(point: WeightPoint, generator: torch.Generator) -> Vector:
     weights are twice as large is then moved twice as far, and batch norms cannot hide a scale (section 4 of the
     paper). Tensors of one dimension, biases and norms, are not moved, as in the paper's code.
     """
-    axes = {layer.weight: layer.channel_axis for layer in point.model.modules() if isinstance(layer, QuantizedLayer)}
+    axes = {layer.weight: _channel_axis(layer) for layer in point.model.modules() if hasattr(layer, "weight")}
     direction = random_vector(point, generator)
     for key, part, value in zip(point.keys, direction, point.values(), strict=True):
         if part.ndim < 2:
@@ -27,6 +28,12 @@ def filter_normalized(point: WeightPoint, generator: torch.Generator) -> Vector:
         axis = axes.get(key if isinstance(key, nn.Parameter) else key.weight, 0)
         part.mul_(_filter_norms(value, axis) / _filter_norms(part, axis).clamp_min(torch.finfo(part.dtype).tiny))
     return direction
+
+
+def _channel_axis(layer: nn.Module) -> int:
+    """Find the dimension of the weight of `layer`, quantized or not, that counts its output channels."""
+    form = layer if isinstance(layer, QuantizedLayer) else quantized_form(layer)
+    return form.channel_axis if form is not None else int(isinstance(layer, _ConvTransposeNd))
 
 
 def before_quantizers(point: WeightPoint, vector: Vector) -> Displacement:

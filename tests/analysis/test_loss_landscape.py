@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from labelled_models import labelled_images, labelled_vectors, nothing_changes, quantized_linear_net, quantized_vit
 from tiny_models import conv_net, images, linear_net
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_saq import SAQQuantizationConfig, calibrate, dequantize, quantize
 from hf_saq.analysis import landscape
@@ -102,6 +104,20 @@ def test_a_float_model_moves_as_the_quantized_one_beside_it(order: int):
     assert two.surfaces[0].losses == landscape(model, labelled_images(), points=3, span=2).surfaces[0].losses
     assert two.surfaces[1].losses == pytest.approx(two.surfaces[0].losses, rel=1e-4)
     assert max(two.surfaces[0].losses) > 1.1 * min(two.surfaces[0].losses)
+
+
+def test_filters_of_layers_with_inputs_first_are_those_of_their_outputs():
+    """transformers' Conv1D has the weight `(inputs, outputs)`. In float it was moved by rows, quantized by columns;
+    kernels of transposed convolutions, which nobody quantizes, belong to dimension 1 as well."""
+    plain = nn.Sequential(Conv1D(6, 4), nn.ReLU(), nn.Linear(6, 3))
+    quantized = quantize(copy.deepcopy(plain), W2.replace(weight_bits=8))
+    models = {"float": dequantize(quantized), "quantized": quantized}
+    of_float, of_quantized = landscape(models, [torch.randn(9, 4)], loss=half_square, points=3).surfaces
+    assert of_float.losses == pytest.approx(of_quantized.losses, rel=1e-5)
+    point = WeightPoint("test", nn.Sequential(nn.ConvTranspose2d(2, 5, 3)), ("weight",))
+    (direction,) = filter_normalized(point, torch.Generator().manual_seed(0))
+    norms = [t.movedim(1, 0).flatten(1).norm(dim=1) for t in (direction, point.values()[0])]
+    torch.testing.assert_close(*norms)
 
 
 def test_models_in_which_nothing_moves_alike_are_refused():
