@@ -12,16 +12,20 @@ NO_PREDICTION = -1
 """What stands for the class of scores of which one is NaN: sorting would take them for some class."""
 
 
-def predictions(logits: Tensor) -> Tensor:
-    """Return the class with the largest score along dimension 1; `NO_PREDICTION` where one of the scores is NaN."""
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), NO_PREDICTION)
+def predictions(logits: Tensor, axis: int = 1) -> Tensor:
+    """Return the class with the largest score along `axis`; `NO_PREDICTION` where one of the scores is NaN."""
+    return logits.argmax(axis).masked_fill(logits.isnan().any(axis), NO_PREDICTION)
 
 
-def agreement(logits: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Compute the share of equal predictions over all batches; what has no prediction agrees with nothing."""
+def agreement(logits: Sequence[Tensor], reference: Sequence[Tensor], axes: Sequence[int] | None = None) -> float:
+    """Compute the share of equal predictions over all batches; what has no prediction agrees with nothing.
+
+    Args:
+        axes: The dimension of the classes in each batch; 1 by default.
+    """
     same = []
-    for a, b in zip(logits, reference, strict=True):
-        class_a, class_b = predictions(a), predictions(b)
+    for a, b, axis in zip(logits, reference, axes or [1] * len(logits), strict=True):
+        class_a, class_b = predictions(a, axis), predictions(b, axis)
         same.append(((class_a == class_b) & (class_a != NO_PREDICTION)).double().flatten())
     return torch.cat(same).mean().item()
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..outputs import logits_of
+from ..outputs import class_axis, logits_of
 from ..sharpness import RNGState
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -62,6 +62,12 @@ class LabelledBatches:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"The loss of batch {number} has {found}; expected a tensor with one number, the mean.")
         return value.reshape(())
+
+    def class_axis(self, number: int, logits: Tensor) -> int:
+        """Return the dimension of the classes in the logits of this batch: where the cross-entropy of a pair has
+        them, or where models have them."""
+        is_pair = self._loss is labelled_loss and not isinstance(self.batches[number], Mapping)
+        return 1 if is_pair else class_axis(logits.ndim)
 
     def spread(self, count: int) -> LabelledBatches:
         """Take `count` of the batches, evenly spread: at least one, at most all."""
@@ -166,11 +172,19 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _size(batch: Any) -> int:
-    """Count the examples of a batch by the first tensor in it; one if there is none."""
+    """Count the examples of a batch: by the first tensor that it holds, else by a list of targets, names or numbers,
+    else by what lies inside of its first entry; one if there is nothing to count."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
-    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((_size(entry) for entry in entries if isinstance(entry, (Tensor, Mapping, tuple, list))), 1)
+    entries = list(batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ())
+    tensors = [entry for entry in entries if isinstance(entry, Tensor) and entry.ndim]
+    if tensors:
+        return len(tensors[0])
+    lists = [entry for entry in entries if isinstance(entry, (tuple, list)) and entry]
+    of_examples = [entry for entry in lists if isinstance(entry[0], (Mapping, str, int, float))]
+    if of_examples:
+        return len(of_examples[0])
+    return next((_size(entry) for entry in entries if isinstance(entry, (Mapping, tuple, list))), 1)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

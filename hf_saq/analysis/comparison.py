@@ -154,7 +154,8 @@ def compare(
                     signal_noise[0] += y_a.square().sum().item()
                     signal_noise[1] += (y_b - y_a).square().sum().item()
             (y_a,), (y_b,) = found[0][""], found[1][""]
-            classes_a, classes_b = (y.movedim(1, -1).flatten(0, -2) for y in (y_a, y_b))
+            axis = data.class_axis(number, y_a)
+            classes_a, classes_b = (y.movedim(axis, -1).flatten(0, -2) for y in (y_a, y_b))
             parted += _parted(classes_a, classes_b, examples)
             examples += len(classes_a)
             for k, scores in enumerate((classes_a, classes_b)):

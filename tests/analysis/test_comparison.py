@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -11,8 +12,10 @@ from labelled_models import labelled_images, labelled_vectors, nothing_changes, 
 from tiny_models import linear_net, vit
 from torch import nn
 
-from hf_saq import dequantize, pack
-from hf_saq.analysis import compare
+from hf_saq import SAQQuantizationConfig, dequantize, pack, quantize
+from hf_saq.analysis import compare, sensitivity
+
+W3 = SAQQuantizationConfig(weight_bits=3, activation_bits=None, first_last_bits=None)
 
 
 def test_layers_and_predictions_are_those_of_the_models_run_by_hand():
@@ -100,6 +103,44 @@ def test_one_example_without_scores_comes_first():
     assert found.parted[0].example == 3 and found.nan_a == found.nan_b == 1
     distances = [p.distance for p in found.parted[1:]]
     assert distances == sorted(distances, reverse=True) and all(map(math.isfinite, distances))
+
+
+class ForTokens(nn.Module):
+    """Scores `(n, queries, classes)`, as models of transformers that answer for many queries have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+
+    def forward(self, pixel_values, labels):
+        logits = self.layer(pixel_values)
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits.mT, labels)}
+
+
+def with_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    return model(**batch)["loss"]
+
+
+def test_classes_are_those_of_the_loss():
+    """Queries were taken for classes: here all of their largest scores are at the same query in both models."""
+    x, y = torch.randn(6, 7, 4), torch.randint(5, (6, 7))
+    x[:, 2] += 10 * x.sign()[:, 2]
+    a = ForTokens()
+    b = quantize(copy.deepcopy(a), W3)
+    equal = (a(x, y)["logits"].argmax(2) == b(x, y)["logits"].argmax(2)).double().mean().item()
+    batches = [{"pixel_values": x, "labels": y}]
+    found = compare(a, b, batches, loss=with_loss)
+    assert 0.1 < equal < 1 and found.agreement == pytest.approx(equal) and found.examples == 42
+    entries = sensitivity(b, batches, candidates=(3,), loss=with_loss, passes=99, trace_samples=2).entries
+    assert entries[0].agreement == pytest.approx(equal)
+    # The cross-entropy of torch has classes in dimension 1 of a pair.
+    first, second = (nn.Sequential(net.layer, Transposed()) for net in (a, b))
+    assert compare(first, second, [(x, y)]).agreement == pytest.approx(equal)
+
+
+class Transposed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mT
 
 
 def test_what_is_wrong_is_said():

@@ -239,6 +239,7 @@ def sensitivity(
         with progress_bar(len(operands) * len(bits), "sensitivity", progress) as bar:
             with observed(off) if float_model is None else nullcontext():
                 reference = _run(model if float_model is None else float_model, measured)[1]
+            axes = [measured.class_axis(number, one) for number, one in enumerate(reference)]
             with observed(others):
                 before = _run(model, measured)[0]
                 for number, loss_of_batch in enumerate(before):
@@ -256,7 +257,7 @@ def sensitivity(
                                 present_bits=operand.bits,
                                 loss_rise=measured.mean(rises),
                                 error=deviation(rises) / len(rises) ** 0.5,
-                                agreement=agreement(logits, reference),
+                                agreement=agreement(logits, reference, axes),
                                 snr=signal_to_noise(logits, reference),
                                 estimate=estimates.get((operand.name, operand.operand, b), float("nan")),
                                 shared_with=operand.shared_with,
@@ -268,8 +269,7 @@ def sensitivity(
         pairs = [(e.estimate, e.loss_rise) for e in entries if e.operand == kind and e.estimate == e.estimate]
         if len(pairs) > 1:
             correlations[kind] = rank_correlation(*zip(*pairs, strict=True))
-    loss_before = measured.mean(before)
-    return Sensitivity(base, loss_before, tuple(entries), len(measured), correlations, spent)
+    return Sensitivity(base, measured.mean(before), tuple(entries), len(measured), correlations, spent)
 
 
 @torch.no_grad()
