@@ -60,7 +60,7 @@ class Quantizer(HasRangeState, ABC):
 
     @abstractmethod
     def fit(self, x: Tensor) -> None:
-        """Set the learnable values, in place, from a sample `x` of what will be quantized."""
+        """Set the learnable values, in place, from a sample `x` of what will be quantized, in float32 at least."""
 
     @abstractmethod
     def grid(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class Quantizer(HasRangeState, ABC):
             signed = (x.min().item() if minimum is None else minimum) < 0
         self._fill(1.0)  # the state is read while they are fitted, and is not believed beside values of NaN
         self.take_state(bool(signed))
-        self.fit(x)
+        self.fit(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -87,7 +87,7 @@ def with_bits(quantizer: Quantizer, bits: int, *seen: Any) -> Quantizer:
     Without, it waits to be calibrated.
     """
     new = type(quantizer)(replace(quantizer.settings, bits=bits))
-    new.to(quantizer.range_state.device).to(next(quantizer.parameters()).dtype)
+    new.to(quantizer.range_state.device).to(next(quantizer.parameters(), quantizer.range_state).dtype)
     new.path = quantizer.path
     new.train(quantizer.training)
     if seen:
