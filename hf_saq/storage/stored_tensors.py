@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from .saved_directory import read_json_object
-from .weight_files import HINT, INDEX, ONE_FILE, is_model_file, weight_files
+from .weight_files import HINT, INDEX, ONE_FILE, is_index, is_model_file, is_weight_file, weight_files
 
 _TYPES = {
     "BOOL": torch.bool,
@@ -43,7 +43,7 @@ class StoredTensors:
         files = weight_files(directory)
         _check_shards(directory, {file.name for file in files})
         if not files:
-            raise ValueError(f"{directory} has no weight file (*.safetensors).")
+            raise ValueError(f"{directory} has no weight file (*.safetensors).{_other_forms(directory)}")
         self.sizes = {file.name: file.stat().st_size for file in files}
         self._where: dict[str, Path] = {}
         for file in files:
@@ -79,6 +79,17 @@ class StoredTensors:
             return None
         shape, dtype = self.kind_of(name)
         return shape.numel() * dtype.itemsize
+
+
+def _other_forms(directory: Path) -> str:
+    """Say which files have weights in a form that only arguments of `from_pretrained` ask for, and what to do."""
+    others = sorted(file.name for file in directory.glob("*") if is_weight_file(file.name) and not is_index(file.name))
+    if not others:
+        return ""
+    return (
+        f" Its {', '.join(others)} are of a variant or of an older format: load the model by from_pretrained, with the "
+        "`variant` they are of, and save it without one."
+    )
 
 
 def _check_shards(directory: Path, there: set[str]) -> None:

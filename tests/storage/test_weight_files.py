@@ -114,6 +114,12 @@ def test_the_state_of_a_schedule_is_no_weights(tmp_path: Path):
         inspect_checkpoint(str(checkpoint))
 
 
+def test_a_variant_alone_is_named(tmp_path: Path):
+    quantize(vit(), SAQQuantizationConfig()).save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match=r"has no weight file .* Its model.fp16.safetensors are of a variant"):
+        inspect_checkpoint(str(tmp_path))
+
+
 def test_all_shards_are_inspected(tmp_path: Path):
     model = pack(calibrate(quantize(vit(), SAQQuantizationConfig()), [images()]).eval())
     model.save_pretrained(tmp_path, max_shard_size="2KB")
