@@ -87,8 +87,8 @@ def _other_forms(directory: Path) -> str:
     if not others:
         return ""
     return (
-        f" Its {', '.join(others)} are of a variant or of an older format: load the model by from_pretrained, with the "
-        "`variant` they are of, and save it without one."
+        f" Its {', '.join(others)} are of a variant or of an older format: load the model by from_pretrained, "
+        "with the `variant` they are of, and save it without one."
     )
 
 
