@@ -23,7 +23,13 @@ NEVER_RUN = "the model never calls this layer: its weight is read directly, or h
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any] | None = None) -> nn.Module:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[Any], Any] | None = None,
+    *,
+    only_missing: bool = False,
+) -> nn.Module:
     """Fit every activation quantizer of `model`, in place, to what it sees while the model runs in float.
 
     The model runs in evaluation mode without gradients, its mode is restored afterwards. Weights run unquantized, so
@@ -45,6 +51,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
             are moved to the model's device. A few batches are enough.
         run: Runs the model on one batch, where calling the model with it is not the way: a loss with labels, for
             example. Batches may then be of any type.
+        only_missing: Whether quantizers that have a range keep it, which training may have learned: after a layer was
+            reset, replaced or given other bits.
 
     Returns:
         `model` itself.
@@ -57,14 +65,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(f"calibrate: `batches` is a {type(batches).__name__}; expected a list of batches.")
     refuse_adapters(model, "calibrate")
-    activation_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"]
-    weight_quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.role == "weight"]
-    observers = {quantizer: ActivationObserver(quantizer.path) for quantizer in activation_quantizers}
-    attached_to: dict[Quantizer, ActivationObserver | PassThrough] = {
-        **observers,
-        **{quantizer: PassThrough() for quantizer in weight_quantizers},
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+    observers = {
+        quantizer: ActivationObserver(quantizer.path)
+        for quantizer in quantizers
+        if quantizer.role == "activation" and not (only_missing and quantizer.initialized)
     }
-    if not activation_quantizers and not weight_quantizers and not hasattr(model, "quantization_report"):
+    attached_to = {quantizer: observers.get(quantizer, PassThrough()) for quantizer in quantizers}
+    if not quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
     check_has_values(model)
     count = run_observed(model, batches, attached_to, run)

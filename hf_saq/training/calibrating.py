@@ -44,7 +44,8 @@ class Calibrating(Trainer):
     """Cost of a model that was calibrated here, for the first line of its log."""
 
     def calibrate_if_needed(self) -> None:
-        """Fit missing activation ranges to the first batches of the training data, alike on every process.
+        """Fit missing activation ranges to the first batches of the training data, alike on every process; those that
+        are there, which an earlier training may have learned, are kept.
 
         Raises:
             ValueError: If a range is missing and there is no training data, or it gives no batch.
@@ -56,7 +57,7 @@ class Calibrating(Trainer):
         self._move_to_device()
         with unchanged_rng():
             batches = self._first_batches()
-            calibrate(self.model, batches, run=self.run_forward)
+            calibrate(self.model, batches, run=self.run_forward, only_missing=True)
             self._count_cost(batches[0])
 
     def has_train_data(self) -> bool:

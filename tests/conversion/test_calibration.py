@@ -115,6 +115,20 @@ def test_inputs_that_are_cut_off_because_they_were_told_to_be_unsigned_are_named
     calibrate(net, [x.abs()])
 
 
+def test_ranges_that_are_there_are_kept_if_asked_for():
+    """After one layer was reset the others keep what they have learned, and it gets what it had at first."""
+    model = calibrate(quantize(linear_net(), W4A4), [vectors()])
+    first = activation_scales(model)
+    with torch.no_grad():
+        for i in (0, 2, 4):
+            model[i].activation_quantizer.scale.mul_(1.5)
+    model[2].activation_quantizer.reset()
+    calibrate(model, [vectors()], only_missing=True)
+    for i, factor in ((0, 1.5), (2, 1), (4, 1.5)):
+        name = f"{i}.activation_quantizer.scale"
+        assert torch.equal(activation_scales(model)[name], first[name] * factor)
+
+
 def test_ranges_belong_to_the_float_function():
     """The scale of each layer is the one fitted to the inputs that it has in the float model."""
     float_model = linear_net()

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, calibrate, quantize
 from hf_saq.conversion import is_calibrated, needs_calibration
+from hf_saq.quantizers import Quantizer
 
 
 def trainer_of(model, tmp_path, cls=InOrder, data=None, config=None, steps=2, changes=None, **kwargs):
@@ -247,6 +248,21 @@ def test_a_batch_size_that_must_be_found(tmp_path):
     trainer = trainer_of(vit(), tmp_path, Small, changes=changes)
     trainer.train()
     assert is_calibrated(trainer.model) and trainer.state.train_batch_size == 2
+
+
+def test_a_training_keeps_the_ranges_that_an_earlier_one_has_learned(tmp_path):
+    """A head that is reset, or a layer of other bits, waits for its range; all the others were fitted anew with it."""
+    trainer = trainer_of(vit(), tmp_path, changes={"learning_rate": 0.0})
+    trainer.train()
+    model = trainer.model
+    with torch.no_grad():
+        for quantizer in (m for m in model.modules() if isinstance(m, Quantizer) and m.role == "activation"):
+            quantizer.scale.mul_(1.5)
+    learned = {name: p.clone() for name, p in model.named_parameters() if "activation_quantizer" in name}
+    model.classifier.reset_parameters()
+    trainer.train()
+    moved = [name for name, p in model.named_parameters() if name in learned and not torch.equal(p, learned[name])]
+    assert moved == ["classifier.activation_quantizer.scale"] and is_calibrated(model)
 
 
 # Streams -------------------------------------------------------------------------------------------------------------
