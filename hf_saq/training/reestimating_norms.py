@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from ..config import SAQConfig
 from ..conversion import norms_with_statistics, reestimate_batch_norm
+from ..sharpness import sharding
 from ..sharpness.schedules import ScheduledStep
 from .calibrating import Calibrating, is_of_datasets, unchanged_rng
 
@@ -34,8 +36,8 @@ class ReestimatesNorms(Calibrating):
     saq_config: SAQConfig
     model: nn.Module
     scheduled_step: ScheduledStep | None
-    _norms_are_of: tuple[int, ...] = ()
-    """Optimizer step and versions of the parameters for which the statistics were re-estimated last."""
+    _norms_are_of: tuple[float, ...] = ()
+    """Optimizer step, versions and norms of the parameters for which the statistics were re-estimated last."""
     _told_of_stream = False
 
     @property
@@ -49,7 +51,7 @@ class ReestimatesNorms(Calibrating):
     def reestimate_norms_if_needed(self) -> None:
         """Re-estimate the statistics unless that was done for these very weights; alike on all processes."""
         count = self.norm_batches
-        if not count or self._norms_are_of == self._now():
+        if not count or self._are_of_these_weights():
             return
         if isinstance(self.train_dataset, IterableDataset) and not is_of_datasets(self.train_dataset):
             self._tell_of_stream()
@@ -59,9 +61,21 @@ class ReestimatesNorms(Calibrating):
             reestimate_batch_norm(self.model, itertools.islice(loader, count), run=self.run_forward)
         self._norms_are_of = self._now()
 
-    def _now(self) -> tuple[int, ...]:
+    def _are_of_these_weights(self) -> bool:
+        """Tell whether the statistics were re-estimated for the weights that are there now, on every process."""
+        known = self._norms_are_of == self._now()
+        if self.accelerator.num_processes > 1:  # each may hold another part of the weights
+            everywhere = self.accelerator.gather(torch.tensor([known], device=self.accelerator.device))
+            known = bool(everywhere.all())
+        return known
+
+    @torch.no_grad()
+    def _now(self) -> tuple[float, ...]:
         # The step alone does not tell: an average of weights may have taken the place of those that were trained.
-        return (self.state.global_step, *(p._version for p in self.model.parameters()))
+        # Versions alone do not either: writing through `p.data`, as many averages are put in place, changes none.
+        parameters = [sharding.local(p) for p in self.model.parameters() if p.is_floating_point()]
+        norms = torch.stack([norm.double().cpu() for norm in torch._foreach_norm(parameters)]).nan_to_num(nan=-1.0)
+        return (self.state.global_step, *(p._version for p in self.model.parameters()), *norms.tolist())
 
     @contextmanager
     def _weights_of_evaluation(self) -> Iterator[None]:

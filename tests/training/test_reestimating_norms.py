@@ -132,10 +132,10 @@ def test_a_stream_loses_no_sample(tmp_path, caplog):
 
 
 class Around(TrainerCallback):
-    """Looks at the model after each step, and evaluates an average in its place, as callbacks do."""
+    """Looks at the model after each step, or evaluates an average in its place, as callbacks do."""
 
-    def __init__(self, looks: bool):
-        self.looks = looks
+    def __init__(self, does: str):
+        self.looks, self.written = does == "looks", lambda p: p.data if does == "swaps through data" else p
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.looks:
@@ -145,19 +145,20 @@ class Around(TrainerCallback):
         self.kept = copy.deepcopy(model.state_dict())
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(1.5)
+                self.written(p).mul_(1.5)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.copy_(self.kept[name])
+                self.written(p).copy_(self.kept[name])
 
 
-@pytest.mark.parametrize("looks", [True, False])
-def test_statistics_are_those_of_the_weights_at_hand_where_callbacks_ask(looks, tmp_path):
+@pytest.mark.parametrize("does", ["looks", "swaps", "swaps through data"])
+def test_statistics_are_those_of_the_weights_at_hand_where_callbacks_ask(does, tmp_path):
     """A prediction that a callback asks for had those of perturbed passes; a checkpoint had those of the average that
-    was evaluated before."""
-    data, callback = Images(STEPS * BATCH, torch.float32), Around(looks)
+    was evaluated before, and longer where that was put in place through `p.data`, which changes no version."""
+    data, callback = Images(STEPS * BATCH, torch.float32), Around(does)
+    looks = callback.looks
     when = {} if looks else dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
     trainer = InOrder(
         quantized_model("resnet", torch.float32),
