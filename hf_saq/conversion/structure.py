@@ -14,15 +14,19 @@ def first_and_heads(model: nn.Module) -> set[str]:
     """Find the names of the first layer and of the classification heads, found by structure.
 
     Heads are, in this order: what timm's `get_classifier` returns; what a transformers model keeps outside of its
-    `base_model`, but for embeddings before it; the last layer.
+    `base_model`, but for embeddings before it; what projects the features of text and images, or the last layers of
+    both; the last layer, and those with as many outputs as the model has classes. Beside text the first layer is the
+    first one of images.
     """
     candidates = {name: module for name, module in model.named_modules() if unsupported(module) == ""}
     if not candidates:
         return set()
     heads = _timm_heads(model) or _outside_base_model(model)
     in_heads = {module for head in heads for module in head.modules()}
-    names = {name for name, module in candidates.items() if module in in_heads} or {list(candidates)[-1]}
+    names = {name for name, module in candidates.items() if module in in_heads} or _of_no_base_model(model, candidates)
     body = [name for name in candidates if name not in names]
+    if _reads_text(model):  # a tower of text has embeddings in place of a layer that sees raw values
+        body = [name for name in body if isinstance(candidates[name], nn.modules.conv._ConvNd)] or body
     return names | set(body[:1])
 
 
@@ -47,6 +51,21 @@ def _outside_base_model(model: nn.Module) -> list[nn.Module]:
         for i, (name, child) in enumerate(children.items())
         if child not in inside and (i > start or "embed" not in name)
     ]
+
+
+def _of_no_base_model(model: nn.Module, candidates: dict[str, nn.Module]) -> set[str]:
+    """Name the heads of a model whose heads lie with its body."""
+    towers = [set(child.modules()) for child in model.children() if hasattr(child, "main_input_name")]
+    if not _reads_text(model) or len(towers) < 2:
+        classes = getattr(getattr(model, "config", None), "num_labels", -1)
+        sizes = {n: getattr(m, "out_features", getattr(m, "out_channels", None)) for n, m in candidates.items()}
+        return {list(candidates)[-1], *(name for name, size in sizes.items() if size == classes)}
+    lying = [[name for name, module in candidates.items() if module in tower] for tower in towers]
+    return set(candidates).difference(*lying) or {names[-1] for names in lying if names}
+
+
+def _reads_text(model: nn.Module) -> bool:
+    return getattr(model, "main_input_name", None) == "input_ids"
 
 
 def unsupported(module: nn.Module) -> str | None:

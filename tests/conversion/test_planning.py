@@ -19,7 +19,17 @@ from tiny_models import (
     vit,
 )
 from torch import Tensor, nn
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SiglipConfig,
+    SiglipModel,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
 from hf_saq import SAQQuantizationConfig, quantize
 from hf_saq.conversion.planning import plan
@@ -137,6 +147,46 @@ def test_embeddings_before_what_is_called_the_base_model_are_no_head():
     model = DINOv3ViTModel(config)
     assert model.base_model is not model
     assert first_and_heads(model) == {"embeddings.patch_embeddings", "model.layer.1.mlp.down_proj"}
+
+
+TOWER = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+TOWERS = {
+    "text_config": dict(**TOWER, vocab_size=8, max_position_embeddings=4),
+    "vision_config": dict(**TOWER, image_size=8, patch_size=4),
+}
+
+
+def upernet() -> nn.Module:
+    stages = dict(hidden_sizes=[8] * 4, depths=[1] * 4, out_features=[f"stage{k}" for k in range(1, 5)])
+    config = UperNetConfig(
+        backbone_config=ConvNextConfig(**stages),
+        hidden_size=8,
+        num_labels=5,
+        auxiliary_channels=8,
+        auxiliary_in_channels=8,
+    )
+    return UperNetForSemanticSegmentation(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "edges"),
+    [
+        (upernet, {"backbone.embeddings.patch_embeddings", "decode_head.classifier", "auxiliary_head.classifier"}),
+        (
+            lambda: CLIPModel(CLIPConfig(projection_dim=8, **TOWERS)),
+            {"vision_model.embeddings.patch_embedding", "visual_projection", "text_projection"},
+        ),
+        (
+            lambda: SiglipModel(SiglipConfig(**TOWERS)),
+            {"vision_model.embeddings.patch_embedding", "vision_model.head.mlp.fc2", "text_model.head"},
+        ),
+    ],
+    ids=["segmentation", "clip", "siglip"],
+)
+def test_heads_that_lie_with_the_body(build, edges):
+    """The last layer of UperNet, an auxiliary head, passed for its head, and the first one of a text for the first of
+    CLIP: the classifier and the patch embedding got the bits of the rest."""
+    assert first_and_heads(build()) == edges
 
 
 class HeadFirst(nn.Module):
