@@ -58,10 +58,16 @@ def _of_no_base_model(model: nn.Module, candidates: dict[str, nn.Module]) -> set
     towers = [set(child.modules()) for child in model.children() if hasattr(child, "main_input_name")]
     if not _reads_text(model) or len(towers) < 2:
         classes = getattr(getattr(model, "config", None), "num_labels", -1)
-        sizes = {n: getattr(m, "out_features", getattr(m, "out_channels", None)) for n, m in candidates.items()}
-        return {list(candidates)[-1], *(name for name, size in sizes.items() if size == classes)}
+        inputs, outputs = ({n: _width(m, side) for n, m in candidates.items()} for side in ("in", "out"))
+        if classes in inputs.values():  # a width inside of the model, by chance as large, says nothing
+            classes = -1
+        return {list(candidates)[-1], *(name for name, size in outputs.items() if size == classes)}
     lying = [[name for name, module in candidates.items() if module in tower] for tower in towers]
     return set(candidates).difference(*lying) or {names[-1] for names in lying if names}
+
+
+def _width(layer: nn.Module, side: str) -> int | None:
+    return getattr(layer, f"{side}_features", getattr(layer, f"{side}_channels", None))
 
 
 def _reads_text(model: nn.Module) -> bool:

@@ -156,12 +156,12 @@ TOWERS = {
 }
 
 
-def upernet() -> nn.Module:
+def upernet(classes: int = 5) -> nn.Module:
     stages = dict(hidden_sizes=[8] * 4, depths=[1] * 4, out_features=[f"stage{k}" for k in range(1, 5)])
     config = UperNetConfig(
         backbone_config=ConvNextConfig(**stages),
         hidden_size=8,
-        num_labels=5,
+        num_labels=classes,
         auxiliary_channels=8,
         auxiliary_in_channels=8,
     )
@@ -172,6 +172,7 @@ def upernet() -> nn.Module:
     ("build", "edges"),
     [
         (upernet, {"backbone.embeddings.patch_embeddings", "decode_head.classifier", "auxiliary_head.classifier"}),
+        (lambda: upernet(classes=8), {"backbone.embeddings.patch_embeddings", "auxiliary_head.classifier"}),
         (
             lambda: CLIPModel(CLIPConfig(projection_dim=8, **TOWERS)),
             {"vision_model.embeddings.patch_embedding", "visual_projection", "text_projection"},
@@ -181,7 +182,7 @@ def upernet() -> nn.Module:
             {"vision_model.embeddings.patch_embedding", "vision_model.head.mlp.fc2", "text_model.head"},
         ),
     ],
-    ids=["segmentation", "clip", "siglip"],
+    ids=["segmentation", "as many classes as channels", "clip", "siglip"],
 )
 def test_heads_that_lie_with_the_body(build, edges):
     """The last layer of UperNet, an auxiliary head, passed for its head, and the first one of a text for the first of
