@@ -16,6 +16,7 @@ from hf_saq.config.bit_budget import read_bit_budget
 from hf_saq.hub.card import model_card
 from hf_saq.hub.run_facts import facts_of_run
 from hf_saq.storage.inspection import inspect_checkpoint
+from hf_saq.training.analyses import giving_bits
 from hf_saq.training.analyses.giving_bits import BUDGET_BATCHES
 from hf_saq.training.calibrating import CALIBRATION_BATCHES
 
@@ -89,6 +90,20 @@ def test_saved_models_load_with_their_bits_and_show_them(run):
     card = str(model_card(facts_of_run(finished, finished.saq_config, {}, directory, False)))
     for name, (weight, activation) in bits_of(finished.model).items():
         assert f"| {name} | {weight} | {activation} |" in card
+
+
+def test_layers_that_keep_their_bits_keep_the_ranges_that_they_have_learned(run, tmp_path, monkeypatch):
+    """The model may have been trained before: ranges of the head and of all others were fitted anew."""
+    monkeypatch.setattr(giving_bits, "allocate_bits", lambda *args, **kwargs: run[0].allocation)
+    budgeted = trainer(vit(), tmp_path)
+    budgeted.train_dataset = Images(BATCH, torch.float32)
+    budgeted.calibrate_if_needed()
+    head = budgeted.model.classifier.activation_quantizer
+    with torch.no_grad():
+        learned = head.scale.mul_(1.5).clone()
+    budgeted.give_bits()
+    assert "classifier" not in budgeted.allocation.overrides and budgeted.allocation.overrides
+    assert torch.equal(budgeted.model.classifier.activation_quantizer.scale, learned)
 
 
 def test_a_run_goes_on_with_its_bits(run):
