@@ -9,12 +9,12 @@ from torch import nn
 
 from ..conversion.forms import dequantize, pack
 from .inspection import inspect_checkpoint
-from .saved_directory import PROCESSOR_FILES, copy_files, local_directory, model_class, stored_config
+from .saved_directory import BESIDE, copy_files, local_directory, model_class, stored_config
 from .weight_files import weight_file_bytes
 
 
 def pack_saved(source: str, target: str | Path) -> int:
-    """Write the packed form of a model saved in float storage, with a copy of its image processor.
+    """Write the packed form of a model saved in float storage, with a copy of its image processor and tokenizer.
 
     Args:
         source: Directory of the saved model, or a repository on the Hub.
@@ -55,7 +55,7 @@ def _rewrite(source: str, target: Path, change: Callable[[nn.Module], nn.Module]
     kind = model_class(stored_config(directory))
     changed = change(kind.from_pretrained(directory))
     changed.save_pretrained(target)  # type: ignore[operator]
-    copy_files(PROCESSOR_FILES, directory, target)
+    copy_files(BESIDE, directory, target)
     size = weight_file_bytes(target)
     assert size is not None
     return size

@@ -25,9 +25,25 @@ from .weight_files import MODEL_FILES
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files of an image processor; which of them it has depends on its age."""
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a tokenizer, which models of images and text have beside them."""
+BESIDE = (*PROCESSOR_FILES, "video_preprocessor_config.json", *TEXT_FILES)
+"""Files that a saved model needs beside it to be run, of which transformers copies none when a model is saved."""
 TIMM = "timm_wrapper"
 """Type of the models of timm. What their image processor needs is in their `config.json`; it has no file."""
-NEEDED_FILES = ("config.json", *MODEL_FILES, *PROCESSOR_FILES)
+NEEDED_FILES = ("config.json", *MODEL_FILES, *BESIDE)
 """Files that are downloaded from a repository: the model at its top level, no checkpoints in its folders."""
 
 

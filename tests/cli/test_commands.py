@@ -13,7 +13,16 @@ import torch
 import yaml
 from processes import HANGS, environment
 from tiny_models import deit_with_teacher, images, vit
-from transformers import AutoModelForImageClassification, DeiTForImageClassificationWithTeacher, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    DeiTForImageClassificationWithTeacher,
+    ViTImageProcessor,
+)
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.cli import main
@@ -109,6 +118,25 @@ def test_dequantize(saved, tmp_path, capsys):
     assert not hasattr(plain.config, "quantization_config") and not is_packed(plain)
     assert torch.equal(plain.classifier.weight, packed.classifier.quantized_weight())
     assert (tmp_path / "plain" / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize("command", ["pack", "dequantize"])
+def test_a_tokenizer_goes_with_a_model_of_images_and_text(command, tmp_path, capsys):
+    """CLIP could not be run by a pipeline any more. Nothing else goes along: training arguments hold a token."""
+    tower = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(**tower, vocab_size=8, max_position_embeddings=8, bos_token_id=6, eos_token_id=7)
+    config = CLIPConfig(text_config=text, vision_config=dict(**tower, image_size=8, patch_size=4))
+    model = quantize(CLIPModel(config), SAQQuantizationConfig())
+    calibrate(model, [{"pixel_values": torch.randn(2, 3, 8, 8), "input_ids": torch.tensor([[6, 1, 7], [6, 2, 7]])}])
+    model.save_pretrained(tmp_path / "saved")
+    vocabulary = {text: k for k, text in enumerate(["a", "b", "c", "a</w>", "b</w>", "c</w>", "<s>", "</s>"])}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], bos_token="<s>", eos_token="</s>", unk_token="a")
+    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/training_args.bin").write_text("secret")
+    assert run(capsys, command, tmp_path / "saved", tmp_path / "out")[0] == 0
+    processor = CLIPProcessor.from_pretrained(tmp_path / "out")
+    assert processor.tokenizer("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+    assert not (tmp_path / "out/training_args.bin").exists()
 
 
 def test_the_class_it_was_saved_from_is_kept(tmp_path, capsys):
