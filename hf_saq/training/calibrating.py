@@ -21,6 +21,7 @@ from transformers.trainer_utils import has_length
 from ..analysis import cost
 from ..conversion import calibrate, needs_calibration
 from ..sharpness import RNGState, set_aside
+from ..sharpness.schedules.batch_copy import copied
 from .replayed_stream import ReplayedStream, replayed
 from .step_logs import LOSSES
 
@@ -124,7 +125,7 @@ class Calibrating(Trainer):
         try:
             # Allow gradients, for losses that run a backward of their own; `set_aside` removes them again.
             with self.aside(), torch.enable_grad(), set_aside(self.model.parameters()):
-                self.training_step(self.model, copy.copy(batch), items)
+                self.training_step(self.model, copied(batch), items)
         finally:
             self._instead_of_step = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from transformers import Trainer
 from ..config import SAQConfig
 from ..sharpness import SharpnessAwareMinimizer, default_rho
 from ..sharpness.schedules import KNOBS, ScheduledStep
+from ..sharpness.schedules.batch_copy import copied
 from ..sharpness.schedules.partial_batch import count_samples
 from .columns import counted_labels
 from .oscillation_callback import OscillationCallback
@@ -150,7 +150,8 @@ class PerturbedSteps(Trainer):
             others = enumerate(zip(self._step_batches, self._used_batches, strict=False))
             its_number = next((j for j, known in others if any(batch is one for one in known)), k)
             with nullcontext() if reduce else self.accelerator.no_sync(model=model):
-                return self._weighted_step(model, copy.copy(batch), items, its_number)
+                # Let a loss change its batch, as mixing in place does, without a trace for the other pass.
+                return self._weighted_step(model, copied(batch), items, its_number)
 
         batches = self._step_batches or [inputs]
         batches[k] = inputs  # a subclass may have changed it on the way here

@@ -113,7 +113,9 @@ def _doubtful(value: Any, size: int, where: str) -> str:
         found = f"{where or 'a tensor'} has {value.shape[0]} entries where others have {size}"
         return "" if value.shape[0] == size else found
     if where and isinstance(value, (list, tuple)) and len(value) == size:
-        return ""  # it has one entry a sample, of whatever kind
+        # Each entry is that of a sample, of whatever kind, or there are as many crops of all samples by chance.
+        could_be_crops = size > 1 and all(isinstance(v, Tensor) and v.ndim > 1 and len(v) == size for v in value)
+        return f"{where} may have {size} views of {size} samples or one entry a sample" if could_be_crops else ""
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     doubts = (_doubtful(inner, size, f"{where}[{key!r}]") for key, inner in items)
     return next((doubt for doubt in doubts if doubt), "")

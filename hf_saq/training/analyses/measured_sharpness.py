@@ -12,6 +12,7 @@ from ...analysis.batch_losses import LabelledBatches, left_as_it_was
 from ...analysis.weight_point import WeightPoint
 from ...config import SAQConfig
 from ...sharpness import SharpnessAwareMinimizer, default_rho
+from ...sharpness.schedules.batch_copy import copied
 from ..calibrating import Calibrating, unchanged_rng
 from ..step_logs import LOSSES
 
@@ -39,6 +40,8 @@ class MeasuresSharpness(Calibrating):
         """Run one micro-batch as the trainer does, and keep it for a measurement."""
         if self._instead_of_step is None and self.measures_sharpness:
             self._last_inputs = inputs
+            if self.minimizer is None:  # passes of a perturbed step have copies of their own
+                inputs = copied(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -79,6 +82,6 @@ class MeasuresSharpness(Calibrating):
 
     def _loss_of_inputs(self, model: nn.Module, batch: Any) -> Tensor:
         items = self._get_num_items_in_batch([batch], self.args.device)
-        inputs = self._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
+        inputs = self._prepare_inputs(copied(dict(batch) if isinstance(batch, Mapping) else batch))
         with self.aside(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=items)  # type: ignore[return-value]

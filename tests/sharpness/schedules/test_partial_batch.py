@@ -70,6 +70,7 @@ def assert_is_part(part, whole, size: int, count: int) -> None:
         ({"x": torch.zeros(8, 3, 4, 4), "names": ["a", "b"]}, ""),
         ([torch.zeros(3, 4, 4)] * 8, "a list of 8 alike tensors may be a list of samples"),
         ((torch.zeros(8, 3, 4, 4), torch.zeros(4)), "has 4 entries where others have 8"),
+        ({"crops": [torch.zeros(8, 3, 4, 4)] * 8, "y": torch.zeros(8)}, "crops.* may have 8 views of 8 samples"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
