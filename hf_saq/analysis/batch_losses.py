@@ -188,8 +188,9 @@ def _size(batch: Any) -> int:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
+    """Copy a batch to `device`, also if it is there: a loss may change it in place, and it is measured on again."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return batch.detach().to(device, copy=True)
     if isinstance(batch, Mapping):
         return {name: _moved(value, device) for name, value in batch.items()}
     if type(batch) in (tuple, list):

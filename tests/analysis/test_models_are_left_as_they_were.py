@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,6 +42,20 @@ def test_an_analysis_that_breaks_off(analysis: str, calls: int):
     batches = labelled_vectors(batches=8)
     with nothing_changes(net := quantized_linear_net()), pytest.raises(Broken):
         ANALYSES[analysis](net, batches, loss)
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_a_loss_that_changes_its_batch_in_place(analysis: str):
+    """Images that are normalized in their own memory: every evaluation sees the same ones."""
+
+    def loss(model: nn.Module, batch, in_place: bool = True) -> torch.Tensor:
+        x = batch[0].sub_(0.5).mul_(1.5) if in_place else (batch[0] - 0.5) * 1.5
+        return nn.functional.cross_entropy(model(x), batch[1])
+
+    found = ANALYSES[analysis](quantized_linear_net(), labelled_vectors(), loss)
+    expected = ANALYSES[analysis](quantized_linear_net(), labelled_vectors(), partial(loss, in_place=False))
+    drop_times = {"seconds": 0}
+    assert {**found.to_dict(), **drop_times} == {**expected.to_dict(), **drop_times}
 
 
 @pytest.mark.parametrize("analysis", ANALYSES)

@@ -15,7 +15,6 @@ from ...config import SAQConfig, SAQQuantizationConfig
 from ...config.bit_budget import read_bit_budget
 from ...conversion import calibrate
 from ...quantizers import Quantizer
-from ...sharpness.schedules.batch_copy import copied
 from ...storage.same_quantization import stored_quantization, stored_quantizers
 from ..calibrating import CALIBRATION_BATCHES, Calibrating, unchanged_rng
 
@@ -107,7 +106,7 @@ class GivesBits(Calibrating):
     def _loss_of(self, model: nn.Module, batch: Any) -> Tensor:
         items = self._get_num_items_in_batch([batch], self.args.device)
         with self.aside():
-            return self.compute_loss(model, copied(dict(batch)), num_items_in_batch=items)  # type: ignore[return-value]
+            return self.compute_loss(model, dict(batch), num_items_in_batch=items)  # type: ignore[return-value]
 
 
 def _bits_of_quantizers(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, dict[str, int]]:

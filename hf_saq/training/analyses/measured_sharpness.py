@@ -82,6 +82,6 @@ class MeasuresSharpness(Calibrating):
 
     def _loss_of_inputs(self, model: nn.Module, batch: Any) -> Tensor:
         items = self._get_num_items_in_batch([batch], self.args.device)
-        inputs = self._prepare_inputs(copied(dict(batch) if isinstance(batch, Mapping) else batch))
+        inputs = self._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
         with self.aside(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=items)  # type: ignore[return-value]
