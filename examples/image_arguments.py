@@ -49,7 +49,9 @@ class QuantizationArguments:
     quantization_overrides: str | None = field(
         default=None, metadata={"help": 'JSON: pattern -> fields, such as {"*.layers.0.*": {"weight_bits": 8}}.'}
     )
-    float_epochs: float = field(default=0.0, metadata={"help": "Epochs of float fine-tuning before quantization."})
+    float_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs of float fine-tuning before quantization; --max_steps cut it short."}
+    )
     float_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
     distill_alpha: float = field(
         default=0.0,
@@ -95,6 +97,10 @@ class QuantizationArguments:
             raise ValueError(
                 f"--activation_bits {self.activation_bits}: expected as many as --weight_bits {self.weight_bits}."
             )
+        pairs = [*zip(self.weight_bits, self.activation_bits or self.weight_bits, strict=True)]
+        for name, given in (("methods", self.methods), ("weight_bits (and --activation_bits)", pairs)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"--{name} {given}: one of them is there twice, and would take the other's place.")
         check_distillation(self.distill_alpha, self.distill_temperature)
         self.configs()  # a mistake shows before anything is trained
 
@@ -215,6 +221,8 @@ def parse_arguments(argv: Sequence[str], description: str = "") -> Arguments:
             parser.set_defaults(**{**digits, **given})
         parsed = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
         model, data, quantization, saq, training = parsed
+        if training.do_predict:
+            raise ValueError("--do_predict: this script writes no predictions; leave it out, and open what it saves.")
         training.resume_from_checkpoint = resume_choice(training.resume_from_checkpoint)
         return model, data, training, saq, quantization  # type: ignore[return-value]
     except (ValueError, TypeError, OSError) as error:

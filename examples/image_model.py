@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,6 +259,11 @@ def has_folded_batch_norm(model: torch.nn.Module) -> bool:
     return bool(pretrained) and all(
         not m.running_mean.any() and torch.allclose(m.running_var, m.running_var[0]) for m in pretrained
     )
+
+
+def first_batches(dataset, count: int = 8, size: int = 32):
+    """A few batches in order, alike on every process."""
+    return itertools.islice(torch.utils.data.DataLoader(dataset, batch_size=size, drop_last=True), count)
 
 
 @torch.no_grad()

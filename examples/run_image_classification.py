@@ -16,8 +16,8 @@ into a fresh object and evaluate it again, with `--engine` also as an exported i
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ from image_mistakes import check_is_float, check_names, in_one_line, unreadable_
 from image_mixing import mixing
 from image_model import (
     ModelArguments,
+    first_batches,
     has_folded_batch_norm,
     load_model,
     load_processor,
@@ -178,6 +179,8 @@ def train_float(
     seconds = None
     if quantization_args.float_epochs > 0:
         show(training_args, "float: train")
+        if args.max_steps > 0:  # which `Trainer` takes in place of the epochs, also where they are fewer steps
+            args.max_steps = min(args.max_steps, steps_of_epochs(trainer))
         seconds = timed_training(trainer)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -185,6 +188,13 @@ def train_float(
     trainer.accelerator.wait_for_everyone()
     size = weight_bytes(Path(args.output_dir))
     return Row("float", "W32A32", metrics["eval_top1"], size, seconds, metrics=metrics), trainer
+
+
+def steps_of_epochs(trainer: SAQTrainer) -> int:
+    """The optimizer steps of `num_train_epochs`, which may be a fraction."""
+    with trainer.fresh_loader() as loader:
+        in_epoch = max(1, math.ceil(len(loader) / trainer.args.gradient_accumulation_steps))
+    return math.ceil(trainer.args.num_train_epochs * in_epoch)
 
 
 def train_quantized(
@@ -269,11 +279,6 @@ def stage_arguments(args: TrainingArguments, stage: str, push_to_hub: bool | Non
     if args.push_to_hub:
         args.hub_model_id = f"{args.hub_model_id or base.name}-{stage}"
     return args
-
-
-def first_batches(dataset, count: int = 8, size: int = 32):
-    """A few batches in order, alike on every process."""
-    return itertools.islice(torch.utils.data.DataLoader(dataset, batch_size=size, drop_last=True), count)
 
 
 def bits_name(config: SAQQuantizationConfig) -> str:

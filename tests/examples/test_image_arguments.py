@@ -54,6 +54,9 @@ def test_other_data_does_not_get_the_digits_defaults(given):
     [
         (["--weight_bits", "9"], "weight_bits=9"),
         (["--weight_bits", "4", "--activation_bits", "4", "4"], "expected as many as --weight_bits"),
+        (["--weight_bits", "4", "4"], "--weight_bits (and --activation_bits) [(4, 4), (4, 4)]: one of them is there"),
+        (["--methods", "qat", "saq", "qat"], "--methods ['qat', 'saq', 'qat']: one of them is there twice"),
+        (["--do_train", "--do_predict"], "--do_predict: this script writes no predictions"),
         (["--quantizer", "magic"], "'magic' is unknown"),
         (["--rho", "-1"], "rho=-1"),
         (["--methods", "sam"], "--methods"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import NUM_LABELS, TRANSFORMERS_MODELS
+from tiny_models import NUM_LABELS, TRANSFORMERS_MODELS, images, vit
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from training import BATCH, Images, arguments, quantized_model
@@ -136,6 +136,18 @@ def test_the_best_or_the_average(tmp_path):
         trainer_in(tmp_path, ema_decay=0.9, **best)
     with pytest.raises(ValueError, match="--ema_decay under FSDP: the weights to average lie in shards"):
         check_averaging(is_sharded=True, takes_best=False)
+
+
+@pytest.mark.parametrize(("most", "steps"), [(-1, 3), (2, 2), (9, 3)])
+def test_max_steps_end_the_float_training_and_do_not_prolong_it(most, steps, tmp_path):
+    """`Trainer` takes them in place of the epochs: with 10,000 of them, one epoch in float became 10,000 steps."""
+    given = ["--float_epochs=1.5", f"--max_steps={most}", f"--output_dir={tmp_path}", "--dataset_name=none"]
+    given += ["--use_cpu", "--report_to=none", "--disable_tqdm=true", "--per_device_train_batch_size=4", "--do_train"]
+    _, _, how, _, quantization = parse_arguments([*given, "--gradient_accumulation_steps=2", "--save_strategy=no"])
+    rows = [{"pixel_values": x, "labels": k % NUM_LABELS} for k, x in enumerate(images(16))]
+    common = {"train_dataset": rows, "eval_dataset": rows[:2], "compute_metrics": lambda _: {"top1": 0.0}}
+    _, trainer = script.train_float(vit(), how, quantization, common)
+    assert trainer.state.global_step == steps and how.max_steps == most
 
 
 @pytest.mark.parametrize(
