@@ -77,7 +77,8 @@ def _reads_text(model: nn.Module) -> bool:
 def unsupported(module: nn.Module) -> str | None:
     """Say why a weighted layer stays in float: `""` if it can be quantized, `None` if it is no such layer at all."""
     if quantized_form(module) is not None:
-        computed = [name for name in ("weight", "bias") if name in vars(module) or name not in module._parameters]
+        present = [name for name in ("weight", "bias") if hasattr(module, name)]
+        computed = [name for name in present if name in vars(module) or name not in module._parameters]
         return f"its {' and '.join(computed)} is computed from other parameters" if computed else ""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "its weight is read by the attention that holds it, which does not call the layer"

@@ -120,7 +120,8 @@ class PackedLayer(nn.Module, QuantizesInput):
         codes = self.codes()
         scale, offset = self.weight_scale, self.weight_offset
         latent = quantizer.take_over(codes, scale, torch.zeros_like(scale) if offset is None else offset)
-        layer.weight, layer.bias = nn.Parameter(latent.to(self.weight.dtype)), self.bias
+        layer.weight = nn.Parameter(latent.to(self.weight.dtype))
+        layer.register_parameter("bias", self.bias)
         layer.weight_quantizer = quantizer
         take_over_input(layer, self)
         layer.float_form = self.float_form

@@ -61,7 +61,8 @@ class QuantizedLayer(HoldsQuantizers, QuantizesInput, ABC):
         """Make a quantized layer that shares the parameters of the float `layer`."""
         with torch.device("meta"):  # the fresh weights are replaced at once
             new = cls(**cls.constructor_arguments(layer))
-        new.weight, new.bias = layer.weight, layer.bias
+        new.weight = layer.weight
+        new.register_parameter("bias", getattr(layer, "bias", None))  # embeddings and the like know none
         new.weight_quantizer = weight_quantizer
         new.activation_quantizer = activation_quantizer
         new.float_form = FloatForm.of(layer)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from calibration_worker import own_data
 from minimizer_nets import linear_net
+from own_quantizer import PowerOfTwo
 from processes import SUPPORT, run_python
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize
+from hf_saq.quantizers import QUANTIZERS
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +21,9 @@ def results(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "fsdp2"])
-@pytest.mark.parametrize("quantizer", ["lsq", "lsq_plus", "pact"])
-def test_all_processes_have_what_the_first_one_found(quantizer: str, sharded: bool, results):
+@pytest.mark.parametrize("quantizer", ["lsq", "lsq_plus", "pact", "power_of_two"])
+def test_all_processes_have_what_the_first_one_found(quantizer: str, sharded: bool, results, monkeypatch):
+    monkeypatch.setitem(QUANTIZERS, "power_of_two", PowerOfTwo)  # whose values are buffers
     first, second = (result[quantizer, sharded] for result in results)
     assert torch.equal(first["logits"], second["logits"])
     alone = quantize(linear_net().eval(), SAQQuantizationConfig(quantizer=quantizer))

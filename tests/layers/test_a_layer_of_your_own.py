@@ -65,6 +65,37 @@ def model(monkeypatch) -> nn.Sequential:
     return nn.Sequential(nn.ConvTranspose1d(4, 6, 3, stride=2, bias=False), nn.GELU(), Scaled(9), nn.Linear(9, 2))
 
 
+class QuantEmbedding(QuantizedLayer, nn.Embedding):
+    """The one class, for a layer that has no bias and whose input is no number to be quantized."""
+
+    @staticmethod
+    def constructor_arguments(layer: Any) -> dict[str, Any]:
+        return {"num_embeddings": layer.num_embeddings, "embedding_dim": layer.embedding_dim}
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG002
+        return F.embedding(x, weight)
+
+
+def test_an_embedding_is_quantized_too(monkeypatch):
+    """It stayed in float: its bias, which it has not, was taken for one that is computed."""
+    monkeypatch.setitem(QUANTIZED_LAYERS, nn.Embedding, QuantEmbedding)
+    x = torch.tensor([[0, 3, 1], [2, 2, 4]])
+    config = hf_saq.SAQQuantizationConfig(weight_bits=3, first_last_bits=None)
+    net = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"^0.activation_quantizer: its input is of torch.int64, .*'activation_bits'"):
+        hf_saq.calibrate(hf_saq.quantize(net, config), [x])
+    net = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 2))
+    model = hf_saq.quantize(net, config.replace(overrides={"0": {"activation_bits": None}}))
+    expected = hf_saq.calibrate(model, [x])(x)
+    assert isinstance(model[0], QuantEmbedding) and model[0].quantized_weight().unique().numel() <= 8
+    packed = hf_saq.pack(model)
+    again = hf_saq.pack(hf_saq.unpack(packed))
+    for other in (packed, again):
+        assert isinstance(other[0], PackedLayer)
+        torch.testing.assert_close(other(x), expected)
+    assert type(hf_saq.dequantize(again)[0]) is nn.Embedding
+
+
 def test_without_the_line_such_layers_stay_in_float():
     net = nn.Sequential(nn.ConvTranspose1d(4, 6, 3), Scaled(6), nn.Linear(6, 2))
     report = hf_saq.quantize(net, hf_saq.SAQQuantizationConfig()).quantization_report

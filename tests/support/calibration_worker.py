@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from forked import run_in_processes
 from minimizer_nets import linear_net
+from own_quantizer import PowerOfTwo
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_saq import SAQQuantizationConfig, calibrate, quantize, reestimate_batch_norm
+from hf_saq.quantizers import QUANTIZERS
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
@@ -20,7 +22,7 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 
 
 def own_data(rank: int) -> torch.Tensor:
-    own = torch.randn(32, 12, generator=torch.Generator().manual_seed(rank)) * (1 + rank)
+    own = torch.randn(32, 12, generator=torch.Generator().manual_seed(rank)) * (1 + 4 * rank)
     return own.abs() if rank else own  # the sign of the first layer differs
 
 
@@ -29,7 +31,8 @@ def main(output: Path) -> None:
     rank = dist.get_rank()
     own = own_data(rank)
     results = {}
-    for quantizer in ("lsq", "lsq_plus", "pact"):
+    QUANTIZERS["power_of_two"] = PowerOfTwo
+    for quantizer in ("lsq", "lsq_plus", "pact", "power_of_two"):
         for sharded in (False, True):
             net = quantize(linear_net().eval(), SAQQuantizationConfig(quantizer=quantizer))
             net = fully_shard(net) if sharded else net

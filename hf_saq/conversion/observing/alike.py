@@ -48,14 +48,15 @@ def fit_alike(samples: Iterable[tuple[Quantizer, Tensor, float]]) -> None:
         fitted.append((quantizer, own))
     if not several_processes() or not fitted:
         return
-    values = [t.reshape(-1).double() for _, own in fitted for t in (*own.parameters(), own.range_state)]
+    values = [t.reshape(-1).double() for _, own in fitted for t in (*own.parameters(), *own.buffers())]
     flat = torch.cat(values)
     dist.broadcast(flat, src=0)
     arrived = iter(flat.split([len(v) for v in values]))
     for quantizer, own in fitted:
         for parameter, whole in zip(quantizer.parameters(), own.parameters(), strict=True):
             _write(parameter, next(arrived).reshape(whole.shape).to(whole.dtype))
-        own.range_state.copy_(next(arrived).reshape(()))
+        for buffer, whole in zip(quantizer.buffers(), own.buffers(), strict=True):  # the state among them
+            buffer.copy_(whole.copy_(next(arrived).reshape(whole.shape)))
         quantizer.take_state(own.signed)
 
 

@@ -30,6 +30,11 @@ class ActivationObserver(Observer):
 
     def update(self, x: Tensor) -> None:
         self.ran = True
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{self.path}: its input is of {x.dtype}, and indices have no grid; expected floating point. Leave it "
+                f"as it is: overrides={{{self.path.rpartition('.')[0]!r}: {{'activation_bits': None}}}}."
+            )
         flat = x.detach().reshape(-1)
         if flat.numel():
             smallest, largest = (bound.item() for bound in flat.aminmax())
