@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..config import OVERRIDABLE, SAQQuantizationConfig
 from ..layers import HoldsQuantizers, PackedLayer, QuantAttentionProducts
@@ -30,6 +31,12 @@ def plan(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) 
             f"{type(model).__name__} has quantized layers already; start from the float model, or train on as it is."
         )
     refuse_adapters(model, "quantize")
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"{type(model).__name__}: {lazy} has no shape yet, and its layer would stay in float; expected a model "
+            "whose lazy layers have seen a batch. Run one through it before."
+        )
     if not stored:
         config.replace()  # checks the fields, which may have been set one by one
     names = ModuleNames(model, only_where_needed=config.format_version == 1)
