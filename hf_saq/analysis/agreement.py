@@ -22,7 +22,14 @@ def agreement(logits: Sequence[Tensor], reference: Sequence[Tensor], axes: Seque
 
     Args:
         axes: The dimension of the classes in each batch; 1 by default.
+
+    Raises:
+        ValueError: If there are no logits.
     """
+    if not logits:
+        raise ValueError(
+            "the model has returned no logits; expected a `loss` that calls the model itself, not a part of it."
+        )
     same = []
     for a, b, axis in zip(logits, reference, axes or [1] * len(logits), strict=True):
         class_a, class_b = predictions(a, axis), predictions(b, axis)

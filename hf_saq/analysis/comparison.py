@@ -153,6 +153,12 @@ def compare(
                         )
                     signal_noise[0] += y_a.square().sum().item()
                     signal_noise[1] += (y_b - y_a).square().sum().item()
+            calls = [len(outputs.get("", [])) for outputs in found]
+            if calls != [1, 1]:
+                raise ValueError(
+                    f"compare: the loss of batch {number} called the models {calls[0]} and {calls[1]} times; expected "
+                    "one call of each, whose logits are compared: a `loss` that calls the model itself, once."
+                )
             (y_a,), (y_b,) = found[0][""], found[1][""]
             axis = data.class_axis(number, y_a)
             classes_a, classes_b = (y.movedim(axis, -1).flatten(0, -2) for y in (y_a, y_b))

@@ -143,6 +143,17 @@ class Transposed(nn.Module):
         return x.mT
 
 
+def test_a_loss_calls_the_model_once():
+    """Its logits are what is compared. The error was "too many values to unpack", or a missing key."""
+    net = quantized_linear_net(2, 2)
+    losses = {2: lambda m, b: m(b[0]).sum() + m(b[0]).sum(), 0: lambda m, b: m[4](m[2](m[0](b[0]))).sum()}
+    for times, loss in losses.items():
+        with pytest.raises(ValueError, match=f"batch 0 called the models {times} and {times} times; expected one"):
+            compare(linear_net(), net, labelled_vectors(), loss=loss)
+    with pytest.raises(ValueError, match="has returned no logits; expected a `loss` that calls the model itself"):
+        sensitivity(net, labelled_vectors(), candidates=(2,), loss=losses[0], trace_samples=2)
+
+
 def test_what_is_wrong_is_said():
     with pytest.raises(ValueError, match="have no layer of the same name; expected two models of one architecture"):
         compare(vit(), linear_net(), labelled_images())
