@@ -88,7 +88,8 @@ class KeepsColumnsOfTransforms(Trainer):
         return getattr(self.accelerator.unwrap_model(self.model), "config", None)
 
     def _check_classes(self, dataset: Any, description: str | None) -> None:
-        """Raise `ValueError` if a data set that names its classes has labels that the model has not."""
+        """Raise `ValueError` if a data set that names its classes has labels that the model has not, or numbers
+        classes of the model otherwise: the model would learn to call each class by the name of another."""
         features, known = getattr(dataset, "features", None) or {}, self._classes()
         if known is None:
             return
@@ -96,26 +97,47 @@ class KeepsColumnsOfTransforms(Trainer):
             named = getattr(features.get(name), "num_classes", 0)
             # Read the labels only where they may be too large: a part of a data set keeps the names of all.
             largest = max(dataset.unique(name), default=0) if named > known and len(dataset) else 0
-            if largest >= known and self._reaches_the_model(dataset, name, known):
+            if largest >= known and self._label_of_the_model(dataset, name, largest) >= known:
                 raise ValueError(
                     f"{type(self).__name__}: the {description or 'given'} data set has {named} classes in {name!r} "
                     f"and labels up to {largest}; the model has {known} classes. Build it with num_labels={named}."
                 )
+            self._check_order(dataset, description, name, known)
 
-    def _reaches_the_model(self, dataset: Any, name: str, known: int) -> bool:
-        """Tell whether an image of the largest class in the column `name` leaves the collator with such a label too.
+    def _check_order(self, dataset: Any, description: str | None, name: str, known: int) -> None:
+        classes = getattr((getattr(dataset, "features", None) or {}).get(name), "names", None) or []
+        stored = getattr(self._config(), "id2label", None) or {}
+        own = [str(stored.get(k)) for k in range(known)]
+        other = [k for k, called in enumerate(classes) if k >= known or own[k] != called]
+        if not other or not set(classes) <= set(own):
+            return
+        # Ask for the label of an image of such a class: the data set may have none.
+        there = set(dataset.unique(name))
+        k = next((k for k in other if k in there), None)
+        if k is not None and self._label_of_the_model(dataset, name, k) == k:
+            raise ValueError(
+                f"{type(self).__name__}: the {description or 'given'} data set numbers classes of the model "
+                f"otherwise: {classes[k]!r} is {k} in {name!r}, and {own.index(classes[k])} in the model's id2label, so "
+                "that it would call each class by the name of another. Number the data as the model does, by "
+                f"dataset.align_labels_with_mapping(model.config.label2id, {name!r}), or, where the model is to learn "
+                "new numbers, set id2label and label2id in its configuration to those of the data."
+            )
+
+    def _label_of_the_model(self, dataset: Any, name: str, label: int) -> int:
+        """Return the label that an image with `label` in the column `name` has when it leaves the collator; -1 if that
+        is unknown.
 
         The transform of a data set, or the collator, may make other labels of those in its columns.
         """
-        row = int(dataset.select_columns([name]).with_format("numpy")[:][name].argmax())
+        row = int((dataset.select_columns([name]).with_format("numpy")[:][name] == label).argmax())
         try:
             with unchanged_rng():
                 twice = [dataset[row]] * 2  # for what mixes images
                 labels = torch.as_tensor(self.data_collator(twice)["labels"])
         except Exception as error:  # it comes again where it is in the way
             logger.info("The labels of a data set are not compared with the model: %s", error)
-            return False
-        return not labels.is_floating_point() and labels.numel() > 0 and int(labels.max()) >= known
+            return -1
+        return -1 if labels.is_floating_point() or not labels.numel() else int(labels.max())
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Raise `ValueError` if the keys of `inputs`, which the model is going to see, do not fit it."""

@@ -197,6 +197,31 @@ def test_labels_that_are_made_of_those_of_a_data_set(where, last, tmp_path):
         assert trainer.evaluate(data)["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("names", [["tulip", "daisy", "rose"], ["rose", "tulip"], ["daisy", "rose"], ["daisy", "oak"]])
+@pytest.mark.parametrize("renumbers", [False, True])
+def test_classes_of_the_model_in_another_order(names, renumbers, tmp_path):
+    """A model that was fine-tuned on these classes, and images in folders, whose order is that of their names: it
+    learned to call each class by the name of another. A transform may give the model its own numbers."""
+    model = vit()
+    model.config.id2label = dict(enumerate(["daisy", "rose", "tulip"]))
+    features = datasets.Features({"pixel_values": datasets.Array3D((3, 16, 16), "float32")})
+    features["label"] = datasets.ClassLabel(names=names)
+    data = datasets.Dataset.from_dict({"pixel_values": images(4).numpy(), "label": [1, 1, 0, 1]}, features=features)
+    own = {name: k for k, name in model.config.id2label.items()}
+    if renumbers:
+        data = data.with_transform(
+            lambda rows: {
+                "pixel_values": torch.tensor(np.array(rows["pixel_values"])),
+                "labels": [own.get(names[k], k) for k in rows["label"]],
+            }
+        )
+    trainer = SAQTrainer(model, arguments(tmp_path), saq_config=SAQConfig(case=None))
+    is_refused = names[0] != "daisy" and not renumbers
+    message = rf"numbers classes of the model otherwise: '{names[0]}' is 0 in 'label', and {own[names[0]]} in the"
+    with pytest.raises(ValueError, match=message) if is_refused else nullcontext():
+        trainer.evaluate(data if renumbers else data.with_format("torch"))
+
+
 def test_a_loss_function_takes_labels_that_the_model_does_not(tmp_path):
     model = quantize(Plain(), CONFIG.replace(first_last_bits=None))
     data = [{"x": torch.randn(4), "labels": k % 2} for k in range(8)]
