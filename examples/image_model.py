@@ -262,8 +262,9 @@ def has_folded_batch_norm(model: torch.nn.Module) -> bool:
 
 
 def first_batches(dataset, count: int = 8, size: int = 32):
-    """A few batches in order, alike on every process."""
-    return itertools.islice(torch.utils.data.DataLoader(dataset, batch_size=size, drop_last=True), count)
+    """A few batches in order, alike on every process; one smaller batch where there are fewer images."""
+    loader = torch.utils.data.DataLoader(dataset, batch_size=min(size, len(dataset)), drop_last=True)
+    return itertools.islice(loader, count)
 
 
 @torch.no_grad()

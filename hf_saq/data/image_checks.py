@@ -19,8 +19,15 @@ def check_places(args: Any) -> None:
     """Raise `ValueError` for directories that are not there, which the Hub would be asked for otherwise."""
     for flag in ("dataset_name", "train_dir", "validation_dir"):
         name = getattr(args, flag)
-        if name is not None and not Path(name).is_dir() and (flag != "dataset_name" or is_a_path(name)):
-            raise ValueError(f"--{flag} {name!r}: there is no such directory.")
+        if (
+            name is not None
+            and not Path(name).is_dir()
+            and (flag != "dataset_name" or is_a_path(name) or Path(name).is_file())
+        ):
+            what = "there is no such directory"
+            if Path(name).is_file():
+                what = "is a file; expected a directory, with metadata.csv or .parquet files if there is a table"
+            raise ValueError(f"--{flag} {name!r}: {what}.")
 
 
 def is_a_path(name: str) -> bool:
@@ -39,7 +46,7 @@ def checked_rows(dataset: HFDataset, split: str, args: Any) -> HFDataset:
     dataset = _as_images(dataset, split, image)
     images, labels = dataset.data.column(image).combine_chunks(), dataset.data.column(label)
     no_image = pc.and_(pc.is_null(pc.struct_field(images, "bytes")), pc.is_null(pc.struct_field(images, "path")))
-    empty = {image: no_image.to_numpy(zero_copy_only=False), label: pc.is_null(labels).to_numpy()}
+    empty = {image: no_image.to_numpy(zero_copy_only=False), label: _without_label(labels)}
     for column, rows in empty.items():
         if rows.any() and not args.skip_corrupt:
             raise ValueError(
@@ -64,6 +71,11 @@ def checked_rows(dataset: HFDataset, split: str, args: Any) -> HFDataset:
                 f"{feature.num_classes} classes. {hint}."
             )
     return dataset
+
+
+def _without_label(labels: Any) -> np.ndarray:
+    """Mark the rows whose label is missing; of numbers, NaN is: some libraries write it for nothing."""
+    return pc.is_null(labels, nan_is_null=True).to_numpy()
 
 
 def _as_images(dataset: HFDataset, split: str, column: str) -> HFDataset:

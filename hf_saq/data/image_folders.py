@@ -36,6 +36,11 @@ METADATA = (".csv", ".jsonl", ".parquet")
 """Endings of the `metadata` file that an image folder may have in place of folders for classes."""
 
 
+METADATA_HINT = "metadata.csv or metadata.jsonl, with the columns file_name and label"
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")
+"""Endings of files that may be meant to say what the classes are."""
+
+
 @dataclass(frozen=True)
 class ImageFiles:
     """Holds what lies in one directory: its images, relative to it and sorted, and where their labels are."""
@@ -72,6 +77,9 @@ def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> Im
         "Expected one folder for each class with its images inside, such as "
         f"{directory.name}/cat/1.jpg and {directory.name}/dog/2.jpg"
     )
+    table = next((file for file in sorted(files) if file.suffix.lower() in TABLES), None)
+    if table is not None:
+        expected += f"; {str(table)!r} is not read: a table of labels is called {METADATA_HINT}"
     if not images:
         instead = f"{len(files)} other files, such as {str(files[0])!r}" if files else "no file at all"
         raise ValueError(f"{where} holds no image but {instead}. {expected}.")
@@ -102,6 +110,14 @@ def check_image_folder(directory: Path, flag: str, least_classes: int = 2) -> Im
     empty = [name for name in top if name not in classes]
     if empty:
         logger.warning("%s: no image lies in %s, so there is no such class.", where, ", ".join(map(repr, empty[:5])))
+    if table is not None and len(table.parts) == 1:
+        logger.warning(
+            "%s: the classes are the folders %s. %r beside them is not read; a table of labels is called %s.",
+            where,
+            ", ".join(map(repr, classes[:5])),
+            str(table),
+            METADATA_HINT,
+        )
     return ImageFiles(directory, tuple(images), has_metadata=False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from image_folder_files import image_files, load
 from PIL import Image
@@ -96,6 +96,20 @@ def test_classes_without_images_are_named(tmp_path, caplog):
     assert splits["train"].features["label"].names == ["cat", "dog"]
 
 
+def test_a_table_of_labels_by_another_name_is_told_of(tmp_path, caplog):
+    """A training learned the years that pictures were taken in, which were the names of their folders."""
+    for name, pictures in (("years", ["2020/1.png", "2021/2.png"]), ("together", ["pictures/1.png"])):
+        image_files(tmp_path / name, *pictures)
+        (tmp_path / name / "labels.csv").write_text("image,label\n1.png,cat\n")
+    load(train_dir=tmp_path / "years", validation_dir=tmp_path / "years")
+    told = "the classes are the folders '2020', '2021'. 'labels.csv' beside them is not read; a table of labels is"
+    assert f"{told} called metadata.csv or metadata.jsonl, with the columns file_name and label." in caplog.text
+    with pytest.raises(ValueError, match="single class, 'pictures'.*; 'labels.csv' is not read: a table of labels is"):
+        load(dataset_name=tmp_path / "together")
+    with pytest.raises(ValueError, match=r"labels\.csv': is a file; expected a directory, with metadata\.csv or"):
+        load(dataset_name=tmp_path / "years" / "labels.csv")
+
+
 def test_good_folders_are_taken(tmp_path):
     """Of the splits of a data set, of a split with one class, and of an image folder with a file of labels."""
     names = [f"{split}/{name}/{k}.png" for split in ("train", "test") for name in ("cat", "dog") for k in range(3)]
@@ -153,6 +167,21 @@ def test_labels_that_are_numbers_are_classes_in_the_order_of_the_numbers(kind, t
     assert name == "validation" and split["label"][:] == places
     assert [float(text) for text in split.features["label"].names] == there
     assert [image.getpixel((0, 0)) for image in split["image"]] == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        ([0.0, 1.0, float("nan")] * 2, Value("float32"), "2 of 6 rows have nothing in the column 'label', .* row 2"),
+        ([[0], [1, 2], [0]], Sequence(Value("int64")), "'label' holds List.*; expected one class for each image"),
+    ],
+    ids=["NaN", "several"],
+)
+def test_labels_that_are_no_classes(labels, kind, message, tmp_path):
+    """They ended in `KeyError: nan` and in a sentence about encodings."""
+    rows = table(tmp_path / "data", labels, kind)
+    with pytest.raises(ValueError, match=message):
+        load_split(DataTrainingArguments(dataset_name=str(rows)), seed=0)
 
 
 def test_hidden_labels_are_out_of_range(tmp_path):

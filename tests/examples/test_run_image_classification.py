@@ -150,6 +150,12 @@ def test_timm_names():
     assert image_model.timm_repository("google/vit-base-patch16-224") == "google/vit-base-patch16-224"
 
 
+@pytest.mark.parametrize(("there", "sizes"), [(5, [5]), (40, [32])])
+def test_few_images_make_one_batch(there, sizes):
+    """None was made of fewer than 32, and batch norms could not be refitted."""
+    assert [len(batch) for batch in script.first_batches(list(range(there)))] == sizes
+
+
 def test_refitting_folded_batch_norms_keeps_the_function():
     """The evaluation function stays (to float rounding), and training mode comes close to it."""
     import torch
