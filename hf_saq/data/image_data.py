@@ -174,7 +174,7 @@ def _load_named(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDi
                 f"{flag} {args.dataset_name!r}: `datasets` takes *, ? and [ in a path for a pattern, which may match "
                 "other directories. Rename the directory, or name it by a link without them."
             )
-    return _loaded(args, args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
+    return _checked(_loaded(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir), args)
 
 
 def _load_folders(args: DataTrainingArguments, cache_dir: str | None) -> DatasetDict:
@@ -195,9 +195,11 @@ def _from_folders(
     """Make checked rows of the very files that were found; with metadata, of those that it lists."""
     if not any(part.has_metadata for parts in splits.values() for part in parts):
         return _checked(labelled_by_folder(splits), args)
-    patterns = {split: [part.pattern for part in parts] for split, parts in splits.items()}
-    loaded = _loaded(args, "imagefolder", data_files=patterns, drop_labels=True, cache_dir=cache_dir)
+    loaded = DatasetDict()
     for split, parts in splits.items():
+        # Load each by itself: `datasets` wants columns of one type in all, and one missing number makes another of it.
+        patterns = {split: [part.pattern for part in parts]}
+        loaded |= _loaded("imagefolder", data_files=patterns, drop_labels=True, cache_dir=cache_dir)
         found = sum(len(part.images) for part in parts)
         if len(loaded[split]) != found:
             where = ", ".join(repr(str(part.directory)) for part in parts)
@@ -208,16 +210,15 @@ def _from_folders(
                 f"{len(loaded[split]):,}",
                 f"{found:,}",
             )
-    return loaded
+    return _checked(loaded, args)
 
 
-def _loaded(args: DataTrainingArguments, source: str, *more: Any, **settings: Any) -> DatasetDict:
-    """Load `source` with `datasets`, and check the rows of each split."""
+def _loaded(source: str, *more: Any, **settings: Any) -> DatasetDict:
+    """Load `source` with `datasets`."""
     try:
-        splits = load_dataset(source, *more, **settings)
+        return load_dataset(source, *more, **settings)
     except DatasetGenerationError as error:  # says what is wrong in its cause only
         raise ValueError(f"{settings.get('data_files', source)}: {error.__cause__ or error}") from error
-    return _checked(splits, args)
 
 
 def _checked(splits: DatasetDict, args: DataTrainingArguments) -> DatasetDict:
@@ -227,6 +228,7 @@ def _checked(splits: DatasetDict, args: DataTrainingArguments) -> DatasetDict:
 def _standard_columns(dataset: HFDataset, args: DataTrainingArguments) -> HFDataset:
     image = find_column(dataset, args.image_column_name, "--image_column_name", Image)
     label = find_column(dataset, args.label_column_name, "--label_column_name", ClassLabel)
+    columns = dataset.column_names
     dataset = dataset.select_columns([image, label])
     renames = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     dataset = dataset.rename_columns(renames) if renames else dataset
@@ -235,20 +237,30 @@ def _standard_columns(dataset: HFDataset, args: DataTrainingArguments) -> HFData
         return dataset
     if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float")):
         return _numbered_in_order(dataset)
+    if not isinstance(feature, Value):
+        raise ValueError(
+            f"--label_column_name: the column {label!r} holds {feature}; expected one class for each image, a name or "
+            f"a number. Name another column; the dataset has {columns}."
+        )
     return dataset.class_encode_column("label")
 
 
 def _numbered_in_order(dataset: HFDataset) -> HFDataset:
     """Make classes of numbers, in the order of the numbers: `datasets` sorts them as text, with 10 before 2, and a
-    model that was trained on the numbers themselves would be shown other classes."""
+    model that was trained on the numbers themselves would be shown other classes. Whole numbers are called 3 and not
+    3.0 also where a missing label made floating-point numbers of them."""
     numbers = sorted(dataset.unique("label"))
     place = {number: k for k, number in enumerate(numbers)}
     return dataset.map(
         lambda labels: {"label": [place[label] for label in labels]},
         batched=True,
         input_columns=["label"],
-        features=Features({**dataset.features, "label": ClassLabel(names=[str(number) for number in numbers])}),
+        features=Features({**dataset.features, "label": ClassLabel(names=[_called(number) for number in numbers])}),
     )
+
+
+def _called(number: float) -> str:
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
 
 
 def _with_classes_of(training: HFDataset, evaluation: HFDataset) -> HFDataset:

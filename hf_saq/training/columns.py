@@ -117,8 +117,8 @@ class KeepsColumnsOfTransforms(Trainer):
         if k is not None and self._label_of_the_model(dataset, name, k) == k:
             raise ValueError(
                 f"{type(self).__name__}: the {description or 'given'} data set numbers classes of the model "
-                f"otherwise: {classes[k]!r} is {k} in {name!r}, and {own.index(classes[k])} in the model's id2label, so "
-                "that it would call each class by the name of another. Number the data as the model does, by "
+                f"otherwise: {classes[k]!r} is {k} in {name!r}, and {own.index(classes[k])} in the model's id2label, "
+                "so that it would call each class by the name of another. Number the data as the model does, by "
                 f"dataset.align_labels_with_mapping(model.config.label2id, {name!r}), or, where the model is to learn "
                 "new numbers, set id2label and label2id in its configuration to those of the data."
             )

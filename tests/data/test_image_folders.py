@@ -130,6 +130,21 @@ def test_metadata_names_files_with_any_words(flag, kind, tmp_path, caplog):
     assert "metadata lists 6 images, and 7 lie there; those that it lists are read." in caplog.text
 
 
+def test_numbers_of_which_one_is_missing_in_one_split(tmp_path, caplog):
+    """pandas reads 0, 1 and nothing as 0.0, 1.0 and nothing, and `datasets` wanted one type for all splits. What is
+    left out is told, and was not listed any the less."""
+    for split, labels in (("train", [0, 1, "", 1, 0, 1]), ("test", [1, 0, 1])):
+        root = image_files(tmp_path / split, *(f"{k}.png" for k in range(len(labels))))
+        lines = ["file_name,label", *(f"{k}.png,{label}" for k, label in enumerate(labels))]
+        (root / "metadata.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="Split 'train': 1 of 6 rows have nothing in the column 'label', .* is row 2"):
+        load(dataset_name=tmp_path)
+    splits = load(dataset_name=tmp_path, skip_corrupt=True)
+    assert splits["train"].features["label"].names == splits["eval"].features["label"].names == ["0", "1"]
+    assert splits["train"]["label"][:] == [0, 1, 1, 0, 1] and splits["eval"]["label"][:] == [1, 0, 1]
+    assert "metadata lists" not in caplog.text
+
+
 def test_metadata_in_each_split(tmp_path):
     for split in ("train", "test"):
         root = image_files(tmp_path / split, *(f"{k}.png" for k in range(4)))
