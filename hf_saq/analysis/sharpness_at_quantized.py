@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -19,6 +19,9 @@ from .batch_losses import LabelledBatches, Loss, deviation, left_as_it_was, refu
 from .curvature import hessian_trace, largest_eigenvalue, random_vector
 from .results import Result, new_figure
 from .weight_point import WeightPoint, norm
+
+IN_SCOPE = ("weight", "bias", "norm")
+"""Kinds of tensors that are moved where nobody says otherwise, as in training."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def sharpness(
     *,
     adaptive_rho: float | None = None,
     eta: float = 0.01,
-    perturb: Collection[str] = ("weight", "bias", "norm"),
+    perturb: Collection[str] = IN_SCOPE,
+    only: Sequence[str] | None = None,
     random_directions: int = 5,
     power_iterations: int = 30,
     tolerance: float = 1e-3,
@@ -132,6 +136,8 @@ def sharpness(
         adaptive_rho: Radius of the adaptive form; `rho` by default, though useful ones are about ten times as large.
         eta: Number that is added to the size of each weight in the adaptive form.
         perturb: Kinds of tensors that are moved, as `SharpnessAwareMinimizer` takes them.
+        only: Names of parameters. Of these tensors those alone are moved: of a float model, whose embeddings are
+            weights too, those that a quantized one beside it has in scope.
         random_directions: How many random directions, >= 1.
         power_iterations: Most steps of power iteration, >= 1.
         tolerance: Relative change of the eigenvalue that ends the iteration.
@@ -157,7 +163,7 @@ def sharpness(
     adaptive_rho = rho if adaptive_rho is None else adaptive_rho
     data = LabelledBatches("sharpness", batches, loss)
     warn_of_few_digits("sharpness", model)
-    point = WeightPoint("sharpness", model, perturb)
+    point = WeightPoint("sharpness", model, perturb, only)
     generator = torch.Generator("cpu").manual_seed(seed)
     steps = 2 * len(data) + 1 + random_directions + power_iterations
     with left_as_it_was(model), progress_bar(steps, "sharpness", progress) as bar:

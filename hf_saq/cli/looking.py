@@ -17,7 +17,8 @@ from torch import nn
 from ..analysis import Landscape, compare, landscape, sensitivity, sharpness
 from ..analysis.html_report import Section, html_report
 from ..analysis.results import plain
-from ..analysis.weight_point import shapes_of_parameters
+from ..analysis.sharpness_at_quantized import IN_SCOPE
+from ..analysis.weight_point import WeightPoint, shapes_of_parameters
 from ..conversion import calibrate, quantize
 from ..layers import HoldsQuantizers
 from ..progress import with_progress
@@ -115,11 +116,14 @@ def _sections(
             f"How much the loss rises within a radius of {rho:g} around the quantized weights, in the steepest and in "
             "random directions, and its curvature there."
         )
+        only = _in_scope_of_all(models)
+        if only is not None:
+            about += " What is in scope in one of the models alone, such as embeddings of a float one, does not move."
         return [
             Section(
                 f"Sharpness of {other}",
                 about,
-                sharpness(each, images.batches, rho, adaptive_rho=10 * rho, loss=loss_of),
+                sharpness(each, images.batches, rho, adaptive_rho=10 * rho, only=only, loss=loss_of),
             )
             for other, each in models.items()
         ]
@@ -141,6 +145,14 @@ def _sections(
         about += " Weights were stored as integers: more bits than they have bring nothing back, see --float."
     found = sensitivity(model, images.batches, passes=args.passes, loss=loss_of)
     return [Section(f"Sensitivity of the layers of {name}", about, found)]
+
+
+def _in_scope_of_all(models: dict[str, Any]) -> list[str] | None:
+    """Name the tensors that are in scope in each of the models; `None` if the same ones are in all of them."""
+    first, *others = [WeightPoint("analyze", model, IN_SCOPE).names for model in models.values()]
+    if all(set(names) == set(first) for names in others):
+        return None
+    return [name for name in first if all(name in names for names in others)]
 
 
 def _float_model(args: argparse.Namespace, model: Any, processor: Any) -> Any:

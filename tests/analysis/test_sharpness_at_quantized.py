@@ -210,6 +210,20 @@ def test_a_float_model_is_measured_at_its_float_weights():
     )
 
 
+def test_a_float_model_beside_a_quantized_one_moves_what_is_in_scope_there():
+    """One function, one point, one sharpness: embeddings, weights of the float model alone, made it another."""
+    model, batches = quantized_vit(activation_bits=None), labelled_images()
+    names = WeightPoint("test", model, ("weight", "bias", "norm")).names
+    few = dict(power_iterations=1, random_directions=1, trace_samples=2)
+    one, two, all_of_it = (
+        sharpness(each, batches, 0.1, only=only, **few)
+        for each, only in ((model, None), (dequantize(model), names), (dequantize(model), None))
+    )
+    assert one.elements == two.elements < all_of_it.elements
+    assert two.steepest.mean == pytest.approx(one.steepest.mean, rel=1e-4)
+    assert all_of_it.steepest.mean != pytest.approx(one.steepest.mean, rel=1e-3)
+
+
 def test_the_result_prints_draws_and_becomes_json(tmp_path):
     found = sharpness(quantized_linear_net(), labelled_vectors(), RHO, trace_samples=2)
     assert "rise: steepest, rho=0.3" in str(found) and f"{found.eigenvalue:.4g}" in str(found)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 from test_looking import on, run
 from transformers import ConvNextImageProcessor, ViTImageProcessor
 
+from hf_saq.analysis import sharpness
 from hf_saq.cli.saved_images import differences_of_processors
 
 SQUARE = {"height": 16, "width": 16}
@@ -29,6 +31,17 @@ def test_models_of_one_name_are_both_there(saved, images, capsys, tmp_path):
         for name, each in zip((saved / "latent", other), alone, strict=True):
             for surface in each[part]["surfaces"]:
                 assert by_name[str(name), surface["place"]]["losses"] == surface["losses"]
+
+
+def test_two_models_are_as_sharp_as_what_both_have_in_scope(saved, images, capsys, tmp_path, monkeypatch):
+    """Of a float model the embeddings moved as well. Its sharpness is cut short here: the numbers that move count."""
+    short = partial(sharpness, power_iterations=1, random_directions=1, trace_samples=2)
+    monkeypatch.setattr("hf_saq.cli.looking.sharpness", short)
+    argv = (*on(images), "--output", tmp_path / "page.html", "--json", "--parts", "sharpness")
+    alone = json.loads(run(capsys, "analyze", saved / "latent", *argv)[1])["Sharpness of latent"]["elements"]
+    found = json.loads(run(capsys, "analyze", saved / "latent", "--beside", saved / "float", *argv)[1])
+    assert {found[f"Sharpness of {name}"]["elements"] for name in ("latent", "float")} == {alone}
+    assert "such as embeddings of a float one, does not move" in (tmp_path / "page.html").read_text()
 
 
 def test_a_model_beside_itself_is_refused(saved, images, capsys, tmp_path):
