@@ -55,8 +55,8 @@ def fit_alike(samples: Iterable[tuple[Quantizer, Tensor, float]]) -> None:
     for quantizer, own in fitted:
         for parameter, whole in zip(quantizer.parameters(), own.parameters(), strict=True):
             _write(parameter, next(arrived).reshape(whole.shape).to(whole.dtype))
-        for buffer, whole in zip(quantizer.buffers(), own.buffers(), strict=True):  # the state among them
-            buffer.copy_(whole.copy_(next(arrived).reshape(whole.shape)))
+        for buffer, of_own in zip(quantizer.buffers(), own.buffers(), strict=True):  # the state among them
+            buffer.copy_(of_own.copy_(next(arrived).reshape(of_own.shape)))
         quantizer.take_state(own.signed)
 
 
