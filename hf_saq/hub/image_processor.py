@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoImageProcessor, PreTrainedModel, Trainer
+from transformers import AutoImageProcessor, AutoProcessor, PreTrainedModel, Trainer
 
 from ..layers import HoldsQuantizers
 from ..storage.saved_directory import TIMM, has_processor
@@ -67,11 +67,17 @@ def processor_of_base_model(model: Any) -> Any:
     if not name:
         return None
     revision = None if Path(name).is_dir() else getattr(model.config, "_commit_hash", None)
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError, ImportError):
-        return None
-    return processor if _makes_size_of(processor, model) else None
+    # Take the tokenizer too where the model reads text, as those of pairs do.
+    reads_text = getattr(model, "main_input_name", None) == "input_ids"
+    for kind in (AutoProcessor, AutoImageProcessor) if reads_text else (AutoImageProcessor,):
+        try:
+            processor = kind.from_pretrained(name, revision=revision, local_files_only=True)
+        except (OSError, ValueError, ImportError):
+            continue
+        images = getattr(processor, "image_processor", None) if kind is AutoProcessor else processor
+        if images is not None and _makes_size_of(images, model):
+            return processor
+    return None
 
 
 def _makes_size_of(processor: Any, model: Any) -> bool:

@@ -11,6 +11,11 @@ from training import arguments
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTImageProcessor,
@@ -50,6 +55,22 @@ def test_it_comes_from_the_base_model(tmp_path, caplog):
     saved = save(tmp_path / "out", loaded(base_model(tmp_path / "base")))
     assert list(AutoImageProcessor.from_pretrained(saved).image_mean) == [0.1, 0.2, 0.3]
     assert "image processor" not in caplog.text
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_model_of_images_and_text_gets_its_tokenizer_too(has_tokenizer, tmp_path):
+    """Pipelines of CLIP had no tokenizer, and nothing had said so."""
+    tower = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(**tower, vocab_size=4, max_position_embeddings=8, bos_token_id=2, eos_token_id=3)
+    config = CLIPConfig(text_config=text, vision_config=dict(**tower, image_size=8, patch_size=4))
+    CLIPModel(config).save_pretrained(tmp_path / "base")
+    images = CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3])
+    words = CLIPTokenizer({"a": 0, "a</w>": 1, "<s>": 2, "</s>": 3}, [], bos_token="<s>", eos_token="</s>")
+    (CLIPProcessor(images, words) if has_tokenizer else images).save_pretrained(tmp_path / "base")
+    saved = save(tmp_path / "out", CLIPModel.from_pretrained(tmp_path / "base", quantization_config=CONFIG))
+    assert list(AutoImageProcessor.from_pretrained(saved).image_mean) == [0.1, 0.2, 0.3]
+    if has_tokenizer:
+        assert CLIPProcessor.from_pretrained(saved).tokenizer("a")["input_ids"] == words("a")["input_ids"]
 
 
 def test_the_one_that_is_given_wins(tmp_path):
