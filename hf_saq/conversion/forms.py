@@ -17,6 +17,7 @@ from ..layers.shared_input import QUANTIZER, refuse_orphaned_inputs
 from ..layers.wrapping import (
     drop_hooks_that_stay_behind,
     refuse_adapters,
+    refuse_compiled_parts,
     replaced_forward,
     runs_another_module,
 )
@@ -149,6 +150,7 @@ def copy_with(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.
 
 def _check_wrappers(model: nn.Module, replaced: Collection[nn.Module]) -> None:
     """Raise where a copy would go without what was put around a layer, or would go on running the original."""
+    refuse_compiled_parts(model, "copying a model in another form")
     for name, module in model.named_modules():
         if module in replaced and (reason := replaced_forward(module)):
             raise ValueError(f"{name}: {reason}.")

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import FORMAT_VERSION, SAQQuantizationConfig
 from ..layers import QUANTIZED_LAYERS, HoldsQuantizers, PackedLayer
 from ..layers.shared_input import let_go_of_shared_input, share_input
+from ..layers.wrapping import refuse_compiled_parts
 from . import attention_interface
 from .building import build, build_products
 from .first_scales import initialize_weight_quantizers
@@ -49,6 +50,7 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
             "that it found then. It would miss the new step sizes, and every process would learn its own. Quantize "
             "`model.module`, and wrap it anew."
         )
+    refuse_compiled_parts(model, "quantize")
     report = convert(model, config)
     initialize_weight_quantizers(model)
     if report.converted and hasattr(getattr(model, "config", None), "model_type"):

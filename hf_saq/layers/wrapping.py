@@ -67,6 +67,18 @@ def refuse_adapters(model: nn.Module, doing: str) -> None:
         )
 
 
+def refuse_compiled_parts(model: nn.Module, doing: str) -> None:
+    """Raise `ValueError` if `torch.compile` put wrappers around modules inside of `model`: they rename its tensors, so
+    that no saved file would fit a model without them."""
+    found = [name for name, module in model.named_modules() if name and type(module).__name__ == "OptimizedModule"]
+    if found:
+        raise ValueError(
+            f"{doing}: {found[0]} is wrapped by torch.compile, which gives its tensors other names ({found[0]}."
+            "_orig_mod...); expected a model without such wrappers inside. Put the module back (`wrapper._orig_mod`) "
+            "and compile it in place, `module.compile()`, after `quantize`; or compile the whole model."
+        )
+
+
 def drop_hooks_that_stay_behind(model: nn.Module) -> None:
     """Remove the marked hooks from all modules of `model`, a copy in another form."""
     for module in model.modules():

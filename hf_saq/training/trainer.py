@@ -20,7 +20,7 @@ from ..hub.image_processor import SavesImageProcessor
 from ..hub.publishing_trainer import PublishingTrainer
 from ..hub.run_in_words import TellsInWords
 from ..layers import QuantizedLayer
-from ..layers.wrapping import refuse_adapters
+from ..layers.wrapping import refuse_adapters, refuse_compiled_parts
 from .analyses import GivesBits, MeasuresSharpness
 from .columns import KeepsColumnsOfTransforms
 from .distillation import LearnsFromTeacher
@@ -123,6 +123,7 @@ class SAQTrainer(
         quantized = any(isinstance(m, QuantizedLayer) for m in model.modules())
         if quantized:
             refuse_adapters(model, "SAQTrainer")
+            refuse_compiled_parts(model, "SAQTrainer")
             note_replaced_layers(model)
         if is_packed(model):
             raise ValueError(

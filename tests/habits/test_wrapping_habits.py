@@ -21,8 +21,18 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
+from transformers import TrainingArguments
 
-from hf_saq import SAQQuantizationConfig, SharpnessAwareMinimizer, calibrate, dequantize, pack, quantize, unpack
+from hf_saq import (
+    SAQQuantizationConfig,
+    SAQTrainer,
+    SharpnessAwareMinimizer,
+    calibrate,
+    dequantize,
+    pack,
+    quantize,
+    unpack,
+)
 from hf_saq.layers.float_form import FloatForm
 
 CONFIG = SAQQuantizationConfig(weight_bits=8, activation_bits=8)
@@ -291,3 +301,21 @@ def test_biases_that_are_computed():
     prune.l1_unstructured(net[0], "bias", 0.5)
     with pytest.raises(ValueError, match=r"^0: its bias is computed from other parameters since .*prune.remove"):
         pack(net)
+
+
+@pytest.mark.parametrize("where", ["quantize", "SAQTrainer", "copying a model in another form"])
+def test_parts_wrapped_by_the_compiler_are_refused_before_a_training_and_not_after_it(where, tmp_path):
+    """`net[0] = torch.compile(net[0])` renames tensors: a training went to its end, and its model could not be saved.
+    `net[0].compile()` does not, nor does a wrapper around the whole."""
+    net = linear_net() if where == "quantize" else quantized()
+    net[0] = torch.compile(net[0], backend="eager")
+    doing = {
+        "quantize": lambda model: quantize(model, CONFIG),
+        "SAQTrainer": lambda model: SAQTrainer(model, TrainingArguments(str(tmp_path), report_to="none")),
+    }.get(where, pack)
+    message = rf"^{where}: 0 is wrapped by torch.compile, which gives its tensors other names .*module.compile\(\)"
+    with pytest.raises(ValueError, match=message):
+        doing(net)
+    net[0] = net[0]._orig_mod
+    net[0].compile(backend="eager")
+    doing(torch.compile(net, backend="eager") if where == "SAQTrainer" else net)
