@@ -115,12 +115,9 @@ def load_model(args: ModelArguments, labels: list[str] | None, image_size: int |
     _check_fields(overrides, config)
     if image_size is not None and isinstance(config, TimmWrapperConfig):
         config.pretrained_cfg = {**getattr(config, "pretrained_cfg", {}), "input_size": [3, image_size, image_size]}
-    elif (
-        image_size is not None
-        and hasattr(config, "image_size")
-        and (args.from_scratch or config.model_type not in SIZES_OF_ALL_IMAGES)
-    ):
-        config.image_size = image_size
+    elif image_size is not None and hasattr(config, "image_size"):
+        if args.from_scratch or config.model_type not in SIZES_OF_ALL_IMAGES:
+            config.image_size = image_size
     if args.from_scratch:
         return AutoModelForImageClassification.from_config(config, trust_remote_code=args.trust_remote_code)
     model, loaded = AutoModelForImageClassification.from_pretrained(
@@ -154,7 +151,9 @@ def numbered_as_in(model: PreTrainedModel, images: Dataset) -> Dataset:
     own = [str(model.config.id2label[number]) for number in sorted(model.config.id2label)]
     unknown = [name for name in names if name not in own]
     if unknown == names and len(names) == len(own):
-        return images
+        if not all(map(str.isdigit, names)) or own[0] == "LABEL_0":
+            return images
+        own, unknown = sorted(names, key=int), []  # folders have numbers of classes in the order of text
     if unknown or (twice := [name for name in names if own.count(name) > 1]):
         what = f"does not know the class {unknown[0]!r}" if unknown else f"has two classes called {twice[0]!r}"
         raise ValueError(
