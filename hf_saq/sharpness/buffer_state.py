@@ -56,11 +56,21 @@ class BufferState:
         for module, name, buffer, version, value in self._saved:
             if buffer is not None and value is not None and _version(buffer) != version:
                 buffer.copy_(value)
+            elif buffer is not None and value is not None and _can_be_written(buffer):
+                # A module may have written through `.data`, as old codebooks do, which changes no version. Write the
+                # same way: where nothing was changed, autograd is not to notice.
+                buffer.data.copy_(value)
             if name in module._buffers and module._buffers[name] is not buffer:
                 module._buffers[name] = buffer
         for p, tensor in self._frozen:
             if p.data.data_ptr() != tensor.data_ptr() and _are_alike(p.data, tensor):
                 p.data = tensor
+
+
+def _can_be_written(buffer: Tensor) -> bool:
+    """Tell whether elements have places of their own in memory, as those of an expanded tensor have not."""
+    own_places = all(stride > 0 for stride, size in zip(buffer.stride(), buffer.shape, strict=True) if size > 1)
+    return own_places and type(buffer) is Tensor and not buffer.is_inference()
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
