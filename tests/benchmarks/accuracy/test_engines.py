@@ -72,8 +72,12 @@ def test_the_page_says_what_is_stored(stored):
         "| 79.0 (-1.00 ± 1.20) | 80.4 (+0.40 ± 1.20) |" in text
     )
     assert "all 4 runs are within 0.5 points of hf_saq. No difference is larger than its interval." in text
-    assert "On the first 300 images alone, 0 of 4 runs are within 0.5 points of hf_saq; not MobileNetV2, W8A8 in " in text
-    far = "3 of 4 runs are within 0.5 points of hf_saq; not MobileNetV2, W8A8 in ONNX Runtime, exact, VNNI. On the first"
+    assert (
+        "On the first 300 images alone, 0 of 4 runs are within 0.5 points of hf_saq; not MobileNetV2, W8A8 in " in text
+    )
+    far = (
+        "3 of 4 runs are within 0.5 points of hf_saq; not MobileNetV2, W8A8 in ONNX Runtime, exact, VNNI. On the first"
+    )
     assert f"As `ExportedClassifier` loads them, {far}" in text and f"by `exact=True`, {far}" in text
     assert (
         "in float64 instead of float32, on all images: all 1 runs are within 0.5 points of hf_saq. On the first 300 "
