@@ -74,6 +74,7 @@ def packed_model(shape: dict, seed: int, **fields) -> tuple[nn.Module, nn.Module
 
 
 @pytest.mark.filterwarnings("ignore:.*one weight scale for a whole tensor")  # layers of any size, on any scale
+@pytest.mark.filterwarnings("ignore:.*quantizers are unsigned, as activation_mode")  # and outputs of any sign
 @matrix(
     3,
     bits={f"{n}bit": n for n in range(2, 9)},
