@@ -6,11 +6,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from benchmarks.accuracy import page, study
 from benchmarks.accuracy import sweep as script
 from benchmarks.accuracy.methods import QAT, SAQ
 from benchmarks.accuracy.tasks import TASKS
+from benchmarks.shared.runs import fingerprint_of
 from benchmarks.shared.schedule_variants import saq_config
 from hf_saq.sharpness.schedules import PRESETS, PerturbationSchedule
 
@@ -163,6 +165,12 @@ def test_tasks_without_their_data_are_skipped(tiny, tmp_path, capsys):
 def test_a_sweep_does_not_mix_float_models(tiny, tmp_path, monkeypatch):
     """A run that was stored elsewhere keeps others of its seed from starting here; other seeds may."""
     monkeypatch.setitem(TASKS, "digits", dataclasses.replace(TASKS["digits"], float_per_seed=False))
+    # Train nothing: what is asked for here is which runs are made.
+    state = {"weight": torch.arange(3.0)}
+    outcome = {"validation": 0.5, "test": 0.5, "float_test": 0.6, "float_model": fingerprint_of(state)}
+    monkeypatch.setattr(script, "ensure_float_model", lambda *a: None)
+    monkeypatch.setattr(study, "float_state", lambda *a: state)
+    monkeypatch.setattr(study, "train_one", lambda *a: dict(outcome))
     script.main([*tiny, "--methods", QAT])
     path = tmp_path / "results" / "digits-w2-qat-seed1.json"
     moved = json.loads(path.read_text())
