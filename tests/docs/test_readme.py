@@ -1,4 +1,4 @@
-"""The README is short, its quickstart runs word for word, and its figures are those of the results."""
+"""The README is short, its quickstart runs word for word; its figures and the guide's are those of the results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from readme_table import END, START, table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+INTERVAL = r"[-+]\d+\.\d+ \[[-+]\d+\.\d+, [-+]\d+\.\d+\]"
+"""A difference with its 95 % interval, as pages write it."""
 
 
 def quickstart() -> str:
@@ -39,6 +41,15 @@ def test_it_is_short():
 def test_its_figures_are_those_of_the_results():
     assert README.split(START)[1].split(END)[0] == table()
     assert table().count("\n") > 5
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_intervals_in_its_prose_are_those_of_the_pages_of_results(page):
+    """What is quoted by hand must not outlive the runs that it came from."""
+    pages = ("results", "schedules", "flatness", "ways")
+    written = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in pages)
+    quoted = re.findall(INTERVAL, " ".join((ROOT / page).read_text().split()))
+    assert quoted and not [found for found in quoted if found not in written]
 
 
 def test_what_bits_by_budget_gain_is_what_their_page_says():
