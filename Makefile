@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: shared-inputs install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules directions ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
+.PHONY: cheaper-options install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules directions ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
 
 install: $(STAMP)
 
@@ -78,8 +78,11 @@ fake-quant: $(STAMP)  ## quantized layers and steps against float and other libr
 		--output benchmarks/results/fake_quant_transformers.json
 	$(TEST_ENV) $(KEEP_MEMORY) OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.step_cost.step_profile
 
-shared-inputs: $(STAMP)  ## accuracy with query, key and value quantized once; the page is that of step-cost
-	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.sharing.measure --processes 2 --methods qat --seeds 0 1 2 3 4 5
+OPTION := $(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.options.measure --processes 2 --methods qat --option
+cheaper-options: $(STAMP)  ## accuracy with options that make steps cheaper; the page is that of step-cost
+	$(OPTION) share_inputs --seeds 0 1 2 3 4 5
+	$(OPTION) learn_input_scale
+	$(OPTION) learn_input_scale --first_last_bits 0
 
 STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python -m benchmarks.step_cost.sweep
 PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" previous

@@ -45,6 +45,9 @@ class QuantizationArguments:
     first_last_bits: int = field(default=8, metadata={"help": "Of the first layer and the heads; 0: like the rest."})
     quantize_attention: bool = field(default=False, metadata={"help": "Also the operands of attention products."})
     share_inputs: bool = field(default=False, metadata={"help": "Quantize once what several layers read."})
+    learn_input_scale: bool = field(
+        default=True, metadata={"help": "Learn the scale of the images, instead of keeping it as calibrated."}
+    )
     modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "Modules to leave in float."})
     quantization_overrides: str | None = field(
         default=None, metadata={"help": 'JSON: pattern -> fields, such as {"*.layers.0.*": {"weight_bits": 8}}.'}
@@ -117,6 +120,7 @@ class QuantizationArguments:
                 first_last_bits=self.first_last_bits or None,
                 quantize_attention=self.quantize_attention,
                 share_inputs=self.share_inputs,
+                learn_input_scale=self.learn_input_scale,
                 modules_to_not_convert=self.modules_to_not_convert,
                 overrides=self._overrides(),
             )

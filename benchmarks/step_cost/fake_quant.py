@@ -76,6 +76,10 @@ def model_table(names: list[str], batch: int, meter: Meter) -> tuple[dict, dict]
         sharing = quantized(model, x, share_inputs=True)
         if sharing.quantization_report.shared_inputs:  # type: ignore[union-attr]
             steps["compiled, inputs shared"] = with_backend("compiled", training_step(sharing, x, labels))
+        keeping = quantized(model, x, learn_input_scale=False)
+        steps["eager, input scale kept"] = with_backend("eager", training_step(keeping, x, labels))
+        both = quantized(model, x, share_inputs=True, learn_input_scale=False)
+        steps["compiled, both"] = with_backend("compiled", training_step(both, x, labels))
         seconds = meter.medians(steps)
         faults = {key: statistics.median(page_faults(way) for _ in range(3)) for key, way in steps.items()}
         ratios = {key: seconds[key] / seconds["float"] for key in steps if key != "float"}
@@ -115,6 +119,11 @@ def layer_table(meter: Meter) -> dict:
     return table
 
 
+def of_cpu() -> str:
+    """What kind of CPU this is: on how fast it multiplies depends what passes over memory cost beside."""
+    return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=f"{RESULTS}/fake_quant.json")
@@ -134,7 +143,7 @@ def main() -> None:
     times, memory = model_table(args.models, args.batch, Meter(args.clock, args.repetitions, device))
     result = {
         "setting": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else of_cpu(),
             "clock": args.clock,
             "threads": torch.get_num_threads(),
             "load_average_before_and_after": [load_before, os.getloadavg()],

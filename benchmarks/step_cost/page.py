@@ -37,7 +37,7 @@ def write_page(results: Path, document: Path) -> None:
     """
     fakes = records_in(results, "fake_quant*.json")
     profiles = records_in(results, "step_profile.json")
-    sharing = records_in(results, "shared_inputs.json")
+    options = records_in(results / "options")
     steps = sorted(records_in(results / "step_cost"), key=order)
     if not fakes and not steps:
         raise ValueError(f"{results}: found neither fake_quant.json nor step_cost/*.json; run `make step-cost` first.")
@@ -46,7 +46,7 @@ def write_page(results: Path, document: Path) -> None:
         f"`{results.as_posix()}`: `fake_quant*.json` (of `make fake-quant`), `step_profile.json` and `step_cost`. "
         "Ratios are medians of what was measured side by side in one run.\n",
         fake_quantization(fakes) if fakes else "",
-        *(accuracy_of_sharing(found) for found in sharing),
+        accuracy_of_options(options) if options else "",
         *(step_in_parts(found) for found in profiles),
         summary(steps) if steps else "",
         *(one(record) for record in steps),
@@ -55,7 +55,7 @@ def write_page(results: Path, document: Path) -> None:
     document.write_text("\n".join(part for part in parts if part), encoding="utf-8")
 
 
-FAKE_QUANT_WAYS = ("eager", "compiled", "compiled, inputs shared")
+FAKE_QUANT_WAYS = ("eager", "compiled", "compiled, inputs shared", "eager, input scale kept", "compiled, both")
 
 
 def order(record: dict[str, Any]) -> tuple[int, int, int, str]:
@@ -72,7 +72,8 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
         "glibc hands memory back to the system whenever much of it is free: a step may then wait for its pages to be "
         'made anew, as the last column counts them. Rows "kept" are of processes that were told to keep it '
         "(`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_`, as `make fake-quant` and `make step-cost` do). "
-        "Inputs shared: `share_inputs=True`, where the model has layers that read the same tensor.",
+        "Inputs shared: `share_inputs=True`, where the model has layers that read the same tensor. Input scale kept: "
+        "`learn_input_scale=False`. Both of these are of the whole step; a dash: not measured in that run.",
         "",
         *head(
             *("model", "freed memory", "float step, ms", *FAKE_QUANT_WAYS, "bytes kept for backward"),
@@ -96,29 +97,33 @@ def fake_quantization(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def accuracy_of_sharing(found: dict[str, Any]) -> str:
-    """What one scale for query, key and value does to accuracy, against a scale for each."""
-    seeds = found["seeds"]
+def accuracy_of_options(records: Sequence[dict[str, Any]]) -> str:
+    """What options that make steps cheaper do to accuracy."""
     lines = [
-        "## What sharing inputs does to accuracy",
+        "## What cheaper options do to accuracy",
         "",
-        f"Written from `shared_inputs.json` (`python -m benchmarks.accuracy.sharing.measure`): {len(seeds)} seeds, "
-        "each trained with a scale for each layer and with `share_inputs=True`, learning rate and radius as chosen "
-        "for the first. Top-1 accuracy in percent; the difference in points with a 95 % interval.",
+        "Written from `options` (`python -m benchmarks.accuracy.options.measure`): trained without the option and "
+        "with it on each of the seeds, learning rate and radius as chosen without. Top-1 accuracy in percent; the "
+        "difference in points with a 95 % interval; a row over all is their average, seed by seed.",
         "",
-        *head("task and bits", "method", "a scale for each", "shared", "difference"),
+        *head("option", "task and bits", "first layer, head", "method", "seeds", "without", "with", "difference"),
     ]
-    gains: list[list[float]] = []
-    for cell in found["accuracies"]:
-        top1 = {way: dict(zip(seeds, values, strict=True)) for way, values in cell["top1"].items()}
-        change = difference(top1["shared"], top1["apart"])
-        assert change is not None
-        gains.append(change.values)
-        means = (f"{mean(values.values()):.2f}" for values in (top1["apart"], top1["shared"]))
-        lines.append(row(cell["setting"].replace(":", ", W"), cell["method"], *means, str(change)))
-    by_seed = [mean(values) for values in zip(*gains, strict=True)]
-    average = Difference(by_seed, half_width(by_seed))
-    lines += ["", f"Over all rows, averaged seed by seed: {average} points."]
+    for found in records:
+        seeds, edges = found["seeds"], found["first_last_bits"]
+        option = "`" + ", ".join(f"{name}={value}" for name, value in found["fields"].items()) + "`"
+        said = "as all" if edges is None else f"{edges} bits"
+        gains: list[list[float]] = []
+        for cell in found["accuracies"]:
+            top1 = {way: dict(zip(seeds, values, strict=True)) for way, values in cell["top1"].items()}
+            change = difference(top1["with"], top1["without"])
+            assert change is not None
+            gains.append(change.values)
+            means = (f"{mean(values.values()):.2f}" for values in (top1["without"], top1["with"]))
+            setting = cell["setting"].replace(":", ", W")
+            lines.append(row(option, setting, said, cell["method"], str(len(seeds)), *means, str(change)))
+        by_seed = [mean(values) for values in zip(*gains, strict=True)]
+        average = Difference(by_seed, half_width(by_seed))
+        lines.append(row(option, "all of these", said, "", str(len(seeds)), "", "", str(average)))
     return "\n".join(lines) + "\n"
 
 

@@ -43,11 +43,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def quantized(model: nn.Module, x: Tensor, share_inputs: bool = False) -> nn.Module:
+def quantized(model: nn.Module, x: Tensor, **options: bool) -> nn.Module:
     was_layer = isinstance(model, (nn.Linear, nn.Conv2d))
-    config = SAQQuantizationConfig(
-        weight_bits=BITS, activation_bits=BITS, first_last_bits=None, share_inputs=share_inputs
-    )
+    config = SAQQuantizationConfig(weight_bits=BITS, activation_bits=BITS, first_last_bits=None, **options)
     model = quantize(nn.Sequential(copy.deepcopy(model)) if was_layer else copy.deepcopy(model), config)
     calibrate(model, [x])
     return model.train()

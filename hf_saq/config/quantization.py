@@ -107,6 +107,13 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
             "of one for each, one node in exported graphs."
         },
     )
+    learn_input_scale: bool = field(
+        default=True,
+        metadata={
+            "help": "Learn the scale of the model's own input, which its first layer quantizes; False keeps it as "
+            "calibrated, which spares the gradient of the images."
+        },
+    )
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "Modules to leave in float: dotted names, their prefixes, or globs."}
     )
@@ -144,17 +151,14 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         layer_fields = {name: getattr(self, name) for name in OVERRIDABLE}
         _check_layer_fields("SAQQuantizationConfig.", layer_fields)
         check_bits("SAQQuantizationConfig.first_last_bits", self.first_last_bits, none_is_float=True)
-        if not isinstance(self.quantize_attention, bool):
-            raise ValueError(
-                f"SAQQuantizationConfig.quantize_attention={self.quantize_attention!r}; expected True or False."
-            )
+        for name in ("quantize_attention", "share_inputs", "learn_input_scale"):
+            if not isinstance(given := getattr(self, name), bool):
+                raise ValueError(f"SAQQuantizationConfig.{name}={given!r}; expected True or False.")
         if self.quantize_attention and self.activation_bits is None:
             raise ValueError(
                 "SAQQuantizationConfig.quantize_attention=True with activation_bits=None: both operands of an "
                 "attention product are activations. Set activation_bits, or quantize_attention=False."
             )
-        if not isinstance(self.share_inputs, bool):
-            raise ValueError(f"SAQQuantizationConfig.share_inputs={self.share_inputs!r}; expected True or False.")
         check_choice("SAQQuantizationConfig.storage", self.storage, ("float", "packed"))
         check_choice("SAQQuantizationConfig.quant_method", self.quant_method, (QUANT_METHOD,))
         if type(self.format_version) is not int or self.format_version < 1:

@@ -12,6 +12,7 @@ from ..config import OVERRIDABLE, SAQQuantizationConfig
 from ..layers import HoldsQuantizers, PackedLayer, QuantAttentionProducts
 from ..layers.shared_input import refers_to_anothers_quantizer
 from ..layers.wrapping import refuse_adapters, replaced_forward
+from ..quantizers import Quantizer
 from . import attention_interface
 from .building import settings_of
 from .module_names import ModuleNames
@@ -195,6 +196,9 @@ def configuration_of(model: nn.Module) -> SAQQuantizationConfig | None:
         first_last_bits=None,
         quantize_attention=bool(products),
         share_inputs=bool(groups),
+        learn_input_scale=all(
+            m.learned for holder in holders.values() for m in holder.children() if isinstance(m, Quantizer)
+        ),
         shared_input_modules=groups or None,
         modules_to_not_convert=in_float or None,
         overrides=overrides,

@@ -18,16 +18,27 @@ def first_and_heads(model: nn.Module) -> set[str]:
     both; the last layer, and those with as many outputs as the model has classes. Beside text the first layer is the
     first one of images.
     """
+    heads, body = _heads_and_body(model)
+    return heads | set(body[:1])
+
+
+def first_layer(model: nn.Module) -> str | None:
+    """Name the first layer, which reads the model's own input; `None` if none can be quantized but heads."""
+    return next(iter(_heads_and_body(model)[1]), None)
+
+
+def _heads_and_body(model: nn.Module) -> tuple[set[str], list[str]]:
+    """Name the heads, and the layers that may be the first, in the order of the model."""
     candidates = {name: module for name, module in model.named_modules() if unsupported(module) == ""}
     if not candidates:
-        return set()
+        return set(), []
     heads = _timm_heads(model) or _outside_base_model(model)
     in_heads = {module for head in heads for module in head.modules()}
     names = {name for name, module in candidates.items() if module in in_heads} or _of_no_base_model(model, candidates)
     body = [name for name in candidates if name not in names]
     if _reads_text(model):  # a tower of text has embeddings in place of a layer that sees raw values
         body = [name for name in body if isinstance(candidates[name], nn.modules.conv._ConvNd)] or body
-    return names | set(body[:1])
+    return names, body
 
 
 def _timm_heads(model: nn.Module) -> list[nn.Module]:

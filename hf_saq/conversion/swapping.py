@@ -18,7 +18,7 @@ from .building import build, build_products
 from .first_scales import initialize_weight_quantizers
 from .planning import plan, products_name
 from .report import ConversionReport, note_signs
-from .structure import keep_fused_kernels_off, unsupported
+from .structure import first_layer, keep_fused_kernels_off, unsupported
 
 
 def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
@@ -88,6 +88,7 @@ def convert(model: nn.Module, config: SAQQuantizationConfig, stored: bool = Fals
             + "."
         )
     settings = {p.name: p.settings for p in report.converted}
+    reads_input = None if config.learn_input_scale else first_layer(model)  # while its layers are in float
     replacements: dict[nn.Module, nn.Module] = {
         module: build(module, name, settings[name]) for name, module in model.named_modules() if name in settings
     }
@@ -95,6 +96,8 @@ def convert(model: nn.Module, config: SAQQuantizationConfig, stored: bool = Fals
     keep_fused_kernels_off(model, replacements.values())
     for group in report.shared_inputs:
         share_input([model.get_submodule(name) for name in group])
+    if reads_input in settings and settings[reads_input]["activation_bits"] is not None:
+        model.get_submodule(reads_input).activation_quantizer.keep_as_calibrated()  # type: ignore[operator,union-attr]
     if config.quantize_attention:
         for name, module in list(model.named_modules()):
             if products_name(name) in settings:

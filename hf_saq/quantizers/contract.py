@@ -39,6 +39,9 @@ class Quantizer(HasRangeState, ABC):
         observer: While set, `forward` shows it the input and returns the input unchanged (used by `calibrate`).
     """
 
+    learned: bool = True
+    """Whether training moves its values; else they stay as calibrated ([`keep_as_calibrated`])."""
+
     activation_modes: ClassVar[tuple[str, ...]] = ("auto", "signed", "unsigned")
     """Values of `activation_mode` that this kind of quantizer can do."""
 
@@ -141,6 +144,12 @@ class Quantizer(HasRangeState, ABC):
         self._fill(1.0)  # the state is read while they are fitted, and is not believed beside values of NaN
         self.take_state(bool(signed))
         self.fit(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def keep_as_calibrated(self) -> None:
+        """Take its values out of training: calibration alone sets them. An input without gradients then needs none."""
+        self.learned = False
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
 
     @torch.no_grad()
     def reset(self) -> None:

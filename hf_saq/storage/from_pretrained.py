@@ -86,6 +86,9 @@ class SAQHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
+        for module in model.modules():
+            if isinstance(module, Quantizer) and not module.learned:
+                module.keep_as_calibrated()  # loading has put new parameters in the place of those that it had
         if not self.pre_quantized:
             for module in model.modules():
                 if isinstance(module, Quantizer):

@@ -25,9 +25,11 @@ COMPARED = (
     "first_last_bits",
     "quantize_attention",
     "share_inputs",
+    "learn_input_scale",
     "overrides",
 )
-"""Fields that change what a model computes from the same tensors. `scale_init` only changes first values."""
+"""Fields that change what a model computes from the same tensors, or which of them it learns. `scale_init` only
+changes first values."""
 
 
 def stored_quantization(directory: str | Path) -> dict[str, Any]:
