@@ -93,9 +93,14 @@ def _first_and_heads(
 ) -> list[str] | None:
     """Name the first layer and the heads: as the configuration says, else found by structure; `None` if it is no
     matter which they are."""
+    given = config.first_last_modules
+    if config.first_last_bits is None and given and not stored:
+        raise ValueError(
+            f"first_last_modules={given!r} with first_last_bits=None: these layers are treated like the rest, so that "
+            "naming them has no effect. Set first_last_bits to their bits, or first_last_modules=None."
+        )
     if config.first_last_bits is None:
         return None
-    given = config.first_last_modules
     if given is None:
         found = first_and_heads(model)
         return [name for name, _ in model.named_modules() if name in found]

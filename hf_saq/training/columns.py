@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 
 from ..conversion.observing import check_keys
@@ -87,49 +88,84 @@ class KeepsColumnsOfTransforms(Trainer):
     def _config(self) -> Any:
         return getattr(self.accelerator.unwrap_model(self.model), "config", None)
 
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        self._check_folders(dataset, description)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
     def _check_classes(self, dataset: Any, description: str | None) -> None:
         """Raise `ValueError` if a data set that names its classes has labels that the model has not, or numbers
         classes of the model otherwise: the model would learn to call each class by the name of another."""
         features, known = getattr(dataset, "features", None) or {}, self._classes()
         if known is None:
             return
+
+        def first_row(name: str, label: int) -> int:
+            return int((dataset.select_columns([name]).with_format("numpy")[:][name] == label).argmax())
+
         for name in ("label", "labels"):
-            named = getattr(features.get(name), "num_classes", 0)
+            named, where = getattr(features.get(name), "num_classes", 0), f"in {name!r}"
             # Read the labels only where they may be too large: a part of a data set keeps the names of all.
             largest = max(dataset.unique(name), default=0) if named > known and len(dataset) else 0
-            if largest >= known and self._label_of_the_model(dataset, name, largest) >= known:
-                raise ValueError(
-                    f"{type(self).__name__}: the {description or 'given'} data set has {named} classes in {name!r} "
-                    f"and labels up to {largest}; the model has {known} classes. Build it with num_labels={named}."
-                )
-            self._check_order(dataset, description, name, known)
+            if largest >= known and self._label_in_batch(dataset, first_row(name, largest)) >= known:
+                raise ValueError(self._more_classes(description, named, where, largest, known))
+            classes = getattr(features.get(name), "names", None) or []
+            k = self._numbered_otherwise(classes, known, lambda name=name: dataset.unique(name))  # type: ignore[misc]
+            if k is not None and self._label_in_batch(dataset, first_row(name, k)) == k:
+                how = f"dataset.align_labels_with_mapping(model.config.label2id, {name!r})"
+                raise ValueError(self._other_numbers(description, classes[k], k, where, how))
 
-    def _check_order(self, dataset: Any, description: str | None, name: str, known: int) -> None:
-        classes = getattr((getattr(dataset, "features", None) or {}).get(name), "names", None) or []
-        stored = getattr(self._config(), "id2label", None) or {}
-        own = [str(stored.get(k)) for k in range(known)]
-        other = [k for k, called in enumerate(classes) if k >= known or own[k] != called]
-        if not other or not set(classes) <= set(own):
+    def _check_folders(self, dataset: Any, description: str) -> None:
+        """Do as `_check_classes` for data sets of torchvision, which have `classes` and `targets`: folders of images,
+        for example, are numbered in the order of their names."""
+        while isinstance(dataset, Subset):  # `random_split` makes such parts
+            dataset = dataset.dataset
+        classes, targets, known = getattr(dataset, "classes", None), getattr(dataset, "targets", None), self._classes()
+        listed = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+        if known is None or not listed or not isinstance(targets, (list, tuple, Tensor)) or not len(targets):
             return
-        # Ask for the label of an image of such a class: the data set may have none.
-        there = set(dataset.unique(name))
-        k = next((k for k in other if k in there), None)
-        if k is not None and self._label_of_the_model(dataset, name, k) == k:
-            raise ValueError(
-                f"{type(self).__name__}: the {description or 'given'} data set numbers classes of the model "
-                f"otherwise: {classes[k]!r} is {k} in {name!r}, and {own.index(classes[k])} in the model's id2label, "
-                "so that it would call each class by the name of another. Number the data as the model does, by "
-                f"dataset.align_labels_with_mapping(model.config.label2id, {name!r}), or, where the model is to learn "
-                "new numbers, set id2label and label2id in its configuration to those of the data."
-            )
+        labels, where = [int(label) for label in targets], "in `classes`"
+        largest = max(labels)
+        if largest >= known and self._label_in_batch(dataset, labels.index(largest)) >= known:
+            raise ValueError(self._more_classes(description, len(classes), where, largest, known))
+        k = self._numbered_otherwise(classes, known, lambda: labels)
+        if k is not None and self._label_in_batch(dataset, labels.index(k)) == k:
+            how = "target_transform=lambda k: model.config.label2id[dataset.classes[k]]"
+            raise ValueError(self._other_numbers(description, classes[k], k, where, how))
 
-    def _label_of_the_model(self, dataset: Any, name: str, label: int) -> int:
-        """Return the label that an image with `label` in the column `name` has when it leaves the collator; -1 if that
-        is unknown.
+    def _numbered_otherwise(self, classes: Sequence[str], known: int, labels: Callable[[], Any]) -> int | None:
+        """Return the first of `classes` that are all classes of the model, but have other numbers there, which occurs
+        in `labels`."""
+        own = self._class_names(known)
+        other = [k for k, name in enumerate(classes) if k >= known or own[k] != name]
+        if not other or not set(classes) <= set(own):
+            return None
+        there = set(labels())  # ask for the label of an image of such a class: there may be none
+        return next((k for k in other if k in there), None)
+
+    def _class_names(self, known: int) -> list[str]:
+        stored = getattr(self._config(), "id2label", None) or {}
+        return [str(stored.get(k)) for k in range(known)]
+
+    def _more_classes(self, description: str | None, named: int, where: str, largest: int, known: int) -> str:
+        return (
+            f"{type(self).__name__}: the {description or 'given'} data set has {named} classes {where} and labels up "
+            f"to {largest}; the model has {known} classes. Build it with num_labels={named}."
+        )
+
+    def _other_numbers(self, description: str | None, name: str, k: int, where: str, how: str) -> str:
+        its = self._class_names(self._classes() or 0).index(name)
+        return (
+            f"{type(self).__name__}: the {description or 'given'} data set numbers classes of the model otherwise: "
+            f"{name!r} is {k} {where}, and {its} in the model's id2label, so that it would call each class by the "
+            f"name of another. Number the data as the model does, by {how}, or, where the model is to learn new "
+            "numbers, set id2label and label2id in its configuration to those of the data."
+        )
+
+    def _label_in_batch(self, dataset: Any, row: int) -> int:
+        """Return the label that an image has when it leaves the collator; -1 if that is unknown.
 
         The transform of a data set, or the collator, may make other labels of those in its columns.
         """
-        row = int((dataset.select_columns([name]).with_format("numpy")[:][name] == label).argmax())
         try:
             with unchanged_rng():
                 twice = [dataset[row]] * 2  # for what mixes images

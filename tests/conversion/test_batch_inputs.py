@@ -8,8 +8,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_models import images, vit
 from torch import nn
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 from training import Images, arguments, make_trainer
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, quantize, reestimate_batch_norm
@@ -220,6 +224,48 @@ def test_classes_of_the_model_in_another_order(names, renumbers, tmp_path):
     message = rf"numbers classes of the model otherwise: '{names[0]}' is 0 in 'label', and {own[names[0]]} in the"
     with pytest.raises(ValueError, match=message) if is_refused else nullcontext():
         trainer.evaluate(data if renumbers else data.with_format("torch"))
+
+
+def folders(tmp_path, names: list[str], target_transform=None) -> ImageFolder:
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        for k in range(2):
+            Image.fromarray(np.full((16, 16, 3), 50 * k, np.uint8)).save(tmp_path / name / f"{k}.png")
+    return ImageFolder(tmp_path, v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32)]), target_transform)
+
+
+def of_pairs(pairs: list) -> dict:
+    return {"pixel_values": torch.stack([x for x, _ in pairs]), "labels": torch.tensor([y for _, y in pairs])}
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("own", [["daisy", "rose", "tulip"], ["tulip", "rose", "daisy"], ["a", "b", "c"]])
+@pytest.mark.parametrize("renumbers", [False, True])
+def test_folders_of_torchvision_in_another_order(part, own, renumbers, tmp_path):
+    """They are numbered in the order of their names; a model has the order that it was trained in."""
+    model = vit()
+    model.config.id2label = dict(enumerate(own))
+    numbers = {name: k for k, name in enumerate(own)}
+    names = ["daisy", "rose", "tulip"]
+    data = folders(tmp_path / "images", names, (lambda k: numbers.get(names[k], k)) if renumbers else None)
+    trainer = SAQTrainer(
+        model,
+        arguments(tmp_path, max_steps=1),
+        saq_config=SAQConfig(case=None),
+        data_collator=of_pairs,
+        train_dataset=Subset(data, [5, 0, 3]) if part else data,
+    )
+    message = r"raining data set numbers classes of the model otherwise: 'daisy' is 0 in `classes`, and 2 in the model"
+    is_refused = own[0] == "tulip" and not renumbers
+    with pytest.raises(ValueError, match=message) if is_refused else nullcontext():
+        trainer.train()
+
+
+def test_folders_of_torchvision_with_more_classes(tmp_path):
+    data = folders(tmp_path / "images", [f"flower {k}" for k in range(4)])
+    trainer = SAQTrainer(vit(), arguments(tmp_path), saq_config=SAQConfig(case=None), data_collator=of_pairs)
+    with pytest.raises(ValueError, match="has 4 classes in `classes` and labels up to 3; the model has 3 classes"):
+        trainer.evaluate(data)
 
 
 def test_a_loss_function_takes_labels_that_the_model_does_not(tmp_path):

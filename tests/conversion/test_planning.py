@@ -139,6 +139,14 @@ def test_first_layer_and_heads_are_found_by_structure(build, edges):
     assert first_and_heads(build()) == edges
 
 
+def test_named_edges_without_bits_of_their_own():
+    config = SAQQuantizationConfig(first_last_bits=None, first_last_modules=["classifier"])
+    with pytest.raises(
+        ValueError, match=r"first_last_modules=\['classifier'\] with first_last_bits=None: .* no effect"
+    ):
+        quantize(vit(), config)
+
+
 def test_embeddings_before_what_is_called_the_base_model_are_no_head():
     """DINOv3 calls its encoder the base model: a projection in its first layer passed for the first layer."""
     config = DINOv3ViTConfig(
