@@ -12,6 +12,8 @@ from ..quantizers import Quantizer
 
 KINDS = ("weight", "scale", "norm", "bias", "other")
 """Kinds of parameters. A parameter that several modules share has the first kind that fits."""
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Norms of torch, of which others are subclasses, whatever they are called."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +106,15 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
 
 
 def is_normalization(module: nn.Module) -> bool:
-    """Tell whether `module` is a batch, layer, group, RMS or other norm, torch's or a library's own."""
-    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    """Tell whether `module` is a batch, layer, group, RMS or other norm, torch's or a library's own.
+
+    One may hold an activation or dropout, as those of timm do. What holds layers, such as a block of a convolution and
+    its norm, is none.
+    """
+    if isinstance(module, NORMS):
+        return True
+    holds_layers = any(True for child in module.children() for _ in child.parameters())
+    return "norm" in type(module).__name__.lower() and not holds_layers
 
 
 def kinds_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
