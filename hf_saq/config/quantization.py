@@ -104,14 +104,16 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
         default=False,
         metadata={
             "help": "Quantize once what several layers read (query, key and value of an attention): one scale instead "
-            "of one for each, one node in exported graphs."
+            "of one for each, one node in exported graphs.",
+            "added_later": True,  # packed files exist that lack it
         },
     )
     learn_input_scale: bool = field(
         default=True,
         metadata={
             "help": "Learn the scale of the model's own input, which its first layer quantizes; False keeps it as "
-            "calibrated, which spares the gradient of the images."
+            "calibrated, which spares the gradient of the images.",
+            "added_later": True,
         },
     )
     modules_to_not_convert: list[str] | None = field(

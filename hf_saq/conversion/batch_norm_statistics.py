@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +75,35 @@ def reestimate_batch_norm(
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(variance)
     return model
+
+
+@contextmanager
+def batches_where_statistics_are_new(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms of `model` whose running statistics were never updated normalize by those of each batch, as
+    they will in training; they come out as they were.
+
+    A fresh model has them, and so has a fresh head on a pretrained body. With a mean of 0 and a variance of 1 they do
+    not normalize at all, and layers after them would see values of another size than in training.
+    """
+    new = [norm for norm in norms_with_statistics(model) if _is_new(norm)]
+    hooks = [norm.register_forward_pre_hook(_normalize_by_the_batch) for norm in new]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm in new:
+            norm.reset_running_stats()
+
+
+def _is_new(norm: Any) -> bool:
+    """Tell whether running statistics are those that a norm is built with; converted models may have counted none."""
+    untouched = not norm.num_batches_tracked and not norm.running_mean.any() and bool((norm.running_var == 1).all())
+    return untouched and not isinstance(norm, nn.SyncBatchNorm)  # processes may run batches of their own
+
+
+def _normalize_by_the_batch(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+    norm.train(inputs[0].numel() > inputs[0].shape[1])  # one value for each channel has no variance
 
 
 def norms_with_statistics(model: nn.Module) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..layers import HoldsQuantizers
 from ..layers.wrapping import refuse_adapters
 from ..quantizers import Quantizer
+from .batch_norm_statistics import batches_where_statistics_are_new
 from .forms import check_has_values
 from .observing import ActivationObserver, PassThrough, fit_alike, names_of_first_process, reshard, run_observed
 from .report import ConversionReport, note_signs
@@ -32,8 +33,9 @@ def calibrate(
 ) -> nn.Module:
     """Fit every activation quantizer of `model`, in place, to what it sees while the model runs in float.
 
-    The model runs in evaluation mode without gradients, its mode is restored afterwards. Weights run unquantized, so
-    that the ranges belong to the function that training starts from.
+    The model runs in evaluation mode without gradients, its mode is restored afterwards. Weights run unquantized, and
+    batch norms that have no running statistics yet, as those of a fresh head, normalize by each batch, so that the
+    ranges belong to the function that training starts from.
 
     A quantized layer that the model never calls goes back to float, with a warning: a parent that reads
     `layer.weight` itself passes the quantizers by, and the model would not be what its report says. This holds for
@@ -75,7 +77,8 @@ def calibrate(
     if not quantizers and not hasattr(model, "quantization_report"):
         raise ValueError(f"calibrate: {type(model).__name__} has no quantizer; call `quantize(model, config)` first.")
     check_has_values(model)
-    count = run_observed(model, batches, attached_to, run)
+    with batches_where_statistics_are_new(model):
+        count = run_observed(model, batches, attached_to, run)
     if count == 0:
         raise ValueError("calibrate: `batches` is empty; expected at least one batch of model inputs.")
     _leave_idle_layers_in_float(model, {quantizer for quantizer, observer in attached_to.items() if observer.ran})

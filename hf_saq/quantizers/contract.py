@@ -180,6 +180,8 @@ class Quantizer(HasRangeState, ABC):
         """Make a quantizer with the settings of this one and none of its values, on torch's default device."""
         new = type(self)(self.settings)
         new.path = self.path
+        if not self.learned:
+            new.keep_as_calibrated()
         return new
 
     @torch.no_grad()

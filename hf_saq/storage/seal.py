@@ -15,6 +15,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import EXPORT_RECORD
+from ..config import EXPORT_RECORD, SAQQuantizationConfig
 
 KEY = "hf_saq"
 """Name of the entry in the metadata."""
@@ -32,7 +33,7 @@ NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights", EXPORT_
 """Fields that are checked in another way, that transformers writes or drops while it saves, or that name an exported
 graph beside the model, which may be put there later."""
 
-ADDED_LATER = {"share_inputs": False}
+ADDED_LATER = {f.name: f.default for f in fields(SAQQuantizationConfig) if f.metadata.get("added_later")}
 """Fields that older files lack, and what they were: where a field that is not set is not `None`."""
 
 

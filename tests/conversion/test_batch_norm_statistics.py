@@ -111,3 +111,48 @@ def test_what_fails_leaves_the_statistics_of_before(batches, error: str):
     after = statistics(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [n.momentum for n in norms_of(model).values()] == [0.01, 0.1] and model[2].training
+
+
+def with_new_norm(seen: bool) -> nn.Sequential:
+    """Its second convolution sees what the first gives, fifty times as small as after normalization."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.LazyLinear(3))
+    nn.init.normal_(model[0].weight, std=0.004)
+    model(images(2))  # LazyLinear
+    model[1].reset_running_stats()
+    if seen:
+        model[1].running_mean.fill_(0.01)  # as of a converted model, which has counted nothing
+    return model.eval()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("seen", [False, True])
+def test_norms_without_statistics_normalize_by_the_batch_while_ranges_are_found(training, seen):
+    model = quantize(with_new_norm(seen), SAQQuantizationConfig(first_last_bits=None, activation_mode="signed"))
+    before, x = statistics(model), images(16, seed=1)
+    calibrate(model.train(training), [x])
+    assert all(torch.equal(before[name], value) for name, value in statistics(model).items())
+    assert model.training == model[1].training == training
+    reference = quantize(with_new_norm(seen), SAQQuantizationConfig(first_last_bits=None, activation_mode="signed"))
+    if not seen:  # the variance of the whole sample instead of that which torch stores: 1 in some thousands
+        reestimate_batch_norm(reference.train(), [x], run=lambda x: with_float_weight(reference, x))
+    calibrate(reference.eval(), [x])
+    for layer in (0, 2, 4):
+        scale = model[layer].activation_quantizer.scale
+        torch.testing.assert_close(scale, reference[layer].activation_quantizer.scale, rtol=0.01, atol=0)
+    assert (model[2].activation_quantizer.scale > 0.1) != seen
+
+
+def with_float_weight(model: nn.Sequential, x: torch.Tensor) -> None:
+    model[1](nn.functional.conv2d(x, model[0].weight, model[0].bias))
+
+
+def test_one_value_for_each_channel_is_not_normalized_by_itself():
+    """A pooled map of a single image: torch refuses to take its variance."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)
+    )
+    quantize(model, SAQQuantizationConfig())
+    calibrate(model, [images(1)])
+    assert model[4].activation_quantizer.initialized and model[2].num_batches_tracked == 0

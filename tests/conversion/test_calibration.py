@@ -145,7 +145,7 @@ def test_ranges_belong_to_the_float_function():
 
 
 def test_weights_run_in_float_while_observing():
-    float_model, model = conv_net().eval(), quantize(conv_net(), SAQQuantizationConfig(weight_bits=2))
+    float_model, model = jitter(conv_net()).eval(), quantize(jitter(conv_net()), SAQQuantizationConfig(weight_bits=2))
     seen: list[Tensor] = []
     model.register_forward_hook(lambda module, args, output: seen.append(output))
     calibrate(model, [images(size=8)])

@@ -12,7 +12,8 @@ from tiny_models import convnext, images, mobilenet_v2, resnet, timm_efficientne
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, TrainerCallback
 
-from hf_saq import SAQQuantizationConfig, pack, quantize, unpack
+from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize, unpack
+from hf_saq.analysis.bits.changing import change_bits
 from hf_saq.conversion import configuration_of
 from hf_saq.quantizers import Quantizer
 
@@ -125,3 +126,12 @@ def test_a_checkpoint_goes_on_as_it_began(tmp_path):
     other = make_trainer("vit", tmp_path / "other", quantization_config=SAQQuantizationConfig())
     with pytest.raises(ValueError, match="saved with learn_input_scale=False, but this ViTForImageClassification"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{STEPS - 2}"))
+
+
+def test_other_bits_keep_it_too():
+    model = quantized(learn_input_scale=False, first_last_bits=None)
+    change_bits(model, {FIRST[vit]: {"activation_bits": 6}})
+    calibrate(model, [images()])
+    assert kept(model) == [f"{FIRST[vit]}.activation_quantizer"]
+    assert model.get_submodule(FIRST[vit]).activation_quantizer.bits == 6
+    assert not configuration_of(model).learn_input_scale

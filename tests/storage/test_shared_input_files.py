@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import fields
 
 import onnx
 import pytest
@@ -26,6 +27,25 @@ from transformers import AutoModel, AutoModelForImageClassification
 from hf_saq import SAQQuantizationConfig, calibrate, dequantize, pack, quantize, unpack
 from hf_saq.export import export_onnx
 from hf_saq.storage.seal import KEY
+
+ALWAYS_THERE = {
+    "weight_bits",
+    "activation_bits",
+    "quantizer",
+    "weight_granularity",
+    "activation_mode",
+    "scale_init",
+    "first_last_bits",
+    "first_last_modules",
+    "quantize_attention",
+    "modules_to_not_convert",
+    "modules_found_idle",
+    "overrides",
+    "storage",
+    "format_version",
+    "quant_method",
+}
+"""Fields of the first files of format version 2. Files lack those that came later."""
 
 
 def test_every_form_goes_on_sharing(tmp_path):
@@ -71,23 +91,27 @@ def test_what_is_stored_decides(tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path / "shared")
 
 
-def test_packed_files_from_before_there_was_sharing_load(tmp_path):
+@pytest.mark.parametrize("field", [f.name for f in fields(SAQQuantizationConfig) if f.name not in ALWAYS_THERE])
+def test_packed_files_from_before_there_was_a_field_load(field, tmp_path):
     model = pack(quantized())
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         metadata = dict(file.metadata())
     seal = json.loads(metadata[KEY])
-    for fields in (content["quantization_config"], seal["quantization_config"]):
-        del fields["share_inputs"], fields["shared_input_modules"]
+    for stored in (content["quantization_config"], seal["quantization_config"]):
+        del stored[field]
     metadata[KEY] = json.dumps(seal)
     (tmp_path / "config.json").write_text(json.dumps(content))
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors", metadata)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded.eval()(images()).logits, model(images()).logits)
-    edit_config(tmp_path, share_inputs=True)
-    with pytest.raises(ValueError, match="quantization_config.share_inputs is True, but .* was saved with False"):
-        AutoModelForImageClassification.from_pretrained(tmp_path)
+    default = getattr(SAQQuantizationConfig(), field)
+    if isinstance(default, bool):
+        edit_config(tmp_path, **{field: not default})
+        message = f"quantization_config.{field} is {not default}, but .* was saved with {default}"
+        with pytest.raises(ValueError, match=message):
+            AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
 def test_resume_is_exact(tmp_path):

@@ -90,6 +90,8 @@ def with_bits(quantizer: Quantizer, bits: int, *seen: Any) -> Quantizer:
     new.to(quantizer.range_state.device).to(next(quantizer.parameters(), quantizer.range_state).dtype)
     new.path = quantizer.path
     new.train(quantizer.training)
+    if not quantizer.learned:
+        new.keep_as_calibrated()
     if seen:
         new.initialize(*seen)
     return new
