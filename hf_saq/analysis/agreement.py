@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..quantizers import in_double
+
 NO_PREDICTION = -1
 """What stands for the class of scores of which one is NaN: sorting would take them for some class."""
 
@@ -33,14 +35,14 @@ def agreement(logits: Sequence[Tensor], reference: Sequence[Tensor], axes: Seque
     same = []
     for a, b, axis in zip(logits, reference, axes or [1] * len(logits), strict=True):
         class_a, class_b = predictions(a, axis), predictions(b, axis)
-        same.append(((class_a == class_b) & (class_a != NO_PREDICTION)).double().flatten())
+        same.append(in_double((class_a == class_b) & (class_a != NO_PREDICTION)).flatten())
     return torch.cat(same).mean().item()
 
 
 def signal_to_noise(values: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """Compute `10 log10(|y|^2 / |y - y'|^2)` in decibels, `y` the reference, over all batches."""
-    signal = sum(b.double().square().sum().item() for b in reference)
-    noise = sum((a.double() - b.double()).square().sum().item() for a, b in zip(values, reference, strict=True))
+    signal = sum(in_double(b).square().sum().item() for b in reference)
+    noise = sum((in_double(a) - in_double(b)).square().sum().item() for a, b in zip(values, reference, strict=True))
     return decibels(signal, noise)
 
 

@@ -189,7 +189,7 @@ def _outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
     def keep(name: str):
         def after(module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ARG001 (a forward hook)
             found.setdefault(name, []).append(
-                (output if name else logits_of(output, may_be_first=True)).double().cpu()
+                (output if name else logits_of(output, may_be_first=True)).cpu().double()
             )
 
         return after

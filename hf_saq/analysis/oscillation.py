@@ -75,7 +75,7 @@ class OscillationCounter:
 
     def oscillating(self) -> dict[str, float]:
         """Return the share of oscillating weights in each layer."""
-        return {name: (c.frequency > self.threshold).double().mean().item() for name, c in self._codes.items()}
+        return {name: (c.frequency > self.threshold).cpu().double().mean().item() for name, c in self._codes.items()}
 
     def summary(self) -> dict[str, float]:
         """Return shares of all quantized weights, for a log.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layers import PackedLayer
-from ..quantizers import Quantizer
+from ..quantizers import Quantizer, in_double
 from ..sharpness import Displacement, PerturbedTensors, QuantizedWeight, kinds_of_parameters
 from ..sharpness.sharding import is_sharded
 from ..sharpness.three_cases import Climb, climb, place
@@ -172,7 +172,7 @@ def _parameter(key: QuantizedWeight | nn.Parameter) -> nn.Parameter:
 
 def dot(a: Vector, b: Vector) -> float:
     """Compute the inner product, in float64."""
-    return sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)).item()  # type: ignore[union-attr]
+    return sum((in_double(x) * in_double(y)).sum() for x, y in zip(a, b, strict=True)).item()  # type: ignore[union-attr]
 
 
 def norm(a: Vector) -> float:

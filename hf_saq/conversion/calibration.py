@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import HoldsQuantizers
 from ..layers.wrapping import refuse_adapters
-from ..quantizers import Quantizer
+from ..quantizers import Quantizer, in_double
 from .batch_norm_statistics import batches_where_statistics_are_new
 from .forms import check_has_values
 from .observing import ActivationObserver, PassThrough, fit_alike, names_of_first_process, reshard, run_observed
@@ -118,7 +118,7 @@ def _warn_of_negative_values(seen: Mapping[Quantizer, ActivationObserver]) -> No
     cut = {}
     for quantizer, observer in seen.items():
         if quantizer.settings.signed is False and observer.minimum < 0:
-            values = torch.cat(observer.samples).double()
+            values = in_double(torch.cat(observer.samples))
             cut[quantizer.path] = (values.clamp(max=0).square().sum() / values.square().sum()).item()
     told = [f"{path} ({share:.0%})" for path, share in cut.items() if share >= CUT_ENERGY]
     if told:

@@ -20,6 +20,7 @@ from .methods import (
     PACTQuantizer,
     lsq_fake_quantize,
 )
+from .precision import in_double
 from .registry import QUANTIZERS, check_activation_mode, quantizer_class
 from .scale_search import mse_range, mse_scale
 from .settings import MAX_BITS, MIN_BITS, QuantizerSettings, check_bits
@@ -42,6 +43,7 @@ __all__ = [
     "affine_fake_quantize",
     "check_activation_mode",
     "check_bits",
+    "in_double",
     "lsq_fake_quantize",
     "mean_and_std",
     "mse_range",

@@ -1,4 +1,4 @@
-"""Keep grids in float32 where the model around them goes to bfloat16 or float16.
+"""Keep grids in float32 where the model around them goes to bfloat16 or float16, and add up in float64.
 
 A step size in bfloat16 is off by up to 0.4 %: at 8 bits that moves the outer codes by half a step, and a model that is
 converted and converted back would have other grids than before.
@@ -26,3 +26,8 @@ def without_narrowing(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
         return converted if converted.dtype == dtype else t.to(converted.device, dtype)
 
     return convert_keeping_values
+
+
+def in_double(t: Tensor) -> Tensor:
+    """Convert to float64, on the CPU where the device of `t` has no such numbers (Apple's `mps`)."""
+    return (t.cpu() if t.device.type == "mps" else t).double()

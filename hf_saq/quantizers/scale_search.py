@@ -80,8 +80,8 @@ def _quantiles(x: Tensor) -> Tensor:
     """Take the values of `x`, or `QUANTILES` of them that share its distribution: every n-th of the sorted ones."""
     if x.numel() <= QUANTILES:
         return x.reshape(-1)
-    middle = (torch.arange(QUANTILES, device=x.device, dtype=torch.float64) + 0.5) * (x.numel() / QUANTILES)
-    return x.reshape(-1).sort().values[middle.long()]
+    middle = (torch.arange(QUANTILES, dtype=torch.float64, device="cpu") + 0.5) * (x.numel() / QUANTILES)
+    return x.reshape(-1).sort().values[middle.long().to(x.device)]
 
 
 def _places(x: Tensor, shift: float) -> Tensor:

@@ -74,7 +74,7 @@ class ReestimatesNorms(Calibrating):
         # The step alone does not tell: an average of weights may have taken the place of those that were trained.
         # Versions alone do not either: writing through `p.data`, as many averages are put in place, changes none.
         parameters = [sharding.local(p) for p in self.model.parameters() if p.is_floating_point()]
-        norms = torch.stack([norm.double().cpu() for norm in torch._foreach_norm(parameters)]).nan_to_num(nan=-1.0)
+        norms = torch.stack([norm.cpu().double() for norm in torch._foreach_norm(parameters)]).nan_to_num(nan=-1.0)
         return (self.state.global_step, *(p._version for p in self.model.parameters()), *norms.tolist())
 
     @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.as_written import run_as_written
-from ...quantizers import Quantizer
+from ...quantizers import Quantizer, in_double
 from ..batch_losses import LabelledBatches
 from ..curvature import hessian_trace
 from ..weight_point import WeightPoint
@@ -56,9 +56,9 @@ def weight_estimates(
         for b in bits:
             other = candidates.of(operand, b)[quantizer]
             with torch.no_grad():
-                delta = (other.fake_quantize(operand.weight) - values[k]).double()  # type: ignore[arg-type]
+                delta = in_double(other.fake_quantize(operand.weight) - values[k])  # type: ignore[arg-type]
             mean_curvature = traces[k] / delta.numel()
-            slope = (gradient[k].double() * delta).sum().item()
+            slope = (in_double(gradient[k]) * delta).sum().item()
             found[operand.name, "weight", b] = slope + mean_curvature / 2 * delta.square().sum().item()
     return found
 
@@ -119,5 +119,5 @@ def _gradients_at_uses(
 def _by_example(products: Tensor, size: int) -> Tensor:
     """Add up what belongs to each example. Parts of one image, such as windows, follow each other in dimension 0."""
     if products.shape[0] % size:
-        return (products.double().sum() / size).expand(size).cpu()
-    return products.double().reshape(size, -1).sum(1).cpu()
+        return (in_double(products).sum() / size).expand(size).cpu()
+    return in_double(products).reshape(size, -1).sum(1).cpu()

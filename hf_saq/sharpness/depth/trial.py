@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ...quantizers import in_double
 from ..buffer_state import BufferState
 from ..random_state import RNGState
 from .late_layers import LateLayers, find_late_layers
@@ -70,7 +71,7 @@ def _reason_of_a_trial(
 
 def _different(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> list[str]:
     """Name the gradients that are missing or differ by more than rounding."""
-    norms = {name: grad.double().norm() for name, grad in expected.items() if grad is not None}
+    norms = {name: in_double(grad).norm() for name, grad in expected.items() if grad is not None}
     if not norms:
         return []
     rounding = 1e-6 * torch.stack([norm.to("cpu") for norm in norms.values()]).norm()
@@ -80,7 +81,7 @@ def _different(found: dict[str, Tensor | None], expected: dict[str, Tensor | Non
         if grad is None:
             is_wrong = bool(norm > 0)
         else:  # not finite, as in a step that fp16 skips: neither is right
-            distance = (grad.double() - expected[name].double()).norm().to("cpu")  # type: ignore[union-attr]
+            distance = (in_double(grad) - in_double(expected[name])).norm().to("cpu")  # type: ignore[arg-type]
             is_wrong = bool(distance > NOT_THE_SAME * norm.to("cpu") + rounding)
         if is_wrong:
             different.append(name)
