@@ -19,7 +19,7 @@ GRID_TOLERANCE = 64
 """How far a weight may move when a layer is unpacked, in rounding errors of the layer's largest weight."""
 
 
-class PackedLayer(nn.Module, QuantizesInput):
+class PackedLayer(QuantizesInput, nn.Module):
     """Runs inference with a weight of `ceil(numel * bits / 8)` bytes of codes plus a scale; it cannot be trained.
 
     Args:

@@ -30,7 +30,7 @@ class HoldsQuantizers(nn.Module):
                 setattr(self, name, None)
 
 
-class QuantizedLayer(HoldsQuantizers, QuantizesInput, ABC):
+class QuantizedLayer(QuantizesInput, HoldsQuantizers, ABC):
     """Makes a layer train with fake-quantized weights and inputs: the mixin of all quantized layers.
 
     Attributes:

@@ -94,6 +94,15 @@ class QuantizesInput:
             return quantizer(x)
         return self.shared_input.once(self, x, quantizer, quantizer._parameters.values())  # type: ignore[arg-type]
 
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.shared_input is not None:
+            path = getattr(self.activation_quantizer, "path", type(self).__name__)
+            raise ValueError(
+                f"{path}: nn.DataParallel copies layers one by one, and a quantizer that several of them share would "
+                "stay on the first device. Use DistributedDataParallel (accelerate launch), or share_inputs=False."
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[misc]
+
 
 def share_input(layers: Sequence[nn.Module]) -> None:
     """Let all `layers` quantize their input with the quantizer of the first, in place; those of the others go."""

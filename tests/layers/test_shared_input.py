@@ -20,7 +20,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from hf_saq import SAQQuantizationConfig, quantize
+from hf_saq import SAQQuantizationConfig, pack, quantize
 from hf_saq.layers.shared_input import SharedInput
 
 
@@ -145,3 +145,12 @@ def test_compiled_models_compute_the_same():
     model = quantized(share_inputs=True)
     compiled = torch.compile(model, backend="eager")
     assert torch.equal(compiled(images()).logits, model(images()).logits)
+
+
+def test_data_parallel_is_refused():
+    """What `nn.DataParallel` does to each module, on several GPUs."""
+    readers(quantized())[0]._replicate_for_data_parallel()
+    sharing = quantized(share_inputs=True)
+    for layer in (readers(sharing)[1], readers(pack(sharing))[1]):
+        with pytest.raises(ValueError, match=r"q_proj.activation_quantizer: nn.DataParallel copies .*share_inputs"):
+            layer._replicate_for_data_parallel()
