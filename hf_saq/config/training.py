@@ -18,7 +18,8 @@ PERTURBABLE = ("weight", "bias", "norm", "scale", "other")
 class SAQConfig:
     """Describes how to train: the sharpness-aware step of arXiv:2111.12273 and when it is taken.
 
-    Works with `HfArgumentParser`, next to `TrainingArguments`.
+    Works with `HfArgumentParser`, next to `TrainingArguments`. On its command line an integer cannot be `None`: give
+    plain QAT (`case=None`) an option of your own, as the example script has `--method qat`.
     Fields stay as they were given: [`perturbation_schedule`] looks up what the preset `schedule` means for `interval`,
     `ascent_fraction`, `ascent_depth`, `reuse`, `trigger` and `match_radius`; `"balanced"` if none of them is given.
     `hf_saq/sharpness/schedules/schedule.py` says what each of them costs and which go together.
