@@ -1,8 +1,8 @@
 """Change the form of a whole model: float to quantized, calibrated, packed, and back.
 
 Comes in: any `nn.Module` and a `SAQQuantizationConfig`; batches to calibrate with. Goes out: the model with quantized
-or packed layers in the place of its own, and a report of what happened to each; names for other rooms are those
-exported here. Must not know: files, checkpoints, training. Of transformers it knows the attention interface alone.
+or packed layers in the place of its own, and a report of what happened to each. Must not know: files, checkpoints,
+training. Of transformers it imports the attention interface alone.
 """
 
 from typing import TYPE_CHECKING

@@ -119,7 +119,8 @@ class KeepsColumnsOfTransforms(Trainer):
         for example, are numbered in the order of their names."""
         while isinstance(dataset, Subset):  # `random_split` makes such parts
             dataset = dataset.dataset
-        classes, targets, known = getattr(dataset, "classes", None), getattr(dataset, "targets", None), self._classes()
+        classes: Any = getattr(dataset, "classes", None)
+        targets, known = getattr(dataset, "targets", None), self._classes()
         listed = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
         if known is None or not listed or not isinstance(targets, (list, tuple, Tensor)) or not len(targets):
             return
