@@ -102,8 +102,19 @@ def records_in(directory: Path, names: str = "*.json") -> list[dict[str, Any]]:
 
 
 def versions_of(records: Iterable[dict[str, Any]]) -> list[str]:
-    """List the sets of versions that records were made with, each once: `python 3.11, torch 2.9`."""
-    return sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
+    """List the sets of versions that records were made with, each once, with the commits that had them: `python 3.11,
+    torch 2.9, commits 0eececa, 107a589`."""
+    commits: dict[str, set[str]] = {}
+    for record in records:
+        versions = dict(record["versions"])
+        commit = versions.pop("commit", None)
+        commits.setdefault(", ".join(f"{k} {v}" for k, v in versions.items()), set()).update(
+            [commit] if commit else []
+        )
+    return sorted(
+        f"{versions}, {'commit' if len(of) == 1 else 'commits'} {', '.join(sorted(of))}" if of else versions
+        for versions, of in commits.items()
+    )
 
 
 def version_of(package: str) -> str | None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.shared.runs import Runs
+from benchmarks.shared.runs import Runs, versions_of
 
 
 def test_two_studies_that_want_the_same_run(tmp_path):
@@ -40,3 +40,13 @@ def test_a_run_that_fails_is_not_stored(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Runs(tmp_path, "python some.py").once("a", {}, fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_versions_name_the_commits_that_had_them():
+    made_with = [("3.11", "b"), ("3.11", "a"), ("3.12", "a"), ("3.11", "b"), ("3.13", None)]
+    records = [{"versions": {"python": p, "torch": "2", **({"commit": c} if c else {})}} for p, c in made_with]
+    assert versions_of(records) == [
+        "python 3.11, torch 2, commits a, b",
+        "python 3.12, torch 2, commit a",
+        "python 3.13, torch 2",
+    ]
