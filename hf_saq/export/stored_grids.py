@@ -27,7 +27,7 @@ class ActivationGrid:
         scale: float32, `()`.
         zero_point: 0 for unsigned and affine grids, `2^(b-1)` for signed ones.
         high: Largest code, `2^b - 1`.
-        offset: float32, `()`; `None` for a grid through zero.
+        offset: float32, `()`; `None` for a grid through zero, as affine ones are behind a ReLU.
     """
 
     scale: Tensor
@@ -48,11 +48,13 @@ class ActivationGrid:
                 f"{quantizer.path}: {scale.numel()} scales for activations; an integer graph holds one per tensor. "
                 "Quantize this layer with an activation quantizer of scale_shape=(1,), or leave its input in float."
             )
+        offset = offset.reshape(()).float().cpu() if quantizer.has_offset else None
         return cls(
             scale=scale.reshape(()).float().cpu(),
             zero_point=-quantizer.qmin,
             high=quantizer.qmax - quantizer.qmin,
-            offset=offset.reshape(()).float().cpu() if quantizer.has_offset else None,
+            # Leave out an offset of zero, whose subtraction torch's exporter drops where the checks look for it.
+            offset=None if offset is not None and offset == 0 else offset,
         )
 
 

@@ -20,6 +20,7 @@ from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.export import export_onnx
 from hf_saq.export.extras import needed
 from hf_saq.outputs import logits_of
+from hf_saq.quantizers.methods.lsq_plus import LSQPlusQuantizer
 
 FILE = "onnx/model_quantized.onnx"
 
@@ -129,6 +130,16 @@ def test_the_offset_of_the_next_layer_is_no_bias_of_this_one(tmp_path):
     x = inputs_of("conv_net")
     model = quantized(lambda: net, x=x, quantizer="lsq_plus")
     assert export_onnx(model, tmp_path, example=x).checks  # it verifies each layer alone
+    assert_predicts(tmp_path, model, x)
+
+
+def test_an_affine_grid_that_begins_at_zero(tmp_path):
+    """Calibrated behind a ReLU, LSQ+ has an offset of zero, which no node of the graph subtracts."""
+    x = images(4, seed=3)
+    model = calibrate(quantize(resnet(), SAQQuantizationConfig(quantizer="lsq_plus")), [x]).eval()
+    offsets = [m.offset.item() for m in model.modules() if isinstance(m, LSQPlusQuantizer) and m.offset is not None]
+    assert 0.0 in offsets and any(offsets)
+    assert export_onnx(model, tmp_path, example=x, engines=["onnxruntime"]).checks
     assert_predicts(tmp_path, model, x)
 
 

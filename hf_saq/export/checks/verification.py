@@ -16,6 +16,7 @@ from ...quantizers import Quantizer
 from ..extras import needed
 from ..integer_layers import IntegerLayer
 from ..passes.nodes import constant, nodes_of
+from ..stored_grids import ActivationGrid
 from .layers_alone import record, wrong_layers
 from .refusing import refuse
 from .sessions import AS_IT_IS, EXACT, ROUNDED, VERIFIED_BY, integer_layers
@@ -197,4 +198,4 @@ def _missing_products(model: nn.Module, graph_model: Any) -> dict[str, str]:
 
 def _is_affine(layer: QuantizedLayer | PackedLayer) -> bool:
     quantizer = layer.activation_quantizer
-    return isinstance(quantizer, Quantizer) and quantizer.has_offset
+    return isinstance(quantizer, Quantizer) and ActivationGrid.of(quantizer).offset is not None
