@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..outputs import logits_of
 from .extras import in_one_line, needed
 from .integer_copy import LogitsOnly
 from .operators import OPSET, translation_table
@@ -15,6 +17,8 @@ from .operators import OPSET, translation_table
 OUTPUT = "logits"
 PREFIX = "model."
 """What stands before the names of a model's tensors in the graph: they are those of `LogitsOnly`."""
+PREDICTED = "pred_"
+"""How transformers begins the names of what detectors predict besides classes: boxes, masks."""
 
 
 def trace(model: nn.Module, example: Tensor) -> Any:
@@ -25,19 +29,21 @@ def trace(model: nn.Module, example: Tensor) -> Any:
         example: Inputs `(batch, ...)`; all dimensions but the first become those of the graph.
 
     Raises:
-        ValueError: If the model does not run on the example, cannot be traced, or takes one batch size only.
+        ValueError: If the model does not run on the example, predicts more than logits, cannot be traced, or takes one
+            batch size only.
     """
     needed("onnx"), needed("onnxscript")
     two = torch.cat([example, example])[:2]  # with a batch of one it would be taken for a constant
     whole, name = LogitsOnly(model).eval(), type(model).__name__
     with torch.no_grad():
         try:
-            whole(two)
+            answer = whole.model(two)
         except Exception as error:
             raise ValueError(
                 f"{name} does not run on inputs of shape {tuple(two.shape)}: {in_one_line(error)} Pass the "
                 "image_size that it takes, or example=, a batch of its inputs."
             ) from error
+    _check_is_classifier(name, answer)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's exporter, about its own future
         try:
@@ -65,6 +71,20 @@ def trace(model: nn.Module, example: Tensor) -> Any:
             "as int(x.shape[0]) does. Use x.shape[0] as it is, or -1 in a reshape."
         )
     return _with_names_of(program.model)
+
+
+def _check_is_classifier(name: str, answer: Any) -> None:
+    """Raise `ValueError` if logits are not all that a model predicts: the graph would answer without the rest."""
+    try:
+        logits_of(answer)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be exported: {error}") from error
+    others = [key for key in answer if key.startswith(PREDICTED)] if isinstance(answer, Mapping) else []
+    if others:
+        raise ValueError(
+            f"{name} cannot be exported: besides logits it predicts {', '.join(others)}, which a graph that gives "
+            "logits alone would be without; expected a classifier."
+        )
 
 
 def _first_of(error: BaseException) -> BaseException:

@@ -12,9 +12,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from quantized_models import codes, quantized
 from test_integer_layers import HAVE_PRODUCTS, MODELS, inputs_of
-from tiny_models import images, linear_net, resnet, vectors, vit
+from tiny_models import VIT_SIZES, images, linear_net, resnet, vectors, vit
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor, YolosConfig, YolosForObjectDetection
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
 from hf_saq.export import export_onnx
@@ -165,6 +165,16 @@ def test_models_that_cannot_be_exported(tmp_path):
     refused(model, target, message, engines=["tvm"], example=vectors())
     refused(quantized(vit), target, r"image_size=-1; expected a positive number", image_size=-1)
     refused(model, target, r"weights='int3'; expected one of \['int8', 'int4'\]", weights="int3", example=vectors())
+
+
+def test_a_detector_is_refused_rather_than_exported_without_its_boxes(tmp_path):
+    """Its box head in float has no codes that are missed; a graph of classes alone was written, called verified."""
+    sizes = {**VIT_SIZES, "image_size": [16, 16], "num_hidden_layers": 1, "num_detection_tokens": 4}
+    model = quantized(
+        lambda: YolosForObjectDetection(YolosConfig(**sizes)).eval(), modules_to_not_convert=["bbox_predictor"]
+    )
+    message = "YolosForObjectDetection cannot be exported: besides logits it predicts pred_boxes, .* a classifier"
+    refused(model, tmp_path / "out", message, engines=["onnxruntime"])
 
 
 def test_targets(tmp_path):
