@@ -20,6 +20,7 @@ from ..layers.wrapping import (
     refuse_compiled_parts,
     replaced_forward,
     runs_another_module,
+    without_wrappers,
 )
 from ..progress import with_progress
 from ..quantizers import Quantizer
@@ -31,12 +32,14 @@ from .swapping import convert, note_replaced_layers, replace_modules
 def pack(model: nn.Module) -> nn.Module:
     """Copy a quantized model with packed integers as weights: small on disk and in memory, for inference only.
 
-    The latent float weights are dropped; keep a float-storage checkpoint to go on training.
+    The latent float weights are dropped; keep a float-storage checkpoint to go on training. Of a model that is wrapped
+    by DDP, DataParallel or `torch.compile`, the one inside is copied; so do `unpack` and `dequantize`.
 
     Raises:
         ValueError: If the model has no quantized weight, has adapters of peft, or is on the meta device.
         RuntimeError: If a quantizer has no range yet: the model is not calibrated.
     """
+    model = without_wrappers(model)
     refuse_adapters(model, "pack")
     layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.weight_quantizer is not None]
     if not layers:
@@ -71,6 +74,7 @@ def unpack(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the model is not packed, or if the quantizer of a layer cannot be brought back to its grid.
     """
+    model = without_wrappers(model)
     refuse_adapters(model, "unpack")
     if not is_packed(model):
         raise ValueError(
@@ -95,6 +99,7 @@ def dequantize(model: nn.Module) -> nn.Module:
             different weights.
         RuntimeError: If a weight quantizer was never initialized.
     """
+    model = without_wrappers(model)
     with torch.no_grad():
         restored = copy_with(model, _float_layers(model))
     _forget_quantization(restored)

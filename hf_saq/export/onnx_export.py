@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.wrapping import without_wrappers
 from .checks import Verification, verify
 from .example_inputs import example_inputs
 from .extras import ROUNDS_BIASES, check_engine, installed_engines, needed
@@ -75,7 +76,7 @@ def export_onnx(
     check_target(target)
     if tuned_for not in TUNED_FOR:
         raise ValueError(f"tuned_for={tuned_for!r}; expected one of {list(TUNED_FOR)}.")
-    directory = Path(directory)
+    model, directory = without_wrappers(model), Path(directory)
     check_free(directory, overwrite, model)
     engines = installed_engines() if engines is None else engines
     if isinstance(engines, str) or (check and not engines):

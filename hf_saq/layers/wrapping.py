@@ -79,6 +79,18 @@ def refuse_compiled_parts(model: nn.Module, doing: str) -> None:
         )
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """Return what `model` wraps if it only runs that: on several devices (DataParallel, DDP), or compiled. A copy in
+    another form is of the model inside, whose names and configuration wrappers hide."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule":
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def drop_hooks_that_stay_behind(model: nn.Module) -> None:
     """Remove the marked hooks from all modules of `model`, a copy in another form."""
     for module in model.modules():
