@@ -163,7 +163,7 @@ class SharpnessAwareMinimizer:
     def ascent(self, clean: dict[nn.Parameter, Tensor] | None = None) -> Iterator[None]:
         """Run the first pass: gradients go to the perturbation and leave `p.grad` as it was.
 
-        Under DDP enter `accelerator.no_sync(model)` as well: the gradients of this backward must not be communicated.
+        Under DDP enter `accelerator.no_sync(model)` before the forward as well, so that no gradient is communicated.
         It may be entered several times before `perturbed`: the gradients then add up to one perturbation, and
         `perturbed` must be entered as often, in the same order.
 

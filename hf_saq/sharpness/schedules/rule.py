@@ -18,7 +18,8 @@ Action = Literal["plain", "two passes", "reuse", "watch", "record"]
 class Backward(Protocol):
     """Runs forward and backward of one micro-batch and returns the loss, divided by the number of micro-batches.
 
-    With `reduce=False` gradients must not be communicated, as in `accelerator.no_sync(model)`.
+    With `reduce=False` gradients must not be communicated: forward and backward, both, belong inside of
+    `ddp.no_sync()` or `accelerator.no_sync(model)`. DDP decides in the forward whether the backward communicates.
     """
 
     def __call__(self, batch: Any, reduce: bool = True) -> Tensor: ...

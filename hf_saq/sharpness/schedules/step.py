@@ -26,11 +26,12 @@ class ScheduledStep:
     """Runs the passes that a schedule asks for, in any training loop.
 
     ```python
-    step = ScheduledStep(SharpnessAwareMinimizer(model, rho=0.05), PerturbationSchedule(reuse="previous"))
+    step = ScheduledStep(SharpnessAwareMinimizer(model, rho=0.05), PerturbationSchedule(ascent_fraction=0.25))
+    ddp = DistributedDataParallel(model)
 
     def backward(batch, reduce=True):
-        loss = loss_of(batch) / len(batches)
-        with nullcontext() if reduce else no_sync(model):
+        with nullcontext() if reduce else ddp.no_sync():  # around the forward too, where DDP looks whether it is in it
+            loss = loss_of(ddp, batch) / len(batches)
             loss.backward()
         return loss
 
@@ -40,6 +41,8 @@ class ScheduledStep:
         optimizer.step()
         optimizer.zero_grad()
     ```
+
+    In a single process `backward` needs neither `ddp` nor `no_sync`.
 
     With `reuse="stale"`, `reuse="previous"` and `trigger` there is one `eps` for each optimizer step, made from all
     its micro-batches: those of one process with `sync="local"`, those of all processes with `sync="global"`.
