@@ -109,14 +109,20 @@ def _names(code: CodeType) -> Iterator[str]:
 # Routing them to us ----------------------------------------------------------------------------------------------
 
 
+def check_choices(model: nn.Module) -> None:
+    """Raise, and tell of what will be replaced, as [`choose`] does for every configuration in `model`."""
+    for submodel in _outermost(model):
+        _check_choice(submodel.config, silently={*_REPLACED_SILENTLY, "sdpa"})  # sdpa is what a model gets unasked
+
+
 def route(model: nn.Module) -> None:
-    """Let every attention module of `model` that has quantized products use them, and no other implementation."""
-    inside: set[nn.Module] = set()
-    for submodel in model.modules():
-        if isinstance(submodel, PreTrainedModel) and submodel not in inside:
-            inside.update(submodel.modules())
-            choose(submodel.config, silently={*_REPLACED_SILENTLY, "sdpa"})  # sdpa is what a model gets unasked
-            submodel.set_attn_implementation(IMPLEMENTATION)
+    """Let every attention module of `model` that has quantized products use them, and no other implementation.
+
+    Call [`check_choices`] before, while nothing is changed.
+    """
+    for submodel in list(_outermost(model)):
+        submodel.config._attn_implementation = IMPLEMENTATION
+        submodel.set_attn_implementation(IMPLEMENTATION)
     for module in model.modules():
         if isinstance(module._modules.get(CHILD), QuantAttentionProducts):
             config = getattr(module, "config", None)
@@ -127,15 +133,13 @@ def route(model: nn.Module) -> None:
 
 def unroute(model: nn.Module) -> None:
     """Undo [`route`] and take the quantized products away: attention is again what transformers chooses unasked."""
-    inside: set[nn.Module] = set()
+    for submodel in list(_outermost(model)):
+        if IMPLEMENTATION in _implementations(submodel.config):
+            try:
+                submodel.set_attn_implementation("sdpa")
+            except ValueError:  # this model has no such implementation
+                submodel.set_attn_implementation("eager")
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module not in inside:
-            inside.update(module.modules())
-            if IMPLEMENTATION in _implementations(module.config):
-                try:
-                    module.set_attn_implementation("sdpa")
-                except ValueError:  # this model has no such implementation
-                    module.set_attn_implementation("eager")
         if isinstance(module._modules.get(CHILD), QuantAttentionProducts):
             del module._modules[CHILD]
             for key, hook in list(module._forward_pre_hooks.items()):
@@ -164,6 +168,11 @@ def compute_openly(model: nn.Module) -> None:
 
 def choose(config: PreTrainedConfig, silently: set[str | None] = _REPLACED_SILENTLY) -> None:
     """Set the implementation in `config` and all that is nested in it. What is replaced is told, except `silently`."""
+    _check_choice(config, silently)
+    config._attn_implementation = IMPLEMENTATION
+
+
+def _check_choice(config: PreTrainedConfig, silently: set[str | None]) -> None:
     if config.output_attentions:
         raise ValueError(
             "config.output_attentions=True with quantize_attention=True: transformers allows it for eager attention "
@@ -174,9 +183,17 @@ def choose(config: PreTrainedConfig, silently: set[str | None] = _REPLACED_SILEN
         warnings.warn(
             f"attn_implementation={', '.join(map(repr, replaced))} is replaced by {IMPLEMENTATION!r}: with "
             "quantize_attention=True the attention products are quantized, which no other implementation does.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    config._attn_implementation = IMPLEMENTATION
+
+
+def _outermost(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """Find the models of transformers in `model`, without those inside of another one."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module not in inside:
+            inside.update(module.modules())
+            yield module
 
 
 def _implementations(config: PreTrainedConfig) -> set[str | None]:

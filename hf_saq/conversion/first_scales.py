@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,18 +17,22 @@ TOLERATED_ZERO_CHANNELS = 0.25
 
 
 @torch.no_grad()
-def initialize_weight_quantizers(model: nn.Module) -> None:
+def initialize_weight_quantizers(model: nn.Module, layers: Mapping[str, nn.Module] | None = None) -> None:
     """Fit every weight quantizer that has no range yet to the weight it will quantize.
 
     On the meta device there is nothing to fit to: such quantizers get their values when a state dict is loaded.
 
     Warns where one scale for the whole tensor leaves nothing of many output channels, as in depthwise convolutions
     whose channels differ by orders of magnitude.
+
+    Args:
+        layers: Layers that are not in `model` yet, by the names that they will have there; `None`: those of `model`.
     """
     damaged = []
-    layers = [pair for pair in model.named_modules() if isinstance(pair[1], QuantizedLayer)]
-    for name, module in with_progress(layers, "first scales"):
-        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+    found = (dict(model.named_modules()) if layers is None else layers).items()
+    quantized = [(name, module) for name, module in found if isinstance(module, QuantizedLayer)]
+    for name, module in with_progress(quantized, "first scales"):
+        if module.weight_quantizer is not None:
             if not module.weight_quantizer.initialized and not has_no_values(module.weight):
                 module.weight_quantizer.initialize(module.weight)
                 zero, channels = channels_rounded_to_zero(module)

@@ -51,8 +51,7 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
             "`model.module`, and wrap it anew."
         )
     refuse_compiled_parts(model, "quantize")
-    report = convert(model, config)
-    initialize_weight_quantizers(model)
+    report = convert(model, config, fit=True)
     if report.converted and hasattr(getattr(model, "config", None), "model_type"):
         # a transformers model: save_pretrained stores it, from_pretrained acts on it
         as_decided(config, report).attach_to(model)
@@ -72,11 +71,16 @@ def as_decided(config: SAQQuantizationConfig, report: ConversionReport) -> SAQQu
     )
 
 
-def convert(model: nn.Module, config: SAQQuantizationConfig, stored: bool = False) -> ConversionReport:
+def convert(
+    model: nn.Module, config: SAQQuantizationConfig, stored: bool = False, fit: bool = False
+) -> ConversionReport:
     """Swap the modules and nothing else: also works on the meta device, before any weight is loaded.
+
+    Where it raises, `model` is as it was.
 
     Args:
         stored: Whether `config` was stored with a model, of which `model` may be the base or a part.
+        fit: Whether to fit weight quantizers to the weights that are there.
     """
     report = plan(model, config, stored)
     layers = report.layers
@@ -92,6 +96,17 @@ def convert(model: nn.Module, config: SAQQuantizationConfig, stored: bool = Fals
     replacements: dict[nn.Module, nn.Module] = {
         module: build(module, name, settings[name]) for name, module in model.named_modules() if name in settings
     }
+    products: dict[nn.Module, nn.Module] = {}
+    if config.quantize_attention:
+        products = {
+            module: build_products(module, products_name(name), settings[products_name(name)])
+            for name, module in model.named_modules()
+            if products_name(name) in settings
+        }
+        attention_interface.check_choices(model)
+    if fit:
+        initialize_weight_quantizers(model, {n: replacements[m] for n, m in model.named_modules() if m in replacements})
+    # Nothing below raises: a model that is changed half-way would be of no use.
     replace_modules(model, replacements)
     keep_fused_kernels_off(model, replacements.values())
     for group in report.shared_inputs:
@@ -99,12 +114,8 @@ def convert(model: nn.Module, config: SAQQuantizationConfig, stored: bool = Fals
     if reads_input in settings and settings[reads_input]["activation_bits"] is not None:
         model.get_submodule(reads_input).activation_quantizer.keep_as_calibrated()  # type: ignore[operator,union-attr]
     if config.quantize_attention:
-        for name, module in list(model.named_modules()):
-            if products_name(name) in settings:
-                module.add_module(
-                    attention_interface.CHILD,
-                    build_products(module, products_name(name), settings[products_name(name)]),
-                )
+        for attention, its_products in products.items():
+            attention.add_module(attention_interface.CHILD, its_products)
         attention_interface.route(model)
     model.quantization_report = report  # type: ignore[assignment]
     if report.converted and hasattr(model, "add_model_tags"):

@@ -23,7 +23,7 @@ from ..layers import QuantizedLayer
 from ..layers.wrapping import refuse_adapters, refuse_compiled_parts
 from .analyses import GivesBits, MeasuresSharpness
 from .columns import KeepsColumnsOfTransforms
-from .distillation import LearnsFromTeacher
+from .distillation import LearnsFromTeacher, check_teacher
 from .fsdp import check_fsdp, skeleton_of
 from .parameter_groups import quantizer_parameters, split_off_scales, tell_of_another_rate
 from .perturbed_steps import PerturbedSteps
@@ -104,15 +104,18 @@ class SAQTrainer(
             raise ValueError("SAQTrainer: model_init is not supported; pass a model, one trainer for each trial.")
         if model is None:
             raise ValueError("SAQTrainer: model is None; pass a quantized model, or a float one and a configuration.")
-        if quantization_config is not None:
-            model = quantize(model, quantization_config)
         self.saq_config = saq_config or SAQConfig()
-        self._check_model(model)
+        if quantization_config is None:
+            self._check_model(model)
+        check_teacher(model, teacher, distill_alpha, distill_temperature, kwargs.get("compute_loss_func"))
         super().__init__(model=model, args=args, **kwargs)
         self.args: TrainingArguments
         self.model: nn.Module
         self._check_set_up()
         self.check_bit_budget()
+        if quantization_config is not None:  # behind all that may be refused, so that the model is still in float then
+            quantize(model, quantization_config)
+            self._check_model(model)
         if self.is_fsdp_enabled:
             self._skeleton = skeleton_of(self.model)
         self.prepare_steps()

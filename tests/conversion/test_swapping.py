@@ -276,3 +276,29 @@ def test_a_model_that_is_wrapped_by_ddp_is_refused():
     ):
         quantize(wrapped, W4A4)
     assert not any(isinstance(module, QuantLinear) for module in wrapped.modules())
+
+
+@pytest.mark.parametrize("mistake", ["output_attentions", "NaN", "a warning as an error"])
+def test_a_model_that_is_refused_is_as_it_was(mistake):
+    """A user corrects what the message says and calls `quantize` again, in the same session."""
+    model, config = vit(), W4A4.replace(quantize_attention=True)
+    model.set_attn_implementation("flex_attention" if mistake == "a warning as an error" else "eager")
+    head = model.classifier.weight
+    if mistake == "output_attentions":
+        model.config.output_attentions = True
+    if mistake == "NaN":
+        head.data[0, 0] = torch.nan
+    implementation = model.config._attn_implementation
+    before = [(name, type(module), id(module)) for name, module in model.named_modules()]
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((ValueError, UserWarning), match="output_attentions|NaN values|is replaced by 'saq'"):
+            quantize(model, config)
+    assert [(name, type(module), id(module)) for name, module in model.named_modules()] == before
+    assert model.state_dict().keys() == values.keys() and model.config._attn_implementation == implementation
+    assert not hasattr(model, "quantization_report") and not hasattr(model, "hf_quantizer")
+    model.config.output_attentions = False
+    head.data[0, 0] = 0.5
+    model.set_attn_implementation("eager")
+    assert calibrate(quantize(model, config), [images()])(images()).logits.isfinite().all()

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from quantized_models import quantized
+from quantized_models import layers, quantized
 from tiny_models import vit
 from training import BATCH, Images, InOrder, arguments, quantized_model
 from transformers import AutoModelForImageClassification, TrainerCallback, default_data_collator
@@ -293,3 +293,24 @@ def test_step_sizes_that_do_not_learn_at_their_own_rate(tmp_path):
         trainer_with_ratio(0.5, max_steps=2).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match=r"checkpoint-1: its optimizer has other groups .*scale_lr_ratio"):
         trainer_with_ratio(1.0, max_steps=2).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"distill_alpha": 1.5}, "distill_alpha=1.5"),
+        ({"teacher": "vit"}, "teacher is a str"),
+        ({"eval_strategy": "epoch"}, "eval_dataset"),  # said by Trainer
+        ({"optim": "lomo"}, "steps inside backward"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_mistake_leaves_the_model_in_float(mistake, message, tmp_path):
+    """A user corrects the argument and builds the trainer again, with the same model."""
+    model, config = vit(), SAQQuantizationConfig()
+    settings = {k: v for k, v in mistake.items() if k in ("eval_strategy", "optim")}
+    others = {k: v for k, v in mistake.items() if k not in settings}
+    with pytest.raises((ValueError, TypeError), match=message):
+        SAQTrainer(model, arguments(tmp_path, **settings), quantization_config=config, **others)
+    trainer = SAQTrainer(model, arguments(tmp_path), quantization_config=config, train_dataset=Images(8, torch.float32))
+    assert trainer.model is model and len(layers(model)) == 14

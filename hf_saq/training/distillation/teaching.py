@@ -45,31 +45,9 @@ class LearnsFromTeacher(Trainer):
     """Keys of the batch that was compared with the teacher last."""
 
     def learn_from(self, teacher: nn.Module | None, alpha: float, temperature: float) -> None:
-        """Take a teacher, once model, device and steps are there; with an `alpha` of 0 it is left alone.
-
-        Raises:
-            ValueError: If a value is out of range, or the teacher is the student or classifies something else.
-            TypeError: If the teacher is no module.
-        """
-        check_distillation(alpha, temperature)
+        """Take a teacher that was checked, once device and steps are there; with an `alpha` of 0 it is left alone."""
         if teacher is None or alpha == 0:
             return
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"SAQTrainer: teacher is a {type(teacher).__name__}; expected a model.")
-        if self.compute_loss_func is not None:
-            raise ValueError("SAQTrainer: a teacher has a loss of its own; leave compute_loss_func or teacher out.")
-        student = self.accelerator.unwrap_model(self.model)
-        shared = {id(p) for p in student.parameters()}
-        if any(id(p) in shared for p in teacher.parameters()):
-            raise ValueError("SAQTrainer: teacher and student share parameters; pass a copy of the model.")
-        _check_classes(student, teacher)
-        for who, model in (("model", student), ("teacher", teacher)):
-            problem = getattr(getattr(model, "config", None), "problem_type", None)
-            if problem not in (None, "single_label_classification"):
-                raise ValueError(
-                    f"SAQTrainer: the {who} has problem_type={problem!r}, but what is learned from a teacher are its "
-                    "probabilities of classes that exclude each other. Leave the teacher out."
-                )
         self.teacher = teacher.to(self.args.device).eval()
         self.distill_alpha, self.distill_temperature = alpha, temperature
         self.sample_names.add(TEACHER_LOGITS)
@@ -143,6 +121,37 @@ class LearnsFromTeacher(Trainer):
         if self.teacher is None:
             return found
         return {**found, "distill_alpha": self.distill_alpha, "distill_temperature": self.distill_temperature}
+
+
+def check_teacher(student: nn.Module, teacher: Any, alpha: float, temperature: float, loss: Any) -> None:
+    """Check what a trainer is given to learn from, before anything is changed.
+
+    Args:
+        student: The model in training, quantized or still in float.
+        loss: The `compute_loss_func` of the trainer.
+
+    Raises:
+        ValueError: If a value is out of range, or the teacher is the student or classifies something else.
+        TypeError: If the teacher is no module.
+    """
+    check_distillation(alpha, temperature)
+    if teacher is None or alpha == 0:
+        return
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"SAQTrainer: teacher is a {type(teacher).__name__}; expected a model.")
+    if loss is not None:
+        raise ValueError("SAQTrainer: a teacher has a loss of its own; leave compute_loss_func or teacher out.")
+    shared = {id(p) for p in student.parameters()}
+    if any(id(p) in shared for p in teacher.parameters()):
+        raise ValueError("SAQTrainer: teacher and student share parameters; pass a copy of the model.")
+    _check_classes(student, teacher)
+    for who, model in (("model", student), ("teacher", teacher)):
+        problem = getattr(getattr(model, "config", None), "problem_type", None)
+        if problem not in (None, "single_label_classification"):
+            raise ValueError(
+                f"SAQTrainer: the {who} has problem_type={problem!r}, but what is learned from a teacher are its "
+                "probabilities of classes that exclude each other. Leave the teacher out."
+            )
 
 
 def _check_classes(student: nn.Module, teacher: nn.Module) -> None:
