@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..sharpness.schedules import ScheduledStep
 
@@ -20,7 +23,7 @@ def save_schedule(step: ScheduledStep, checkpoint: str | Path, process: int, pro
     tensors, values = step.state()
     metadata = {"schedule": step.schedule.kind, "processes": processes, "values": values}
     save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        _apart(tensors),
         _file(checkpoint, process),
         metadata={name: json.dumps(value) for name, value in metadata.items()},
     )
@@ -51,6 +54,20 @@ def load_schedule(step: ScheduledStep, checkpoint: str | Path, process: int, pro
                 "or start a new run from the weights of the checkpoint."
             )
     step.load_state(tensors, metadata["values"])
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with one before them, which safetensors refuses.
+
+    Case 1 adds one tensor behind all quantizers of a weight that several layers have.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name, tensor in tensors.items():
+        memory = tensor.device, tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone().contiguous() if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    return found
 
 
 def _file(checkpoint: str | Path, process: int) -> Path:

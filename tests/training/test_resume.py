@@ -10,11 +10,13 @@ import torch
 from matrices import matrix
 from processes import SUPPORT, run_python
 from resume_runs import MODELS, MOMENTS, STEPS, make_trainer
+from torch import nn
 from transformers import TrainerCallback
 
-from hf_saq import SAQConfig
+from hf_saq import SAQConfig, SAQQuantizationConfig, SharpnessAwareMinimizer, quantize
+from hf_saq.sharpness.schedules import PerturbationSchedule, ScheduledStep
 from hf_saq.training.checkpoints import last_complete_checkpoint, what_is_missing
-from hf_saq.training.schedule_state import load_schedule
+from hf_saq.training.schedule_state import load_schedule, save_schedule
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
@@ -84,6 +86,53 @@ def test_resume_under_a_schedule_is_exact(name, tmp_path):
     assert resumed.scheduled_step.state()[1] == values
     if whole.scheduled_step.schedule.has_state:
         assert tensors or values.get("mean") is not None  # there was something to remember
+
+
+@pytest.mark.parametrize("reuse", ["stale", "previous", "echo"])
+def test_tied_weights_with_case_1_are_saved_and_resumed_exactly(reuse, tmp_path):
+    """Case 1 adds one and the same tensor behind both quantizers of a weight that two layers have."""
+    knobs = dict(reuse=reuse) if reuse == "previous" else dict(reuse=reuse, interval=4)
+    config = SAQQuantizationConfig(weight_bits=3, activation_bits=None, first_last_bits=None)
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 6, generator=generator), torch.randint(4, (8,), generator=generator)) for _ in range(4)]
+
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+        net[2].weight = net[0].weight
+        return quantize(net, config)
+
+    def train(net, step, numbers):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+        def backward(batch, reduce=True):
+            loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        for k in numbers:
+            step.micro_batch(0, [data[k]], backward, k, len(data))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def step_of(net):
+        return ScheduledStep(SharpnessAwareMinimizer(net, rho=0.3, case=1), PerturbationSchedule(**knobs))
+
+    whole = build()
+    train(whole, step_of(whole), range(4))
+    first, resumed = build(), build()
+    step = step_of(first)
+    train(first, step, range(2))
+    tensors, _ = step.state()
+    tied = [tensor for name, tensor in tensors.items() if name.endswith(("0.weight_quantizer", "2.weight_quantizer"))]
+    assert len(tied) == 2 and tied[0] is tied[1]
+    save_schedule(step, tmp_path, process=0, processes=1)
+    resumed.load_state_dict(first.state_dict())
+    again = step_of(resumed)
+    load_schedule(again, tmp_path, process=0, processes=1)
+    assert_equal_states(again.state()[0], tensors)
+    train(resumed, again, range(2, 4))
+    assert_equal_states(resumed.state_dict(), whole.state_dict())
 
 
 def test_the_state_of_a_schedule_must_be_there_and_fit(tmp_path):
