@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,33 @@ from torch.utils.hooks import RemovableHandle
 from ..layers import QuantizedLayer
 from .calibration import is_calibrated
 from .observing import run_in_float, run_quantized
+from .observing.alike import add_over_processes
 
 
-class _Correction:
-    """Keeps the mean outputs that a layer has in float, and how far its quantized outputs must move to have them."""
+class _Shift:
+    """Adds up how far outputs must move in the mean, for one bias or one running mean.
 
-    def __init__(self) -> None:
-        self.float_means: list[Tensor] = []  # one for each call in one batch
-        self.shift: Tensor | float = 0.0  # sum over calls, weighted by the values behind each mean
-        self.count = 0
+    Args:
+        like: The bias or the running mean.
+    """
 
-    def observe(self, layer: QuantizedLayer, output: Tensor) -> None:
-        self.float_means.append(_channel_means(layer, output))
+    def __init__(self, like: Tensor):
+        self.total = torch.zeros(len(like) + 1, dtype=torch.float64, device=like.device)  # the last one counts values
 
-    def apply(self, layer: QuantizedLayer, output: Tensor) -> Tensor:
-        """Give the quantized output its means in float, so that later layers see no error of this one."""
-        shift = self.float_means.pop(0) - _channel_means(layer, output)
-        values = output.numel() // len(shift)
-        self.shift, self.count = self.shift + shift * values, self.count + values
-        along_channels = [1] * -(layer.output_channel_axis + 1)
-        return output + shift.view(-1, *along_channels).to(output.dtype)
+    def add(self, shift: Tensor, values: int) -> None:
+        self.total[:-1] += shift * values
+        self.total[-1] += values
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total[:-1] / self.total[-1]
+
+
+class _Call(NamedTuple):
+    """Holds what one call of a layer gave in float: its mean output, and the holder of what can move it, if any."""
+
+    mean: Tensor
+    holder: QuantizedLayer | _BatchNorm | None
 
 
 def _channel_means(layer: QuantizedLayer, output: Tensor) -> Tensor:
@@ -54,6 +61,12 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     bias or, where it has none, taken off the running mean of the BatchNorm that reads its output; layers with neither
     stay as they are. No tensor is added, so that checkpoints keep their form. Costs two evaluation passes per batch.
     Each batch is corrected by itself and the mean is kept, so larger batches are better than many.
+
+    A layer that is used several times, with a BatchNorm of its own behind each use, moves the running mean of each by
+    what is missing in that use; a bias moves by the mean over all uses.
+
+    Where torch.distributed is initialized, all processes must call this, each with batches of its own: all end with
+    the same, as if one process had run all batches.
 
     Args:
         model: A quantized, calibrated model.
@@ -74,45 +87,53 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             f"correct_biases: {type(model).__name__} has quantizers without a range; run `calibrate(model, batches)` "
             "first."
         )
-    corrections = {layer: _Correction() for layer in layers}
-    reader: dict[QuantizedLayer, _BatchNorm] = {}
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    shifts: dict[nn.Module, _Shift] = {layer: _Shift(layer.bias) for layer in layers if layer.bias is not None}
+    shifts |= {norm: _Shift(norm.running_mean) for norm in norms}  # type: ignore[arg-type]
+    calls: dict[QuantizedLayer, list[_Call]] = {layer: [] for layer in layers}  # of one batch, in order
     latest: list[tuple[Tensor, QuantizedLayer]] = []  # the last output of a layer without a bias
 
     def observe(layer: nn.Module, args: tuple, output: Tensor) -> None:  # noqa: ARG001
         assert isinstance(layer, QuantizedLayer)
-        corrections[layer].observe(layer, output)
+        calls[layer].append(_Call(_channel_means(layer, output), layer if layer.bias is not None else None))
         latest[:] = [(output, layer)] if layer.bias is None else []
 
     def find_reader(norm: nn.Module, args: tuple) -> None:
         assert isinstance(norm, _BatchNorm)
-        if args and latest and args[0] is latest[0][0] and norm.running_mean is not None:
-            reader[latest[0][1]] = norm
+        if args and latest and args[0] is latest[0][0]:  # one layer may have another norm in each of its uses
+            calls[latest[0][1]][-1] = calls[latest[0][1]][-1]._replace(holder=norm)
 
     def apply(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:  # noqa: ARG001
+        """Give the quantized output its means in float, so that later layers see no error of this one."""
         assert isinstance(layer, QuantizedLayer)
-        return corrections[layer].apply(layer, output) if layer.bias is not None or layer in reader else None
+        in_float = calls[layer].pop(0)
+        if in_float.holder is None:
+            return None
+        shift = in_float.mean - _channel_means(layer, output)
+        shifts[in_float.holder].add(shift, output.numel() // len(shift))
+        along_channels = [1] * -(layer.output_channel_axis + 1)
+        return output + shift.view(-1, *along_channels).to(output.dtype)
 
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for batch in batches:
         with _hooks([m.register_forward_hook(observe) for m in layers]):
             with _hooks([m.register_forward_pre_hook(find_reader) for m in norms]):
                 run_in_float(model, [batch])
         with _hooks([m.register_forward_hook(apply) for m in layers]):
             run_quantized(model, [batch])
-        for correction in corrections.values():
-            correction.float_means.clear()  # of layers with nothing to correct
-    if not any(correction.count for correction in corrections.values()):
+        for of_layer in calls.values():
+            of_layer.clear()
+    add_over_processes([shift.total for shift in shifts.values()])
+    moved = {holder: shift.mean for holder, shift in shifts.items() if shift.total[-1] > 0}
+    if not moved:
         raise ValueError(
             "correct_biases: nothing was corrected; expected at least one batch of model inputs, and a layer with a "
             "bias or a BatchNorm behind it."
         )
-    for layer, correction in corrections.items():
-        if correction.count and layer.bias is not None:
-            layer.bias.add_(correction.shift / correction.count)
-        elif correction.count:
-            running_mean = reader[layer].running_mean
-            assert running_mean is not None
-            running_mean.sub_(correction.shift / correction.count)
+    for holder, mean in moved.items():
+        if isinstance(holder, _BatchNorm):
+            holder.running_mean.sub_(mean)  # type: ignore[union-attr]
+        else:
+            holder.bias.add_(mean)  # type: ignore[union-attr,operator]
     return model
 
 

@@ -116,3 +116,34 @@ def test_what_it_needs(batches):
     calibrate(model, batches)
     with pytest.raises(ValueError, match="at least one batch"):
         correct_biases(model, [])
+
+
+class TwoNorms(nn.Module):
+    """One convolution for two levels, each with statistics of its own, as in the heads of EfficientDet."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, groups=2, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(6), nn.BatchNorm2d(6)])
+
+    def levels(self, x):
+        return [norm(self.conv(level)) for norm, level in zip(self.norms, (x, 3 * x), strict=True)]
+
+    def forward(self, x):
+        return sum(self.levels(x))
+
+
+def test_each_norm_behind_a_shared_layer_takes_up_the_error_of_its_own_use(batches):
+    torch.manual_seed(1)
+    model = TwoNorms()
+    model(torch.rand(8, 4, 5, 5))
+    model.eval()
+
+    def means():
+        return [mean_output(lambda x, k=k: model.levels(x)[k], batches) for k in (0, 1)]
+
+    expected = means()
+    calibrated(model, batches)
+    assert all((found - wanted).abs().max() > 1e-2 for found, wanted in zip(means(), expected, strict=True))
+    correct_biases(model, batches)
+    assert_close(means(), expected, atol=1e-5, rtol=0)

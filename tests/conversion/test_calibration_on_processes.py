@@ -9,7 +9,7 @@ from minimizer_nets import linear_net
 from own_quantizer import PowerOfTwo
 from processes import SUPPORT, run_python
 
-from hf_saq import SAQQuantizationConfig, calibrate, quantize
+from hf_saq import SAQQuantizationConfig, calibrate, correct_biases, quantize
 from hf_saq.quantizers import QUANTIZERS
 
 
@@ -39,3 +39,14 @@ def test_batch_norm_statistics_are_those_of_all_batches_of_all_processes(results
     for result in results:
         torch.testing.assert_close(result["batch_norm"]["running_mean"], mean, rtol=0, atol=1e-6)
         torch.testing.assert_close(result["batch_norm"]["running_var"], variance, rtol=1e-5, atol=0)
+
+
+def test_biases_are_corrected_as_if_one_process_had_run_all_batches(results):
+    alone = quantize(linear_net().eval(), SAQQuantizationConfig(weight_bits=3))
+    calibrate(alone, [own_data(0)])
+    before = alone[0].bias.clone()
+    correct_biases(alone, [batch for rank in (0, 1) for batch in own_data(rank).split(16)])
+    assert (alone[0].bias - before).abs().max() > 1e-3
+    for name, value in alone.state_dict().items():
+        assert torch.equal(results[0]["biases"][name], results[1]["biases"][name]), name
+        torch.testing.assert_close(results[0]["biases"][name], value, rtol=0, atol=1e-6)

@@ -13,7 +13,7 @@ from own_quantizer import PowerOfTwo
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from hf_saq import SAQQuantizationConfig, calibrate, quantize, reestimate_batch_norm
+from hf_saq import SAQQuantizationConfig, calibrate, correct_biases, quantize, reestimate_batch_norm
 from hf_saq.quantizers import QUANTIZERS
 
 
@@ -44,6 +44,9 @@ def main(output: Path) -> None:
             results[quantizer, sharded] = {"state": state, "logits": logits}
     norm = reestimate_batch_norm(nn.Sequential(nn.BatchNorm1d(12)), own.split(8))[0]
     results["batch_norm"] = {name: value.clone() for name, value in norm.state_dict().items()}
+    net = quantize(linear_net().eval(), SAQQuantizationConfig(weight_bits=3))
+    correct_biases(calibrate(net, [own]), own.split(16))
+    results["biases"] = {name: value.clone() for name, value in net.state_dict().items()}
     torch.save(results, output / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -15,6 +15,12 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def add_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each plain tensor by its sum over all processes, in place."""
+    for tensor in tensors if several_processes() else ():
+        dist.all_reduce(tensor)
+
+
 def names_of_first_process(names: list[str]) -> list[str]:
     """Give every process the `names` that the first one has."""
     if not several_processes():
