@@ -192,6 +192,7 @@ class SAQTrainer(
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._step_batches = self._used_batches = []
+            self._last_inputs = None  # it would stay on the device
 
     def _calibrate_and_give_bits(self, batch_size: int) -> None:
         self._train_batch_size = batch_size

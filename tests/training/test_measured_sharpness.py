@@ -52,6 +52,14 @@ def test_it_is_the_sharpness_of_the_last_batch(saq, tmp_path):
     assert "measured" in curves(trainer.state.log_history)["sharpness"]
 
 
+@pytest.mark.parametrize("saq", [{}, {"case": None, "log_sharpness": True}], ids=["default", "qat"])
+def test_no_batch_is_kept_when_training_is_over(saq, tmp_path):
+    """It would hold memory of the device as long as the trainer lives."""
+    trainer = trained(tmp_path, steps=2, **saq)
+    assert logged(trainer)
+    assert trainer._last_inputs is None and trainer._step_batches == trainer._used_batches == []
+
+
 def test_training_goes_the_same_way_without_it(tmp_path):
     """A ResNet, whose running statistics are part of what must not change."""
     same = {"schedule": "full", "norm_batches": 0}
