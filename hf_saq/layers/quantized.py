@@ -92,6 +92,8 @@ class QuantizedLayer(QuantizesInput, HoldsQuantizers, ABC):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module; a weight of other values, as fusing a BatchNorm makes one, gets a scale of its own."""
         before = vars(self).get("_parameters", {}).get("weight") if name == "weight" else None
+        if not self._is_loading and type(before) is type(param) is nn.Parameter:
+            self._check_new_weight(before, param)  # type: ignore[arg-type]
         super().register_parameter(name, param)
         quantizer = getattr(self, "weight_quantizer", None)
         if self._is_loading or not (type(before) is type(param) is nn.Parameter) or quantizer is None:
@@ -103,6 +105,24 @@ class QuantizedLayer(QuantizesInput, HoldsQuantizers, ABC):
             f"{quantizer.path}: the weight of this layer was replaced by another one, as fuse_conv_bn_eval does; the "
             "weight quantizer was fitted to it anew. Fuse before `quantize`, so that calibration and training see it.",
             stacklevel=4,
+        )
+
+    def _check_new_weight(self, before: nn.Parameter, new: nn.Parameter) -> None:
+        """Raise `ValueError` if a quantizer that has been fitted to the weight `before` cannot go on with `new`."""
+        quantizer = getattr(self, "weight_quantizer", None)
+        if quantizer is None or has_no_values(before) or has_no_values(new) or not quantizer.initialized:
+            return
+        scales = quantizer.scale_shape
+        fits = scales == (1,) or (
+            len(scales) == new.ndim and all(n in (1, size) for n, size in zip(scales, new.shape, strict=True))
+        )
+        if fits and new.device == before.device:
+            return
+        raise ValueError(
+            f"{quantizer.path.removesuffix('.weight_quantizer')}: its weight was to be replaced by one of shape "
+            f"{tuple(new.shape)} on {new.device}; expected {tuple(before.shape)} on {before.device}, for which its "
+            "quantizers were made. Move the whole layer (`layer.to(device)`); for another shape put a float layer in "
+            "its place, or change the float model and quantize it anew."
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -319,3 +319,18 @@ def test_parts_wrapped_by_the_compiler_are_refused_before_a_training_and_not_aft
     net[0] = net[0]._orig_mod
     net[0].compile(backend="eager")
     doing(torch.compile(net, backend="eager") if where == "SAQTrainer" else net)
+
+
+def test_a_weight_that_does_not_fit_the_quantizer_is_refused_in_one_sentence():
+    """A user changes the number of classes by hand, after `quantize`; one scale for the tensor is fitted anew."""
+    config = SAQQuantizationConfig(weight_granularity="channel", first_last_bits=None)
+    net = quantize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), config)
+    before = net[1].weight
+    with pytest.raises(
+        ValueError, match=r"^1: its weight was to be replaced by one of shape \(5, 3\) on cpu; expected"
+    ):
+        net[1].weight = nn.Parameter(torch.randn(5, 3))
+    assert net[1].weight is before
+    per_tensor = quantize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), SAQQuantizationConfig())
+    with pytest.warns(UserWarning, match="was fitted to it anew"):
+        per_tensor[1].weight = nn.Parameter(torch.randn(5, 3))
