@@ -177,13 +177,11 @@ def unchanged_rng() -> Iterator[None]:
 
     Those of Python and numpy are among them: augmentations may draw from any.
     """
-    of_torch, of_python, of_numpy = RNGState(), random.getstate(), np.random.get_state()
+    before = RNGState()
     try:
         yield
     finally:
-        of_torch.restore()
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+        before.restore()
 
 
 @contextmanager
