@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .observing import run_observed, run_on_device
+from .observing.alike import several_processes
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def _copies(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _average_over_processes(norms: list[Any]) -> None:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_processes():
         return
     for statistics in [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]:
         dist.all_reduce(statistics)

@@ -61,9 +61,14 @@ class _FakeQuantize(nn.Module):
         return self.q.fake_quantize(w)
 
 
+def several_processes() -> bool:
+    """Tell whether other processes take part; builds of torch without `torch.distributed` know nothing of it."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def average_over_processes(tensors: list[Tensor]) -> None:
     """Replace each plain tensor by its mean over all processes."""
-    if not tensors or not dist.is_initialized():
+    if not tensors or not several_processes():
         return
     pending = [dist.all_reduce(t, async_op=True) for t in tensors]
     for work in pending:
@@ -81,7 +86,7 @@ def averaged(number: Tensor) -> Tensor:
 def of_first_process(text: str | None) -> str | None:
     """Return the text that the first process has."""
     found = [text]
-    if dist.is_initialized():
+    if several_processes():
         dist.broadcast_object_list(found)
     return found[0]
 
