@@ -105,7 +105,9 @@ def convert(
         }
         attention_interface.check_choices(model)
     if fit:
-        initialize_weight_quantizers(model, {n: replacements[m] for n, m in model.named_modules() if m in replacements})
+        initialize_weight_quantizers(
+            model, {n: replacements[m] for n, m in model.named_modules() if m in replacements}
+        )
     # Nothing below raises: a model that is changed half-way would be of no use.
     replace_modules(model, replacements)
     keep_fused_kernels_off(model, replacements.values())

@@ -312,5 +312,7 @@ def test_a_mistake_leaves_the_model_in_float(mistake, message, tmp_path):
     others = {k: v for k, v in mistake.items() if k not in settings}
     with pytest.raises((ValueError, TypeError), match=message):
         SAQTrainer(model, arguments(tmp_path, **settings), quantization_config=config, **others)
-    trainer = SAQTrainer(model, arguments(tmp_path), quantization_config=config, train_dataset=Images(8, torch.float32))
+    trainer = SAQTrainer(
+        model, arguments(tmp_path), quantization_config=config, train_dataset=Images(8, torch.float32)
+    )
     assert trainer.model is model and len(layers(model)) == 14
