@@ -48,7 +48,7 @@ def facts_of_run(
     model = trainer.accelerator.unwrap_model(trainer.model)
     repository = trainer.hub_model_id or trainer.args.hub_model_id
     own_name = directory.absolute().name
-    about: dict[str, Any] = {"config": None, "hyperparameters": _hyperparameters(trainer, saq_config)}
+    about: dict[str, Any] = {"config": None, "hyperparameters": hyperparameters_of_run(trainer, saq_config)}
     if isinstance(model, PreTrainedModel):
         about |= _of_transformers(trainer, model, about["hyperparameters"], given)
         about["load_from"] = repository or own_name
@@ -64,7 +64,7 @@ def facts_of_run(
         weight_bytes=weight_file_bytes(directory),
         metrics=metrics,
         comparison=comparison,
-        method=_method(saq_config),
+        method=_method(trainer, saq_config),
         float_weight_bytes=4 * _float_parameters(model),
         bit_operations=_cost(trainer, "bit_operations"),
         float_bit_operations=_cost(trainer, "float_bit_operations"),
@@ -134,22 +134,37 @@ def _points(logs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, flo
     return [(int(entry["step"]), entry[name]) for entry in logs if name in entry]
 
 
-def _method(saq_config: SAQConfig) -> str:
-    case = saq_config.case
-    if case is None:
-        return "QAT (plain quantization-aware training)"
+def _method(trainer: Any, saq_config: SAQConfig) -> str:
+    case, teacher = saq_config.case, _teacher(trainer)
     name = "SAQ" if case == 3 else f"SAQ case {case}"
-    return f"{name} ([Sharpness-Aware Quantization](https://arxiv.org/abs/2111.12273), case {case})"
+    text = f"{name} ([Sharpness-Aware Quantization](https://arxiv.org/abs/2111.12273), case {case})"
+    if case is None:
+        text = "QAT (plain quantization-aware training)"
+    return text if teacher is None else f"{text} and knowledge distillation from {teacher}"
 
 
-def _hyperparameters(trainer: Any, saq_config: SAQConfig) -> dict[str, Any]:
-    """Return the settings of the perturbation, with the radius and the knobs that were used where none was given."""
-    if saq_config.case is None:
-        return {}
-    found = saq_config.to_dict()
+def hyperparameters_of_run(trainer: Any, saq_config: SAQConfig) -> dict[str, Any]:
+    """Return the settings of the perturbation and of the teacher, as far as the run has them.
+
+    Radius and knobs that were not given are those that were used in their place.
+    """
     minimizer, step = getattr(trainer, "minimizer", None), getattr(trainer, "scheduled_step", None)
     used = {} if minimizer is None or step is None else {"rho": minimizer.rho, **asdict(step.schedule)}
-    return {name: used.get(name, value) if value is None else value for name, value in found.items()}
+    found = saq_config.to_dict() if saq_config.case is not None else {}
+    found = {name: used.get(name, value) if value is None else value for name, value in found.items()}
+    if (teacher := _teacher(trainer)) is not None:
+        found |= {"teacher": teacher, "distill_alpha": trainer.distill_alpha}
+        found |= {"distill_temperature": trainer.distill_temperature}
+    return found
+
+
+def _teacher(trainer: Any) -> str | None:
+    """Name the class of the model that is learnt from, and its repository if it came from one."""
+    teacher = getattr(trainer, "teacher", None)
+    if teacher is None:
+        return None
+    repository = on_the_hub(getattr(getattr(teacher, "config", None), "_name_or_path", None))
+    return type(teacher).__name__ + (f" ({repository})" if repository else "")
 
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from ..config import SAQConfig
 from ..sharpness import SharpnessAwareMinimizer, default_rho
-from ..sharpness.schedules import KNOBS, ScheduledStep
+from ..sharpness.schedules import ScheduledStep
 from ..sharpness.schedules.batch_copy import copied
 from ..sharpness.schedules.partial_batch import count_samples
 from .columns import counted_labels
@@ -263,14 +263,6 @@ class PerturbedSteps(Trainer):
             for callback in self.callback_handler.callbacks:
                 logs = {**logs, **(callback.to_log() if isinstance(callback, OscillationCallback) else {})}
         super().log(logs, start_time)
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        """List for the model card what the steps used: the configuration, and what its presets and defaults meant."""
-        if self.minimizer is None or self.scheduled_step is None:
-            return {}
-        schedule = self.scheduled_step.schedule
-        resolved = {name: getattr(schedule, name) for name in KNOBS}
-        return {**self.saq_config.to_dict(), **resolved, "rho": self.minimizer.rho}
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.accelerator, "scaler", None)

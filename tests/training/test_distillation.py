@@ -20,6 +20,7 @@ from transformers import ViTForImageClassification
 from transformers.utils import logging as hf_logging
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, quantize
+from hf_saq.hub.run_facts import hyperparameters_of_run
 from hf_saq.training import distillation_loss
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -139,7 +140,6 @@ def test_training_equals_the_reference(family, case, accumulation, sync, knobs, 
     settings = dict(label_smoothing_factor=0.1)
     trainer = make_trainer(family, case, accumulation, sync, tmp_path, cls=make, knobs=knobs, **settings)
     teacher = copy.deepcopy(make.keywords["teacher"]).eval()
-    assert trainer._hyperparameters()["distill_alpha"] == ALPHA  # for the card
     trainer.train()
 
     def loss_of(model, batch):
@@ -168,6 +168,28 @@ def test_models_that_would_scale_their_own_loss(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", [None, 3])
+def test_the_card_names_the_teacher(case, tmp_path):
+    """The card of a distilled model read like that of one that had learnt from labels alone."""
+    make = distilling("vit")
+    teacher = make.keywords["teacher"]
+    teacher.config._name_or_path = "someone/teacher"
+    trainer = make_trainer("vit", case, 1, "local", tmp_path, cls=make, max_steps=1)
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    for line in (
+        "- teacher: ViTForImageClassification (someone/teacher)",
+        f"- distill_alpha: {ALPHA}",
+        f"- distill_temperature: {TEMPERATURE}",
+    ):
+        assert line in text.splitlines()
+    assert "and knowledge distillation from ViTForImageClassification (someone/teacher)" in text
+    trainer.teacher = None
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "distill" not in text and "teacher" not in text
+
+
+@pytest.mark.parametrize("case", [None, 3])
 def test_alpha_0_trains_as_without(case, tmp_path):
     plain = make_trainer("vit", case, 2, "local", tmp_path, cls=InOrder, dtype=torch.float32)
     off = make_trainer("vit", case, 2, "local", tmp_path, cls=distilling(distill_alpha=0), dtype=torch.float32)
@@ -175,7 +197,7 @@ def test_alpha_0_trains_as_without(case, tmp_path):
         trainer.train()
     expected, same = plain.model.state_dict(), off.model.state_dict()
     assert all(torch.equal(expected[name], same[name]) for name in expected)
-    assert "distill_alpha" not in off._hyperparameters()
+    assert "distill_alpha" not in hyperparameters_of_run(off, off.saq_config)
 
 
 def test_the_teacher_stays_as_it_is_and_is_asked_once(tmp_path):

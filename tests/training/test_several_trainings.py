@@ -11,6 +11,7 @@ from tiny_models import vit
 from training import BATCH, Images, InOrder, arguments, quantized_model
 
 from hf_saq import SAQConfig, pack
+from hf_saq.hub.run_facts import hyperparameters_of_run
 from hf_saq.quantizers import Quantizer
 
 STEPS = 2
@@ -54,7 +55,8 @@ def test_another_configuration_is_the_one_that_is_trained_with(other, how, tmp_p
     expected = trainer_of(other, tmp_path)
     expected.train()
     assert_same_state(trainer.model, state_of(expected.model))
-    assert trainer._hyperparameters() == expected._hyperparameters()
+    settings = [hyperparameters_of_run(one, one.saq_config) for one in (trainer, expected)]
+    assert settings[0] == settings[1]
 
 
 def test_from_plain_training_to_a_perturbed_one(tmp_path):

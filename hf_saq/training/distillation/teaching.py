@@ -115,13 +115,6 @@ class LearnsFromTeacher(Trainer):
         # `Trainer` expects the loss first in a tuple.
         return (loss, outputs if isinstance(outputs, dict) else (loss, *outputs)) if return_outputs else loss
 
-    def _hyperparameters(self) -> dict[str, Any]:
-        """List what the steps used, for the model card, and how much the teacher said."""
-        found = super()._hyperparameters()  # type: ignore[misc]
-        if self.teacher is None:
-            return found
-        return {**found, "distill_alpha": self.distill_alpha, "distill_temperature": self.distill_temperature}
-
 
 def check_teacher(student: nn.Module, teacher: Any, alpha: float, temperature: float, loss: Any) -> None:
     """Check what a trainer is given to learn from, before anything is changed.
