@@ -18,15 +18,22 @@ UNITS: dict[Unit, str] = {
     "ns": "nanoseconds of the quantized layers",
 }
 
+By = Literal["noise", "measured", "estimated"]
+OBJECTIVES: dict[By, tuple[str, str]] = {
+    "noise": ("noise to signal", "noise to signal of the logits, a tenth of it for weights"),
+    "measured": ("measured rise", "sum of measured rises of the loss"),
+    "estimated": ("estimated rise", "sum of estimated rises of the loss"),
+}
+"""What is added up and kept small -> its name above a column, and in full."""
+
 
 @dataclass(frozen=True)
 class LayerBits:
     """Holds the bits of one layer; `None` for an operand that has no quantizer.
 
     `chosen` names the bits that were up for choice, as fields of a configuration. `cost` is in the unit of the
-    allocation, `loss_rise` what was predicted of the layer (0 if there was no choice): the noise it brings to the
-    logits relative to their signal, or the rise of the loss, as `by` of [`allocate_bits`] said. `why` says what held
-    the layer there.
+    allocation, `objective` what the layer adds to that of the allocation (0 if there was no choice). `why` says what
+    held the layer there.
     """
 
     name: str
@@ -34,7 +41,7 @@ class LayerBits:
     activation_bits: int | None
     chosen: tuple[str, ...]
     cost: int
-    loss_rise: float
+    objective: float
     why: str
 
 
@@ -46,7 +53,9 @@ class Allocation(Result):
         unit: `"bops"` (bit operations for one example), `"bytes"` (packed weights) or `"ns"` (time), of the quantized
             layers.
         budget: Most that they may cost, and in `cost` what they do, in `cost_before` what they cost in the model.
-        loss_rise: The sum of what was predicted over the layers that had a choice.
+        by: What was kept small, as [`allocate_bits`] takes it.
+        objective: The sum of that over the layers that had a choice: noise to signal of the logits for `"noise"`,
+            rises of the loss for the others. It is no loss of the model.
         layers: All quantized layers, in the order of `named_modules`.
         curve: Pairs of a budget and the smallest such sum within it.
     """
@@ -55,7 +64,8 @@ class Allocation(Result):
     budget: int
     cost: int
     cost_before: int
-    loss_rise: float
+    by: By
+    objective: float
     layers: tuple[LayerBits, ...]
     curve: tuple[tuple[int, float], ...]
 
@@ -73,19 +83,19 @@ class Allocation(Result):
         return {**super().to_dict(), "overrides": self.overrides}
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("layer", "W", "A", "share of budget", "predicted loss", "why")]
+        rows: list[tuple[str, ...]] = [("layer", "W", "A", "share of budget", OBJECTIVES[self.by][0], "why")]
         for layer in self.layers:
             bits = ["-" if b is None else str(b) for b in (layer.weight_bits, layer.activation_bits)]
             share = f"{layer.cost / self.budget:.1%}" if self.budget else "-"
-            rows.append((layer.name, *bits, share, f"{layer.loss_rise:.3g}", layer.why))
+            rows.append((layer.name, *bits, share, f"{layer.objective:.3g}", layer.why))
         return (
             f"{text_table(rows, right=(1, 2, 3, 4))}\n"
             f"{self.cost:,} of {self.budget:,} {self.unit} ({self.cost_before:,} before), "
-            f"predicted loss {self.loss_rise:.4g}"
+            f"{OBJECTIVES[self.by][1]}: {self.objective:.4g}"
         )
 
     def plot(self, file: str | PathLike[str]) -> None:
-        """Draw the smallest predicted rise of the loss over the budget, and the allocation as a mark, into `file`.
+        """Draw the smallest objective over the budget, and the allocation as a mark, into `file`.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -93,7 +103,8 @@ class Allocation(Result):
         figure = new_figure(5.5, 3.4)
         axes: Any = figure.subplots()
         axes.plot(*zip(*self.curve, strict=True), marker=".", label="best for each budget")
-        axes.plot([self.cost], [self.loss_rise], "D", label="this allocation")
-        axes.set(title="Bits for a budget", xlabel=UNITS[self.unit], ylabel="predicted loss", xscale="log")
+        axes.plot([self.cost], [self.objective], "D", label="this allocation")
+        axes.set(title="Bits for a budget", xlabel=UNITS[self.unit], xscale="log")
+        axes.set_ylabel(OBJECTIVES[self.by][1])
         axes.legend()
         figure.savefig(file)

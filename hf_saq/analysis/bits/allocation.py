@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...conversion.module_names import ModuleNames
 from ..batch_losses import LabelledBatches, Loss, left_as_it_was
 from ..costs import cost
-from .allocated import UNITS, Allocation, LayerBits, Unit
+from .allocated import OBJECTIVES, UNITS, Allocation, By, LayerBits, Unit
 from .candidates import QuantizedOperand, quantized_operands
 from .integer_program import Option, solve
 from .layer_sensitivity import CANDIDATES, Sensitivity, sensitivity
@@ -33,7 +33,7 @@ def allocate_bits(
     unit: Unit = "bops",
     latencies: Mapping[str, Latencies] | None = None,
     candidates: Sequence[int] = CANDIDATES,
-    by: Literal["noise", "measured", "estimated"] = "noise",
+    by: By = "noise",
     found: Sensitivity | None = None,
     fixed: Collection[str] | None = None,
     minimum_bits: int | Mapping[str, int] = 2,
@@ -43,7 +43,7 @@ def allocate_bits(
     passes: float = 16.0,
     progress: bool = True,
 ) -> Allocation:
-    """Choose bits for every quantized layer so that the predicted loss is smallest within a budget.
+    """Choose bits for every quantized layer so that what they are predicted to do is smallest within a budget.
 
     The prediction adds up what each operand does alone, as [`sensitivity`] finds it; more bits never count as worse
     than fewer, whatever the noise of a measurement. The choice is solved exactly, as an integer program. Quantize a
@@ -64,7 +64,7 @@ def allocate_bits(
         by: What is added up and kept small. `"noise"`: noise to signal of the logits, the least uncertain of the
             three, and a tenth of it for weights, since training takes most of theirs back; `"measured"` or
             `"estimated"`: rises of the loss, smaller than their errors where the model fits the batches well.
-        found: What `sensitivity` found for this model and these candidates, to spare measuring it again.
+        found: What `sensitivity` found for this model and these candidates, or more, to spare measuring it again.
         fixed: Layers that keep their bits, as `modules_to_not_convert` names them; by default the first layer and the
             heads, where `model` treats them apart.
         minimum_bits: Fewest bits of any operand, or a dict of a name or pattern -> fewest bits.
@@ -76,12 +76,13 @@ def allocate_bits(
         progress: Whether to show a bar after a few seconds.
 
     Raises:
-        ValueError: If the budget is too small for any choice, or an argument or the model is not what is expected.
+        ValueError: If the budget is too small for any choice, if `found` lacks bits that a layer may get, or if an
+            argument or the model is not what is expected.
         ImportError: If scipy is not installed.
     """
     if unit not in UNITS:
         raise ValueError(f"allocate_bits: unit={unit!r}; expected one of {list(UNITS)}.")
-    if by not in ("noise", "measured", "estimated"):
+    if by not in OBJECTIVES:
         raise ValueError(f"allocate_bits: by={by!r}; expected 'noise', 'measured' or 'estimated'.")
     refuse_shared_quantizers(model, "allocate_bits")
     data = LabelledBatches("allocate_bits", batches, loss)
@@ -139,7 +140,7 @@ def allocate_bits(
 
     groups = [[layers.index(name) for name in group if name in free] for group in merged(together)]
     groups = [] if unit == "bytes" else [group for group in groups if len(group) > 1]
-    options = options_with(lambda name, kind, bits: 0.0)  # noqa: ARG005 (costs alone)
+    options = options_with(lambda name, kind, bits: _check_found(found, name, kind, bits))  # costs alone
     most = read_budget(budget, sum(before), options)
     if solve(options, most, groups) is None:  # before anything is measured, which takes long
         least = sum(min(option.cost for option in layer) for layer in options)
@@ -164,7 +165,7 @@ def allocate_bits(
                 activation_bits=option.activation_bits,
                 chosen=_up_for_choice(operands[name], unit) if name in free else (),
                 cost=option.cost,
-                loss_rise=option.loss,
+                objective=option.loss,
                 why=reason,
             )
         )
@@ -173,7 +174,8 @@ def allocate_bits(
         budget=most,
         cost=sum(option.cost for option in chosen),
         cost_before=sum(before),
-        loss_rise=sum(option.loss for option in chosen),
+        by=by,
+        objective=sum(option.loss for option in chosen),
         layers=tuple(result),
         curve=loss_curve(options, groups),
     )
@@ -187,6 +189,19 @@ def _check_alike(groups: Sequence[Sequence[str]], model: nn.Module) -> None:
                 f"allocate_bits: alike names {name!r}, which is no layer of {type(model).__name__} with quantized "
                 f"activations; expected some of {quantized[:5]}{' and so on' if len(quantized) > 5 else ''}."
             )
+
+
+def _check_found(found: Sensitivity | None, name: str, kind: Any, bits: int) -> float:
+    """Raise `ValueError` if a sensitivity that was given lacks an operand and number of bits; 0 otherwise."""
+    try:
+        if found is not None:
+            found.entry(name, kind, bits)
+    except KeyError:
+        raise ValueError(
+            f"allocate_bits: `found` has no entry for {bits} bits of the {kind} of {name}; expected one for all "
+            "`candidates` of every layer with a choice. Measure with the same candidates, or leave `found` out."
+        ) from None
+    return 0.0
 
 
 def _up_for_choice(of_layer: Collection[str], unit: Unit) -> tuple[str, ...]:

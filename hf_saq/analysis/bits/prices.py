@@ -79,11 +79,11 @@ def why(option: Option, options: Sequence[Option], budget: int, partners: Sequen
     if cheaper:
         other = min(cheaper, key=lambda o: (o.loss, o.cost))
         saved = (option.cost - other.cost) / budget
-        words.append(f"less would lose {other.loss - option.loss:.2g} and free {saved:.1%} of the budget")
+        words.append(f"less would add {other.loss - option.loss:.2g} and free {saved:.1%} of the budget")
     if dearer:
         other = min(dearer, key=lambda o: (o.cost, o.loss))
         needed = (other.cost - option.cost) / budget
-        words.append(f"more would win {option.loss - other.loss:.2g} for {needed:.1%}")
+        words.append(f"more would take {option.loss - other.loss:.2g} off for {needed:.1%}")
     if partners:
         words.append(f"activations like {', '.join(partners)}")
     return "; ".join(words) or "no other choice"

@@ -139,7 +139,7 @@ def test_it_is_the_best_of_all_choices():
                 [Option(w, a, count * w * a, losses["weight"][w] + losses["activation"][a])
                  for w, a in itertools.product((2, 4, 8), repeat=2)]
             )  # fmt: skip
-        assert found.loss_rise == pytest.approx(best_of_all(layers, found.budget), abs=1e-8)
+        assert found.objective == pytest.approx(best_of_all(layers, found.budget), abs=1e-8)
         for budget, rise in found.curve:
             assert rise == pytest.approx(best_of_all(layers, budget), abs=1e-8)
         assert len(found.curve) > 3 and [r for _, r in found.curve] == sorted(
@@ -222,11 +222,57 @@ def test_overrides_are_added_to_those_of_a_configuration():
 def test_the_result_prints_draws_and_becomes_json(tmp_path):
     found = allocate_bits(quantized_linear_net(3, 3), labelled_vectors(), "1x")
     assert f"{found.cost:,} of 1,224 bops (1,224 before)" in str(found)
-    assert "less would lose" in str(found)
+    assert "less would add" in str(found)
     plain = found.to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain and plain["overrides"] == found.overrides
     found.plot(tmp_path / "bits.png")
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("by", "head", "name"),
+    [
+        ("noise", "noise to signal", "noise to signal of the logits, a tenth of it for weights"),
+        ("measured", "measured rise", "sum of measured rises of the loss"),
+        ("estimated", "estimated rise", "sum of estimated rises of the loss"),
+    ],
+)
+def test_what_was_kept_small_is_named_for_what_it_is(by, head, name, tmp_path, monkeypatch):
+    """The noise was called a predicted loss. Its value is the sum over the entries, by hand."""
+    import matplotlib.axes
+
+    measured = measured_once()
+    found = allocate_bits(quantized_linear_net(3, 3), labelled_vectors(), "1x", found=measured, by=by)
+
+    def alone(layer: LayerBits, kind: str, bits: int) -> float:
+        entries = [measured.entry(layer.name, kind, more) for more in (2, 3, 4, 6, 8) if more >= bits]
+        share = 0.1 if kind == "weight" else 1.0
+        return max(
+            {"noise": share * 10 ** (-e.snr / 10), "measured": e.loss_rise, "estimated": e.estimate}[by]
+            for e in entries
+        )
+
+    for layer in found.layers:
+        expected = alone(layer, "weight", layer.weight_bits) + alone(layer, "activation", layer.activation_bits)
+        assert layer.objective == pytest.approx(expected)
+    assert found.objective == pytest.approx(sum(layer.objective for layer in found.layers))
+    assert head in str(found).splitlines()[0] and str(found).endswith(f"{name}: {found.objective:.4g}")
+    plain = found.to_dict()
+    assert plain["by"] == by and plain["objective"] == found.objective and "loss" not in "".join(plain)
+    labels = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_ylabel", lambda axes, text: labels.append(text))
+    found.plot(tmp_path / "bits.png")
+    assert labels == [name]
+
+
+def test_a_sensitivity_that_was_given_needs_no_bits_that_no_layer_may_get():
+    net, batches = quantized_linear_net(3, 3), labelled_vectors(batches=4)
+    measured = sensitivity(net, batches, candidates=(4, 8), passes=500)
+    arguments = {"found": measured, "candidates": (2, 4, 8)}
+    found = allocate_bits(net, batches, "8 bits", minimum_bits=4, **arguments)
+    assert {layer.weight_bits for layer in found.layers} <= {4, 8}
+    with pytest.raises(ValueError, match="no entry for 2 bits of the weight of 4"):
+        allocate_bits(net, batches, "8 bits", minimum_bits={"0": 4, "2": 4, "4": 2}, **arguments)
 
 
 def test_what_is_wrong_is_said(monkeypatch):
@@ -252,8 +298,9 @@ def test_what_is_wrong_is_said(monkeypatch):
         allocate_bits(quantized_linear_net(3, None), batches, 1e6, found=measured, alike=[["0", "2"]])
     with pytest.raises(ValueError, match=r"0 needs 8 bits at least, but candidates=\[2, 4\]"):
         allocate_bits(net, batches, 1e6, found=measured, candidates=(2, 4), minimum_bits=8)
-    with pytest.raises(KeyError, match=r"has no entry for 5 bits"):
-        allocate_bits(net, batches, 1e6, found=measured, candidates=(5,))
+    for budget in (1e6, 100):  # before it is asked whether the budget is enough
+        with pytest.raises(ValueError, match=r"`found` has no entry for 5 bits of the weight of 0; expected one for"):
+            allocate_bits(net, batches, budget, found=measured, candidates=(5,))
     with pytest.raises(ValueError, match=r"cannot cut one example out of a tuple"):
         allocate_bits(net, [("x", torch.zeros(1))], 1e6, found=measured, alike=[])
     monkeypatch.setattr("hf_saq.analysis.bits.integer_program.find_spec", lambda name: None)
