@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
@@ -72,12 +73,22 @@ class ExportedClassifier(nn.Module):
         config = AutoConfig.from_pretrained(directory) if has_model_type else None
         return cls(content, config, engine, threads, exact)
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutput:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
+    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
         """Compute logits `(batch, labels)` of `pixel_values` `(batch, channels, height, width)`.
 
+        Args:
+            labels: Numbers of classes `(batch,)`, or what else the `problem_type` of the configuration wants; with
+                them the output has a `loss`, that of classifiers of transformers.
+            return_dict: Whether to return an output with names, not a tuple; by default as the configuration says.
+
         Raises:
-            ValueError: If a value is NaN, which integers cannot hold, or the engine takes no inputs of that shape.
+            ValueError: If a value is NaN, which integers cannot hold, the engine takes no inputs of that shape, or
+                there are labels and no configuration that says which loss they are for.
         """
+        if labels is not None and self.config is None:
+            raise ValueError("ExportedClassifier: labels without a configuration; expected none. Compute the loss.")
         images = pixel_values.detach().float().cpu().numpy()
         if np.isnan(images).any():
             raise ValueError(
@@ -90,7 +101,11 @@ class ExportedClassifier(nn.Module):
                 f"ExportedClassifier: {self.engine} failed on pixel_values of shape {tuple(images.shape)}; expected "
                 f"the height and width that the model was exported for: {' '.join(str(error).split())}"
             ) from error
-        return ImageClassifierOutput(logits=torch.from_numpy(np.array(logits)))
+        scores = torch.from_numpy(np.array(logits))
+        loss = None if labels is None else ForSequenceClassificationLoss(labels, scores, self.config)
+        output = ImageClassifierOutput(loss=loss, logits=scores)
+        has_names = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if has_names else output.to_tuple()
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ from PIL import Image
 from quantized_models import quantized
 from test_checks import FILE
 from tiny_models import conv_net, images, vit
-from transformers import AutoImageProcessor, ViTImageProcessor, pipeline
+from transformers import AutoImageProcessor, Trainer, TrainingArguments, ViTImageProcessor, pipeline
 
 from hf_saq.export import ExportedClassifier, export_onnx
 from hf_saq.export.checks.whole_model import own_logits
@@ -105,6 +105,34 @@ def test_it_works_in_a_pipeline(exported, engine: str, caplog):
     for answers, probabilities in zip(found, expected, strict=True):
         scores = torch.tensor([next(a["score"] for a in answers if a["label"] == f"LABEL_{i}") for i in range(3)])
         torch.testing.assert_close(scores, probabilities, atol=0.02, rtol=0)  # a flip of 8 bits or two
+
+
+def test_labels_give_the_loss_of_a_classifier(exported, tmp_path):
+    """`Trainer.evaluate` stopped: labels were dropped without a word, and so was every argument it did not know."""
+    loaded, x = ExportedClassifier.from_pretrained(exported[1], threads=1), images(6, seed=5)
+    labels = torch.tensor([0, 1, 2, 2, 1, 0])
+    logits = loaded(x).logits
+    expected = -logits.log_softmax(-1)[range(6), labels].mean()
+    assert loaded(x).loss is None
+    torch.testing.assert_close(loaded(pixel_values=x, labels=labels).loss, expected)
+    loss, scores = loaded(x, labels, return_dict=False)
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(scores, logits) and torch.equal(loaded(x, return_dict=False)[0], logits)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pixel_value'"):
+        loaded(x, pixel_value=x)
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(x, labels, strict=True)]
+    how = TrainingArguments(tmp_path, per_device_eval_batch_size=6, report_to=[], use_cpu=True)
+    metrics = Trainer(loaded, how, eval_dataset=rows).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_labels_without_a_configuration_are_refused(tmp_path):
+    model, x = quantized(conv_net, images(4, 8)), images(4, 8)
+    export_onnx(model, tmp_path, example=x)
+    loaded = ExportedClassifier.from_pretrained(tmp_path, threads=1)
+    assert len(loaded(x, return_dict=False)) == 1
+    with pytest.raises(ValueError, match="labels without a configuration"):
+        loaded(x, labels=torch.zeros(4, dtype=torch.long))
 
 
 def test_what_is_no_export_is_refused(exported, tmp_path):
