@@ -113,7 +113,7 @@ def sharpness(
     *,
     adaptive_rho: float | None = None,
     eta: float = 0.01,
-    perturb: Collection[str] = IN_SCOPE,
+    perturb: str | Collection[str] = IN_SCOPE,
     only: Sequence[str] | None = None,
     random_directions: int = 5,
     power_iterations: int = 30,
@@ -134,7 +134,7 @@ def sharpness(
         batches: Dicts of keyword inputs with labels, or pairs `(inputs, labels)`; with `loss`, of any type.
         rho: Radius, > 0, with the meaning it has in training: one global L2 norm.
         adaptive_rho: Radius of the adaptive form; `rho` by default, though useful ones are about ten times as large.
-        eta: Number that is added to the size of each weight in the adaptive form.
+        eta: Number that is added to the size of each weight in the adaptive form, >= 0; 0.01 is that of ASAM.
         perturb: Kinds of tensors that are moved, as `SharpnessAwareMinimizer` takes them.
         only: Names of parameters. Of these tensors those alone are moved: of a float model, whose embeddings are
             weights too, those that a quantized one beside it has in scope.
@@ -153,6 +153,8 @@ def sharpness(
     for name, value in (("rho", rho), ("adaptive_rho", rho if adaptive_rho is None else adaptive_rho)):
         if not 0 < value < math.inf:
             raise ValueError(f"sharpness: {name}={value}; expected a finite number > 0.")
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"sharpness: eta={eta}; expected a finite number >= 0.")
     for name, count, least in (
         ("random_directions", random_directions, 1),
         ("power_iterations", power_iterations, 1),

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..layers import PackedLayer
 from ..quantizers import Quantizer, in_double
 from ..sharpness import Displacement, PerturbedTensors, QuantizedWeight, kinds_of_parameters
+from ..sharpness.perturbed_tensors import as_kinds
 from ..sharpness.sharding import is_sharded
 from ..sharpness.three_cases import Climb, climb, place
 from .batch_losses import LabelledBatches
@@ -42,7 +43,9 @@ class WeightPoint:
         ValueError: If `perturb` selects no trainable tensor, or the model is packed or sharded.
     """
 
-    def __init__(self, where: str, model: nn.Module, perturb: Collection[str], only: Sequence[str] | None = None):
+    def __init__(
+        self, where: str, model: nn.Module, perturb: str | Collection[str], only: Sequence[str] | None = None
+    ):
         if any(isinstance(module, PackedLayer) for module in model.modules()):
             raise ValueError(
                 f"{where}: {type(model).__name__} is packed, and integers have no gradient; expected a trainable "
@@ -54,6 +57,7 @@ class WeightPoint:
                 "parameters. Save it, load it on one process, and analyse that."
             )
         quantized = any(isinstance(m, Quantizer) and m.role == "weight" for m in model.modules())
+        perturb = as_kinds(perturb)
         float_weights = () if quantized or "weight" not in perturb else ("other",)
         self.model = model
         self.tensors = PerturbedTensors(model, {*perturb, *float_weights}, only)

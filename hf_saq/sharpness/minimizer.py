@@ -21,7 +21,7 @@ from .parameter_gradients import (
     set_aside,
     without_gradients,
 )
-from .perturbed_tensors import PerturbedTensors, nothing_selected
+from .perturbed_tensors import PerturbedTensors, as_kinds, nothing_selected
 from .random_state import RNGState
 from .seam import Seam
 from .three_cases import Case, Climb, Gradients, check_climb, climb, latent_weights_are_asked, tell_of_skipping
@@ -54,9 +54,9 @@ class SharpnessAwareMinimizer:
         rho: Radius of the perturbation, >= 0: its global L2 norm, where it is not adaptive.
         case: 1, 2 or 3, see `three_cases.py`.
         adaptive: Whether to scale the perturbation by the size of each weight (ASAM, arXiv:2102.11600).
-        eta: Number that is added to that size.
-        perturb: Kinds of tensors to perturb, of `weight` (quantized), `bias`, `norm` (affine parameters of
-            normalization layers), `scale` (of quantizers) and `other` (embeddings, unquantized weights).
+        eta: Number that is added to that size, >= 0; 0.01 is that of ASAM.
+        perturb: Kinds of tensors to perturb, one or more of `weight` (quantized), `bias`, `norm` (affine parameters
+            of normalization layers), `scale` (of quantizers) and `other` (embeddings, unquantized weights).
         sync: `"local"`: each process perturbs with its own gradient (m-sharpness, no communication). `"global"`:
             gradients are averaged over all processes before the perturbation is made. Under FSDP2 `"local"` is for
             case 3: own `g_q` and norm for quantized weights, average gradient and root mean square of these norms
@@ -80,12 +80,12 @@ class SharpnessAwareMinimizer:
         case: Case = 3,
         adaptive: bool = False,
         eta: float = 0.01,
-        perturb: Collection[str] = ("weight", "bias", "norm"),
+        perturb: str | Collection[str] = ("weight", "bias", "norm"),
         sync: Literal["local", "global"] = "local",
     ):
-        check_climb(rho, case, sync)
+        check_climb(rho, case, eta, sync)
         self.model, self.rho, self.case, self.adaptive = model, rho, case, adaptive
-        self.eta, self.perturb, self.sync = eta, tuple(perturb), sync
+        self.eta, self.perturb, self.sync = eta, as_kinds(perturb), sync
         self.ascent_norm, self.radius_factor, self.skipped, self._in_a_row = 0.0, 1.0, 0, 0
         self.late: LateLayers | None = None
         self.outside: list[nn.Parameter] = []
@@ -96,7 +96,7 @@ class SharpnessAwareMinimizer:
         self._find_tensors()
         if not self._tensors:
             self.detach()
-            raise nothing_selected(model, perturb)
+            raise nothing_selected(model, self.perturb)
 
     def __getstate__(self) -> dict:
         """Copy as one of the copied model that has no step under way; its hooks come with its next step."""

@@ -84,6 +84,11 @@ class PerturbedTensors:
         return bool(self.weights or self.in_place)
 
 
+def as_kinds(perturb: str | Collection[str]) -> tuple[str, ...]:
+    """List kinds of tensors, of which a single one may be given by its name."""
+    return (perturb,) if isinstance(perturb, str) else tuple(perturb)
+
+
 def nothing_selected(model: nn.Module, perturb: Collection[str]) -> ValueError:
     """Make the error for kinds of tensors that `model` has none of."""
     return ValueError(

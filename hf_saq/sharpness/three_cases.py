@@ -46,10 +46,11 @@ class Climb(NamedTuple):
     eta: float
 
 
-def check_climb(rho: float, case: int, sync: str) -> None:
+def check_climb(rho: float, case: int, eta: float, sync: str) -> None:
     """Raise `ValueError` if one of them is out of range."""
-    if not 0 <= rho < math.inf:
-        raise ValueError(f"rho={rho}; expected a finite number >= 0.")
+    for name, value in (("rho", rho), ("eta", eta)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}; expected a finite number >= 0.")
     if case not in (1, 2, 3):
         raise ValueError(f"case={case}; expected 1, 2 or 3. For plain training use no minimizer.")
     if sync not in ("local", "global"):

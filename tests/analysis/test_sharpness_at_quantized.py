@@ -234,10 +234,20 @@ def test_the_result_prints_draws_and_becomes_json(tmp_path):
     assert (tmp_path / "sharpness.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_kind_of_tensors_by_its_name():
+    one, listed = (
+        sharpness(quantized_linear_net(), labelled_vectors(), RHO, perturb=perturb, random_directions=1)
+        for perturb in ("weight", ["weight"])
+    )
+    assert str(one) == str(listed)
+
+
 def test_what_is_wrong_is_said():
     net = quantized_linear_net()
     with pytest.raises(ValueError, match=r"sharpness: rho=0; expected a finite number > 0"):
         sharpness(net, labelled_vectors(), 0)
+    with pytest.raises(ValueError, match=r"sharpness: eta=nan; expected a finite number >= 0"):
+        sharpness(net, labelled_vectors(), RHO, eta=float("nan"))
     with pytest.raises(ValueError, match="`batches` is empty; expected at least one batch of inputs with labels"):
         sharpness(net, [], RHO)
     with pytest.raises(ValueError, match=r"`batches` is a Tensor; expected a list of batches"):

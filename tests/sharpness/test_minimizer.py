@@ -401,8 +401,23 @@ def test_bad_arguments():
         SharpnessAwareMinimizer(net, rho=-1)
     with pytest.raises(ValueError, match="case=4"):
         SharpnessAwareMinimizer(net, rho=0.1, case=4)
+    for eta in (float("nan"), -0.1, float("inf")):
+        with pytest.raises(ValueError, match=f"eta={eta}; expected a finite number >= 0"):
+            SharpnessAwareMinimizer(net, rho=0.1, adaptive=True, eta=eta)
+    with pytest.raises(ValueError, match=r"perturb=\('wait',\); expected a list of some of"):
+        SharpnessAwareMinimizer(net, rho=0.1, perturb="wait")
     with pytest.raises(ValueError, match="selects no trainable tensor"):
         SharpnessAwareMinimizer(linear_net()[:1], rho=0.1, perturb=["weight"])
+
+
+def test_one_kind_by_its_name():
+    nets = [quantized(linear_net) for _ in range(2)]
+    for net, perturb in zip(nets, ("weight", ["weight"]), strict=True):
+        minimizer = SharpnessAwareMinimizer(net, rho=0.4, perturb=perturb)
+        assert minimizer.perturb == ("weight",)
+        two_passes(net, minimizer, batch(net))
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(one.grad, other.grad)
 
 
 def test_copies_and_detach_leave_no_trace():
