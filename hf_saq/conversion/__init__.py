@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .decoding import keep_decoded
     from .first_scales import initialize_weight_quantizers
     from .forms import (
+        check_has_values,
         convert_to_packed,
         copy_with,
         dequantize,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         forget_export,
         is_packed,
         pack,
+        refuse_uncalibrated,
         unpack,
     )
     from .planning import configuration_of
@@ -49,6 +51,7 @@ __getattr__, __dir__ = lazy_exports(
         "decoding": ("keep_decoded",),
         "first_scales": ("initialize_weight_quantizers",),
         "forms": (
+            "check_has_values",
             "convert_to_packed",
             "copy_with",
             "dequantize",
@@ -56,6 +59,7 @@ __getattr__, __dir__ = lazy_exports(
             "forget_export",
             "is_packed",
             "pack",
+            "refuse_uncalibrated",
             "unpack",
         ),
         "planning": ("configuration_of",),
@@ -80,6 +84,7 @@ __all__ = [
     "as_decided",
     "attention_interface",
     "calibrate",
+    "check_has_values",
     "configuration_of",
     "convert",
     "convert_to_packed",
@@ -102,6 +107,7 @@ __all__ = [
     "pack",
     "quantize",
     "reestimate_batch_norm",
+    "refuse_uncalibrated",
     "replace_modules",
     "unpack",
 ]

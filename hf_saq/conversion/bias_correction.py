@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import QuantizedLayer
-from .calibration import is_calibrated
+from .forms import refuse_uncalibrated
 from .observing import run_in_float, run_quantized
 from .observing.alike import add_over_processes
 
@@ -82,11 +82,7 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer) and module.own_quantizers()]
     if not layers:
         raise ValueError(f"correct_biases: {type(model).__name__} has no quantized layer; call `quantize` first.")
-    if not is_calibrated(model):
-        raise RuntimeError(
-            f"correct_biases: {type(model).__name__} has quantizers without a range; run `calibrate(model, batches)` "
-            "first."
-        )
+    refuse_uncalibrated(model, "correct_biases")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     shifts: dict[nn.Module, _Shift] = {layer: _Shift(layer.bias) for layer in layers if layer.bias is not None}
     shifts |= {norm: _Shift(norm.running_mean) for norm in norms}  # type: ignore[arg-type]

@@ -49,13 +49,7 @@ def pack(model: nn.Module) -> nn.Module:
     _check_weights_are_parameters(model)
     note_replaced_layers(model)
     _warn_of_layers_that_are_gone(model)
-    waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
-    if waiting:
-        raise RuntimeError(
-            f"pack: {type(model).__name__} is not calibrated: {len(waiting)} quantizers have no range yet, for "
-            f"example {waiting[0]}. Run `hf_saq.calibrate(model, batches)` first, or train with `SAQTrainer`, which "
-            "does so."
-        )
+    refuse_uncalibrated(model, "pack")
     with torch.no_grad():
         stand_ins: dict[nn.Module, nn.Module] = {
             layer: PackedLayer.from_quantized(layer) for layer in with_progress(layers, "packing")
@@ -264,6 +258,17 @@ def check_has_values(model: nn.Module) -> None:
                 f"{type(model).__name__}: {name} has no values (device='meta'); load the model's weights first, or "
                 "take accelerate's hooks off (remove_hook_from_module) if they keep the weights elsewhere."
             )
+
+
+def refuse_uncalibrated(model: nn.Module, doing: str) -> None:
+    """Raise `RuntimeError` if a quantizer has no range yet; `doing` names the function that needs it."""
+    waiting = [q.path for q in model.modules() if isinstance(q, Quantizer) and not q.initialized]
+    if waiting:
+        raise RuntimeError(
+            f"{doing}: {type(model).__name__} is not calibrated: {len(waiting)} quantizers have no range yet, for "
+            f"example {waiting[0]}. Run `hf_saq.calibrate(model, batches)` first, or train with `SAQTrainer`, which "
+            "does so."
+        )
 
 
 def _set_storage(model: nn.Module, storage: str) -> None:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from .. import conversion
 from ..layers import HoldsQuantizers, PackedLayer, QuantizedLayer
-from ..layers.shared_input import SharedInput, refers_to_anothers_quantizer, refuse_orphaned_inputs
+from ..layers.shared_input import SharedInput, refers_to_anothers_quantizer
 from ..outputs import logits_of
-from ..quantizers import Quantizer
 from .integer_layers import IntegerActivation, IntegerLayer
 
 
@@ -20,7 +19,8 @@ def integer_copy(model: nn.Module, weights: str) -> nn.Module:
     """Copy `model` in evaluation mode, in float32, on the CPU; the layers of the copy keep their names.
 
     Raises:
-        ValueError: If the model is not quantized or not calibrated, or if a grid does not fit into an integer graph.
+        ValueError: If the model is not quantized or has no values, or if a grid does not fit into an integer graph.
+        RuntimeError: If the model is not calibrated.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (QuantizedLayer, PackedLayer))}
     if not layers:
@@ -28,7 +28,8 @@ def integer_copy(model: nn.Module, weights: str) -> nn.Module:
             f"{type(model).__name__} has no quantized layer; expected a model made by `quantize`, `pack` or "
             "`from_pretrained` of a quantized checkpoint."
         )
-    check_ready(model)
+    conversion.check_has_values(model)
+    conversion.refuse_uncalibrated(model, "export_onnx")
     integer: dict[nn.Module, IntegerLayer] = {
         layer: IntegerLayer(layer, name, weights) for name, layer in layers.items() if _is_quantized(layer)
     }
@@ -58,20 +59,6 @@ def _share_inputs(integer: dict[nn.Module, IntegerLayer]) -> None:
 
 def _is_quantized(layer: QuantizedLayer | PackedLayer) -> bool:
     return isinstance(layer, PackedLayer) or bool(layer.own_quantizers())
-
-
-def check_ready(model: nn.Module) -> None:
-    """Raise `ValueError` if `model` has no values or is not calibrated."""
-    for name, tensor in model.named_parameters():
-        if tensor.is_meta:
-            raise ValueError(f"{type(model).__name__}: {name} has no values (device='meta'); load the weights first.")
-    refuse_orphaned_inputs(model)
-    waiting = [m.path for m in model.modules() if isinstance(m, Quantizer) and not m.initialized]
-    if waiting:
-        raise ValueError(
-            f"{type(model).__name__} is not calibrated: {len(waiting)} quantizers have no range yet, for example "
-            f"{waiting[0]}. Run `hf_saq.calibrate(model, batches)` or train before exporting."
-        )
 
 
 class LogitsOnly(nn.Module):

@@ -66,9 +66,9 @@ def export_onnx(
 
     Raises:
         ExportCheckError: If a check fails: a `ValueError` that says which, and of which layers.
-        ValueError: If an argument is wrong, the model is not quantized or not calibrated, does not run on the example
-            or cannot be traced, a grid does not fit into an integer graph, or `directory` holds files already, or
-            another model.
+        ValueError: If an argument is wrong, the model is not quantized, does not run on the example or cannot be
+            traced, a grid does not fit into an integer graph, or `directory` holds files already, or another model.
+        RuntimeError: If the model is not calibrated.
         ImportError: If a library is missing; says which extra installs it.
     """
     if weights not in CODE_RANGE:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...conversion import calibrate, is_packed
+from ...conversion import calibrate, check_has_values, is_packed, refuse_uncalibrated
 from ...export import check_can_export, export_onnx
-from ...export.integer_copy import check_ready
 from ...export.layout import MODEL_FILE
 from ...export.onnx_export import TUNED_FOR
 from ...export.stored_grids import CODE_RANGE
@@ -89,9 +88,9 @@ def measure_latencies(
         nodes: a call takes longer, by `other_ns` and by what the engine does between nodes.
 
     Raises:
-        ValueError: If an argument is wrong, or the model is not quantized, not calibrated or packed.
+        ValueError: If an argument is wrong, or the model is not quantized, or packed.
         ImportError: If a library is missing; says which extra installs it.
-        RuntimeError: If the profile of the engine is not complete.
+        RuntimeError: If the model is not calibrated, or the profile of the engine is not complete.
     """
     _check(engine, target, weights, tuned_for, candidates, batch_size, threads, rounds)
     operands = _operands(model)
@@ -192,7 +191,8 @@ def _operands(model: nn.Module) -> dict[str, dict[str, QuantizedOperand]]:
             "`quantize`, not packed (see `unpack`)."
         )
     refuse_shared_quantizers(model, "measure_latencies")
-    check_ready(model)
+    check_has_values(model)
+    refuse_uncalibrated(model, "measure_latencies")
     return found
 
 
