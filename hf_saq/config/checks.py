@@ -11,7 +11,6 @@ def check_choice(where: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{where}={value!r}; expected one of {list(choices)}.")
 
 
-def is_number(value: Any, maximum: float = float("inf")) -> bool:
-    """Tell whether `value` is a finite number from 0 to `maximum`."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and 0 <= value <= maximum and value != float("inf")
+def is_number(value: Any) -> bool:
+    """Tell whether `value` is a finite number >= 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hf_saq.quantizers import LSQQuantizer, QuantizerSettings, lsq_fake_quantize, mse_scale
-from hf_saq.quantizers.methods.lsq import lsq_reference
+from hf_saq.quantizers.straight_through import positive, round_straight_through
 
 GRIDS = {"signed-2bit": (-2, 1), "signed-4bit": (-8, 7), "unsigned-4bit": (0, 15), "signed-8bit": (-128, 127)}
 every_grid = pytest.mark.parametrize(("qmin", "qmax"), list(GRIDS.values()), ids=list(GRIDS))
@@ -24,6 +24,13 @@ def sample(scale_shape: tuple[int, ...], qmin: int, qmax: int) -> tuple[Tensor, 
     code = torch.randint(qmin - 2, qmax + 3, (5, 200), generator=generator)
     inside_step = (torch.rand(5, 200, generator=generator, dtype=torch.float64) - 0.5) * 0.8
     return (code + inside_step) * scale, scale
+
+
+def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float) -> Tensor:
+    """Compute Eq. 1-2 of the paper by autograd operations: the slow form that `lsq_fake_quantize` must equal."""
+    s = positive(scale)
+    s = s * grad_scale + (s - s * grad_scale).detach()  # the value of s, `grad_scale` times its gradient
+    return round_straight_through((x / s).clamp(qmin, qmax)) * s
 
 
 def closed_form(x: Tensor, scale: Tensor, qmin: int, qmax: int, g: float, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,7 @@ from ..affine import LSQFactor, affine_fake_quantize
 from ..contract import Quantizer
 from ..scale_search import mse_scale
 from ..settings import QuantizerSettings
-from ..straight_through import SCALE_FLOOR, positive, round_straight_through
-
-
-def lsq_reference(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float) -> Tensor:
-    """Compute Eq. 1-2 of the paper by autograd operations: the slow form that [`lsq_fake_quantize`] must equal."""
-    s = positive(scale)
-    s = s * grad_scale + (s - s * grad_scale).detach()  # the value of s, `grad_scale` times its gradient
-    return round_straight_through((x / s).clamp(qmin, qmax)) * s
+from ..straight_through import SCALE_FLOOR
 
 
 def lsq_fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0) -> Tensor:
