@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..conversion import float_parameters
 from ..conversion.observing import run_in_float
 from ..layers import PackedLayer, QuantAttentionProducts, QuantizedLayer
 from ..layers.packing import packed_size
@@ -139,7 +140,8 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
     for name, layer in layers.items():
         weight_bits, activation_bits = _bits(layer)
         counted.append(LayerCost(name, macs[name], weight_bits, activation_bits))
-    return Cost(tuple(counted), counter.get_total_flops() // 2 - sum(macs.values()), *_storage(model))
+    other_macs = counter.get_total_flops() // 2 - sum(macs.values())
+    return Cost(tuple(counted), other_macs, float_parameters(model), *_storage(model))
 
 
 @contextmanager
@@ -167,8 +169,8 @@ def _bits(layer: QuantizedLayer | PackedLayer | QuantAttentionProducts) -> tuple
     return weight_bits, activation_bits
 
 
-def _storage(model: nn.Module) -> tuple[int, int, int]:
-    """Count parameters, quantized parameters, and the bytes of all parameters with the values of quantizers."""
+def _storage(model: nn.Module) -> tuple[int, int]:
+    """Count quantized parameters, and the bytes of all parameters with the values of quantizers."""
     quantized, floats, values = 0, 0, 0  # numbers of few bits, numbers of 32 bits, and values of quantizers
     stored = 0
     seen: set[nn.Parameter] = set()
@@ -193,7 +195,7 @@ def _storage(model: nn.Module) -> tuple[int, int, int]:
                 floats += parameter.numel()
             elif module.role == "activation":
                 values += parameter.numel()
-    return quantized + floats, quantized, stored + (floats + values) * FLOAT_BITS // 8
+    return quantized, stored + (floats + values) * FLOAT_BITS // 8
 
 
 def _short(count: int) -> str:

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary
 
 from ..config import SAQConfig, SAQQuantizationConfig
+from ..conversion import float_parameters
 from ..conversion.report import ConversionReport
 from ..layers import QuantizedLayer
-from ..quantizers import Quantizer
 from ..storage.saved_directory import has_processor
 from ..storage.weight_files import weight_file_bytes
 from .card_facts import LANDSCAPE, CardFacts, ResultRow, in_order, names_of_classes
@@ -65,7 +65,7 @@ def facts_of_run(
         metrics=metrics,
         comparison=comparison,
         method=_method(trainer, saq_config),
-        float_weight_bytes=4 * _float_parameters(model),
+        float_weight_bytes=4 * float_parameters(model),
         bit_operations=_cost(trainer, "bit_operations"),
         float_bit_operations=_cost(trainer, "float_bit_operations"),
         evaluated_images=evaluated_images,
@@ -112,12 +112,6 @@ def _of_transformers(
         "tags": [*_listed(summary.tags), *(model.model_tags or [])],
         "hyperparameters": {**(summary.hyperparameters or {}), **hyperparameters},
     }
-
-
-def _float_parameters(model: nn.Module) -> int:
-    """Count the parameters without the values of quantizers."""
-    own = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
-    return sum(p.numel() for p in model.parameters() if p not in own)
 
 
 def _cost(trainer: Any, name: str) -> int | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import SAQConfig
+from ..conversion import float_parameters
 from ..conversion.report import ConversionReport, LayerPlan
 from ..export.extras import EXTRA_OF
 from ..export.report import ExportReport
@@ -54,7 +55,7 @@ class TellsInWords(Trainer):
         size = weight_file_bytes(directory)
         if size is None:
             return
-        full = 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        full = 4 * float_parameters(self.model)
         lines = [f"Saved in {directory}: {kibibytes(size)} of packed weights; in float32 they take {kibibytes(full)}."]
         if isinstance(self.model, PreTrainedModel):
             loader = f'{type(self.model).__name__}.from_pretrained("{directory}")'

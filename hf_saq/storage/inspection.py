@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import SAQQuantizationConfig
-from ..conversion.forms import convert_to_packed
+from ..conversion.forms import convert_to_packed, float_parameters
 from ..conversion.report import ConversionReport, LayerPlan
 from ..conversion.swapping import convert
 from ..layers import PackedLayer, QuantizedLayer
@@ -61,7 +61,7 @@ def _skeleton(config: PreTrainedConfig, quantization: SAQQuantizationConfig) -> 
         # Build a float model: for a `quantization_config` transformers would look for a quantizer.
         plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
         model = kind.from_config(plain) if hasattr(kind, "from_config") else kind(plain)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = float_parameters(model)
         if quantization.storage == "packed":
             convert_to_packed(model, quantization)
         else:

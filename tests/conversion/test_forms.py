@@ -11,7 +11,7 @@ from quantized_models import assert_same_codes, codes, quantized, storages
 from tiny_models import TRANSFORMERS_MODELS, conv_net, images, jitter, linear_net, vectors, vit
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.conversion.forms import convert_to_packed, is_packed
+from hf_saq.conversion.forms import convert_to_packed, float_parameters, is_packed
 from hf_saq.layers import PackedLayer
 from hf_saq.layers.packing import packed_size
 from hf_saq.quantizers import QUANTIZERS
@@ -136,6 +136,13 @@ def test_training_raises_with_the_path():
     with torch.no_grad():
         packed(images())  # a training-mode forward that learns nothing is harmless
     packed.eval()(images())
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_parameters_are_those_of_the_float_model_in_every_form(quantizer: str):
+    expected = sum(parameter.numel() for parameter in vit().parameters())
+    model = quantized(vit, quantizer=quantizer)
+    assert float_parameters(vit()) == float_parameters(model) == float_parameters(pack(model)) == expected
 
 
 def test_pack_refuses_models_without_quantized_weights():

@@ -51,7 +51,8 @@ def test_a_run_in_words(tmp_path, capsys, as_by_default):
     trainer.save_model()
     size = (tmp_path / "model.safetensors").stat().st_size / 1024
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"Saved in {tmp_path}: {size:,.1f} KiB of packed weights; in float32 they take ")
+    full = 4 * sum(parameter.numel() for parameter in vit().parameters()) / 1024  # as in the card: without scales
+    assert said[0] == f"Saved in {tmp_path}: {size:,.1f} KiB of packed weights; in float32 they take {full:,.1f} KiB."
     assert said[1].startswith(
         f'To load it: import hf_saq, then ViTForImageClassification.from_pretrained("{tmp_path}")'
     )
