@@ -1,4 +1,4 @@
-"""Lay out text that people read: tables in plain text and in Markdown, sizes of files."""
+"""Lay out text that people read: tables in plain text and in Markdown, sizes of files, names of bits."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     # Keep what would end a cell or a row from doing so.
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def bits_name(weight_bits: int | None, activation_bits: int | None) -> str:
+    """Name bits of weights and of activations, such as `W4A4`; 32 stands for float."""
+    return f"W{weight_bits or 32}A{activation_bits or 32}"
 
 
 def kibibytes(count: int) -> str:

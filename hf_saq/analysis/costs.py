@@ -22,6 +22,11 @@ FLOAT_BITS = 32
 """Bits of everything that is not quantized, in the model itself and in the float model it is compared with."""
 
 
+def bit_operations(macs: int, weight_bits: int | None = None, activation_bits: int | None = None) -> int:
+    """Compute multiply-accumulates x bits of one operand x bits of the other; `None` stands for float."""
+    return macs * (weight_bits or FLOAT_BITS) * (activation_bits or FLOAT_BITS)
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """Holds the cost of one quantized layer: its name, multiply-accumulates, and bits of its two operands.
@@ -38,7 +43,7 @@ class LayerCost:
     @property
     def bops(self) -> int:
         """Return the bit operations: multiply-accumulates x weight bits x activation bits."""
-        return self.macs * self.weight_bits * self.activation_bits
+        return bit_operations(self.macs, self.weight_bits, self.activation_bits)
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,12 @@ class Cost:
     @property
     def bops(self) -> int:
         """Return all bit operations, those of `other_macs` among them."""
-        return sum(layer.bops for layer in self.layers) + self.other_macs * FLOAT_BITS**2
+        return sum(layer.bops for layer in self.layers) + bit_operations(self.other_macs)
 
     @property
     def float_bops(self) -> int:
         """Return the bit operations of the same model in float32."""
-        return self.macs * FLOAT_BITS**2
+        return bit_operations(self.macs)
 
     @property
     def float_weight_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-AUGMENTATIONS = ("crop_flip", "rand_augment", "pad_crop_flip", "shift", "none")
+from ..data.augmentations import AUGMENTATIONS
 
 
 def add_data_arguments(command: argparse.ArgumentParser, most: int | None) -> None:

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..installing import how_to_install
 from ..quantizers import check_activation_mode, check_bits, quantizer_class
+from ..tables import bits_name
 from .checks import check_choice
 from .described import described
 
@@ -236,8 +237,8 @@ class SAQQuantizationConfig(QuantizationConfigMixin):
     @property
     def tags(self) -> list[str]:
         """Return the tags that a model quantized like this has on the Hub, such as `w4a4`; 32 stands for float."""
-        bits = f"w{self.weight_bits or 32}a{self.activation_bits or 32}"
-        return ["quantized", QUANT_METHOD, bits, self.quantizer]
+        bits = bits_name(self.weight_bits, self.activation_bits)
+        return ["quantized", QUANT_METHOD, bits.lower(), self.quantizer]
 
     def attach_to(self, model: Any) -> None:
         """Tell a transformers model how it is quantized now: `save_pretrained` asks the quantizer it finds there."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ..sharpness.perturbed_tensors import KINDS
 from ..sharpness.schedules import KNOBS, PerturbationSchedule, resolve_preset
 from .bit_budget import read_bit_budget
 from .checks import check_choice, is_number
 from .described import described
-
-PERTURBABLE = ("weight", "bias", "norm", "scale", "other")
 
 
 @described
@@ -45,7 +44,7 @@ class SAQConfig:
     eta: float = field(default=0.01, metadata={"help": "Added to the size of each weight when adaptive."})
     perturb: list[str] = field(
         default_factory=lambda: ["weight", "bias", "norm"],
-        metadata={"help": f"What to perturb: some of {', '.join(PERTURBABLE)}."},
+        metadata={"help": f"What to perturb: some of {', '.join(KINDS)}."},
     )
     schedule: Literal["full", "balanced", "last_layers", "free"] | None = field(
         default=None,
@@ -143,8 +142,8 @@ class SAQConfig:
             raise ValueError(f"SAQConfig.eta={self.eta!r}; expected a finite number >= 0.")
         if isinstance(self.perturb, (str, tuple)):
             self.perturb = [self.perturb] if isinstance(self.perturb, str) else list(self.perturb)
-        if not isinstance(self.perturb, list) or not self.perturb or any(k not in PERTURBABLE for k in self.perturb):
-            raise ValueError(f"SAQConfig.perturb={self.perturb!r}; expected one or more of {list(PERTURBABLE)}.")
+        if not isinstance(self.perturb, list) or not self.perturb or any(k not in KINDS for k in self.perturb):
+            raise ValueError(f"SAQConfig.perturb={self.perturb!r}; expected one or more of {list(KINDS)}.")
         self.perturbation_schedule()
         if not is_number(self.scale_lr_ratio):
             raise ValueError(f"SAQConfig.scale_lr_ratio={self.scale_lr_ratio!r}; expected a finite number >= 0.")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from .augmentations import AUGMENTATIONS
     from .image_checks import is_a_path
-    from .image_data import AUGMENTATIONS, DataTrainingArguments, load_images, load_split
+    from .image_data import DataTrainingArguments, load_images, load_split
     from .image_metrics import TopKAccuracy, make_compute_metrics
     from .image_processors import input_size, normalization
     from .image_transforms import (
@@ -27,7 +28,8 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "image_checks": ("is_a_path",),
-        "image_data": ("AUGMENTATIONS", "DataTrainingArguments", "load_images", "load_split"),
+        "augmentations": ("AUGMENTATIONS",),
+        "image_data": ("DataTrainingArguments", "load_images", "load_split"),
         "image_metrics": ("TopKAccuracy", "make_compute_metrics"),
         "image_processors": ("input_size", "normalization"),
         "image_transforms": (

@@ -14,12 +14,11 @@ from datasets import ClassLabel, DatasetDict, Features, Image, Value, concatenat
 from datasets import Dataset as HFDataset
 from datasets.exceptions import DatasetGenerationError
 
+from .augmentations import AUGMENTATIONS
 from .image_checks import check_can_be_split, check_places, checked_rows, find_column
 from .image_folders import ImageFiles, check_image_folder, labelled_by_folder, names_its_files, split_folders
 
 logger = logging.getLogger(__name__)
-
-AUGMENTATIONS = ("crop_flip", "rand_augment", "pad_crop_flip", "shift", "none")
 
 
 @dataclass

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config import SAQQuantizationConfig
 from ..conversion.report import LayerPlan
 from ..installing import how_to_install
 from ..storage.inspection import inspect_checkpoint
-from ..tables import kibibytes, markdown_table
+from ..tables import bits_name, kibibytes, markdown_table
 from ..version import __version__
 from .card_export import integer_inference
 from .card_facts import LANDSCAPE, TASK, CardFacts, ResultRow, facts_of_files, measured, task_of
@@ -106,7 +105,8 @@ def _introduction(facts: CardFacts) -> str:
     sentence = f"`{facts.architecture}`"
     if config is not None:
         scales = "one scale per output channel" if config.weight_granularity == "channel" else "one scale per tensor"
-        sentence += f" with {bits_name(config)} quantization ({config.quantizer}, {scales})"
+        bits = bits_name(config.weight_bits, config.activation_bits)
+        sentence += f" with {bits} quantization ({config.quantizer}, {scales})"
     if facts.method is not None:
         sentence += f", trained with {facts.method}"
     if facts.base_model is not None:
@@ -141,7 +141,8 @@ def _loading(facts: CardFacts) -> str:
 def _results(facts: CardFacts, metrics: Mapping[str, float]) -> str:
     rows = [ResultRow(r.method, r.bits, measured(r.metrics), r.weight_bytes) for r in facts.comparison]
     if metrics:
-        bits = bits_name(facts.config) if facts.config is not None else ""
+        config = facts.config
+        bits = bits_name(config.weight_bits, config.activation_bits) if config is not None else ""
         rows.append(
             ResultRow(f"**{(facts.method or 'this model').split(' (')[0]}**", bits, metrics, facts.weight_bytes)
         )
@@ -211,11 +212,6 @@ def _training(facts: CardFacts) -> str:
         lines = [f"- {name}: {' '.join(str(value).split())}" for name, value in facts.hyperparameters.items()]
         known.append(folded("Hyperparameters", "\n".join(lines)))
     return "## Training\n\n" + "\n\n".join(known) if known else ""
-
-
-def bits_name(config: SAQQuantizationConfig) -> str:
-    """Name the bits of a model, such as `W4A4`; 32 stands for float."""
-    return f"W{config.weight_bits or 32}A{config.activation_bits or 32}"
 
 
 def _bits(layer: LayerPlan, key: str) -> str:

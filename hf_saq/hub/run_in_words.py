@@ -18,7 +18,7 @@ from ..export.extras import EXTRA_OF
 from ..export.report import ExportReport
 from ..installing import how_to_install
 from ..storage.weight_files import weight_file_bytes
-from ..tables import kibibytes
+from ..tables import bits_name, kibibytes
 
 
 class TellsInWords(Trainer):
@@ -148,8 +148,8 @@ def _of_layers(model: nn.Module, report: ConversionReport) -> str:
 
 
 def _bits(layer: LayerPlan) -> str:
-    weight, activation = (layer.settings.get(name) or 32 for name in ("weight_bits", "activation_bits"))
-    return f"W{weight}A{activation}" if "weight_bits" in layer.settings else f"A{activation}"
+    weight, activation = (layer.settings.get(name) for name in ("weight_bits", "activation_bits"))
+    return bits_name(weight, activation) if "weight_bits" in layer.settings else f"A{activation or 32}"
 
 
 def _listed(names: Any) -> str:

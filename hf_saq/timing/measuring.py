@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..layers import PackedLayer, QuantizedLayer
 from ..outputs import class_axis, logits_of
+from ..tables import bits_name
 from .forms import FORMS, StoredForms
 from .inputs import images_for
 from .machine import cores, machine, versions
@@ -256,5 +257,5 @@ def _bits(model: nn.Module) -> dict[str, int]:
         if isinstance(layer, (QuantizedLayer, PackedLayer)):
             weight = layer.bits if isinstance(layer, PackedLayer) else getattr(layer.weight_quantizer, "bits", None)
             activation = getattr(layer.activation_quantizer, "bits", None)
-            found[f"W{weight or 32}A{activation or 32}"] += 1
+            found[bits_name(weight, activation)] += 1
     return dict(found.most_common())

@@ -12,9 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from hf_saq.analysis import sharpness
 from hf_saq.cli import main
-from hf_saq.cli.data_arguments import AUGMENTATIONS
 from hf_saq.cli.saved_images import numbers_of_classes
-from hf_saq.data import AUGMENTATIONS as OF_THE_SCRIPT
 from hf_saq.storage.saved_directory import load_any_saved, load_saved
 
 SIZE = 16
@@ -120,7 +118,3 @@ def test_classes_without_names_have_the_order_of_the_data():
     assert numbers_of_classes(["bee"], Model, "x") == [1]
     with pytest.raises(ValueError, match="2 classes of the model are called 'crane', so that it is not known which"):
         numbers_of_classes(["crane"], Model, "x")
-
-
-def test_augmentations_are_those_of_the_script():
-    assert AUGMENTATIONS == OF_THE_SCRIPT

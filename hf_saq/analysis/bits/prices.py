@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...layers.packing import packed_size
+from ..costs import bit_operations
 from .allocated import Unit
 from .integer_program import Option, solve
 
-FLOAT_BITS = 32
 CURVE_POINTS = 9
 
 Latencies = Mapping[tuple[int | None, int | None], float]
@@ -41,8 +41,8 @@ def cost_of_layer(
     if unit == "bytes":
         return packed_size(of_layer["weight"].weight.numel(), weight) if "weight" in of_layer and weight else 0
     if "weight" not in of_layer and len(of_layer["activation"].quantizers) > 1:
-        return macs * (activation or FLOAT_BITS) ** 2  # both operands of attention products are activations
-    return macs * (weight or FLOAT_BITS) * (activation or FLOAT_BITS)
+        weight = activation  # both operands of attention products are activations
+    return bit_operations(macs, weight, activation)
 
 
 def read_budget(budget: float | str, before: int, options: Sequence[Sequence[Option]]) -> int:
