@@ -17,6 +17,7 @@ from ..layers import PackedLayer, QuantAttentionProducts, QuantizedLayer
 from ..layers.packing import packed_size
 from ..quantizers import Quantizer
 from ..tables import text_table
+from .results import Result
 
 FLOAT_BITS = 32
 """Bits of everything that is not quantized, in the model itself and in the float model it is compared with."""
@@ -47,7 +48,7 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Result):
     """Holds what [`cost`] counts; `print` shows a table.
 
     Attributes:
@@ -85,6 +86,11 @@ class Cost:
         """Return the bytes of all parameters in float32: four for each."""
         return self.parameters * FLOAT_BITS // 8
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data, and the sums: `macs`, `bops`, `float_bops` and `float_weight_bytes`."""
+        sums = ("macs", "bops", "float_bops", "float_weight_bytes")
+        return {**super().to_dict(), **{name: getattr(self, name) for name in sums}}
+
     def __str__(self) -> str:
         in_layers = self.macs - self.other_macs
         rows = [
@@ -119,6 +125,9 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
 
     Returns:
         Multiply-accumulates, bit operations and bytes. A multiply-accumulate counts as one operation, not as two.
+
+    Raises:
+        ValueError: If `inputs` is no tensor, tuple or dict, or names or counts inputs that the model does not take.
     """
     kinds = (QuantizedLayer, PackedLayer, QuantAttentionProducts)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

@@ -39,8 +39,11 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
 
     Raises:
         ValueError: If the model is quantized already, has no layer that can be quantized, has no attention that can be
-            and `quantize_attention` asks for it, is wrapped by DDP, or if a name in `modules_to_not_convert` or a
+            and `quantize_attention` asks for it, or is wrapped by DDP; if it has parts wrapped by `torch.compile`,
+            adapters of peft, lazy layers that have seen no batch, or layers whose `forward` something has replaced,
+            as hooks of accelerate do; or if a field is out of range, or a name in `modules_to_not_convert` or a
             pattern in `overrides` matches no module.
+        TypeError: If `config` is something else.
     """
     if not isinstance(config, SAQQuantizationConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a SAQQuantizationConfig.")

@@ -134,6 +134,9 @@ class Quantizer(HasRangeState, ABC):
         Args:
             x: The weight, or a 1-d sample of activations.
             minimum: Smallest value seen, where `x` is only a part of the data. Defaults to `x.min()`.
+
+        Raises:
+            ValueError: If `x` is empty, or has infinite or NaN values.
         """
         if x.numel() == 0 or not torch.isfinite(x).all():
             found = "an empty tensor" if x.numel() == 0 else "infinite or NaN values"

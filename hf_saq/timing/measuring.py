@@ -60,6 +60,7 @@ def benchmark(
         source: Directory of the saved model, in float or packed storage, or a repository on the Hub.
         batch_sizes: Images of a call.
         threads: Threads of a form.
+        rounds: How often each form is timed with every size of batch, in turns, >= 1.
         forms: Keys of `FORMS`; `None` for all. Those whose libraries are not installed are skipped, with the reason.
         images: Folder of pictures to measure with; `None` takes noise. Times do not depend on it, agreement does.
         image_size: Height and width in pixels, where neither the processor nor the model's configuration says; what

@@ -54,10 +54,10 @@ class SAQTrainer(
     The mean over a training with such steps is `train_perturbed_loss` in place of `train_loss`.
     Logs also carry `sharpness` (mean of perturbed minus clean loss since the last log, where both are of the same
     images), `ascent_norm` (mean norm of the gradients that perturbations were made from), `skipped_perturbations`
-    (count so far) and, with `trigger`, `perturbed_share` (of the steps since the last log). `measured_sharpness` means
-    the same under every schedule and in plain training, see `SAQConfig.log_sharpness`. The first line of a run that
-    calibrates also has `bit_operations` (for one image), `float_bit_operations` and `weight_bytes`, see
-    [`cost`].
+    (count so far), with `match_radius` `radius_factor` (mean factor of `rho`) and, with `trigger`, `perturbed_share`
+    (of the steps since the last log). `measured_sharpness` means the same under every schedule and in plain training,
+    see `SAQConfig.log_sharpness`. The first line of a run that calibrates also has `bit_operations` (for one image),
+    `float_bit_operations` and `weight_bytes`, see [`cost`].
 
     Args:
         model: A quantized model, or a float one together with `quantization_config`. Activation ranges that are still

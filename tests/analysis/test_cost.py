@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny_models import linear_net, vectors, vit
@@ -74,6 +76,20 @@ def test_parameters_and_bytes():
     # 3 bits a weight; biases, the float layer and the norm in 32; two scales for each of three layers
     assert found.weight_bytes == (96 + 192 + 40) * 3 // 8 + 4 * (8 + 72 + 16 + 5) + 4 * 6
     assert found.float_weight_bytes == 4 * found.parameters
+
+
+def test_it_becomes_json():
+    found = cost(quantize(Attention(), W4A3), image())
+    plain = found.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["layers"][0] == {"name": "patches", "macs": 16 * 96, "weight_bits": 4, "activation_bits": 3}
+    assert plain["bops"] == found.bops == sum(e["macs"] * 12 for e in plain["layers"]) + plain["other_macs"] * 1024
+    assert plain["float_bops"] == 1024 * plain["macs"] and plain["float_weight_bytes"] == 4 * plain["parameters"]
+
+
+def test_inputs_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="`batches` holds a str; expected a tensor"):
+        cost(quantize(Attention(), W4A3), "image.png")
 
 
 def test_channel_scales_are_stored_too():

@@ -47,6 +47,9 @@ def set_backend(name: Backend) -> Backend:
 
     Returns:
         The name of the backend before.
+
+    Raises:
+        ValueError: If there is no such backend.
     """
     global _backend
     if name not in get_args(Backend):

@@ -44,8 +44,8 @@ class ScheduledStep:
 
     In a single process `backward` needs neither `ddp` nor `no_sync`.
 
-    With `reuse="stale"`, `reuse="previous"` and `trigger` there is one `eps` for each optimizer step, made from all
-    its micro-batches: those of one process with `sync="local"`, those of all processes with `sync="global"`.
+    With `reuse` of "stale", "previous" and "echo", and with `trigger`, there is one `eps` for each optimizer step,
+    made of all its micro-batches: those of one process with `sync="local"`, of all processes with `sync="global"`.
 
     Args:
         minimizer: The parts of a step; nothing else may use it from now on.
