@@ -88,7 +88,7 @@ BAD_SAQ = [
     *(("eta", value, f"SAQConfig.eta={value!r}; expected a finite number >= 0.") for value in (-1, NAN, INF, None)),
     ("adaptive", "yes", "SAQConfig.adaptive='yes'; expected True or False."),
     *(
-        ("perturb", value, f"SAQConfig.perturb={value!r}; expected one or more of ['weight', 'bias', 'norm', 'scale'")
+        ("perturb", value, f"SAQConfig.perturb={value!r}; expected one or more of ['weight', 'scale', 'norm', 'bias'")
         for value in ([], ["weights"], ["weight", 1], [["weight"]], None, 3)
     ),
     *(
