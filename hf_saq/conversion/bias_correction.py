@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import QuantizedLayer
+from ..quantizers import in_double
 from .forms import refuse_uncalibrated
 from .observing import run_in_float, run_quantized
 from .observing.alike import add_over_processes
@@ -30,7 +31,7 @@ class _Shift:
     """
 
     def __init__(self, like: Tensor):
-        self.total = torch.zeros(len(like) + 1, dtype=torch.float64, device=like.device)  # the last one counts values
+        self.total = in_double(torch.zeros(len(like) + 1, device=like.device))  # the last one counts values
 
     def add(self, shift: Tensor, values: int) -> None:
         self.total[:-1] += shift * values
@@ -49,7 +50,9 @@ class _Call(NamedTuple):
 
 
 def _channel_means(layer: QuantizedLayer, output: Tensor) -> Tensor:
-    return output.movedim(layer.output_channel_axis, 0).flatten(1).mean(dim=1, dtype=torch.float64)
+    by_channel = output.movedim(layer.output_channel_axis, 0).flatten(1)
+    of_cpu = by_channel.cpu() if by_channel.device.type == "mps" else by_channel  # which has no float64
+    return of_cpu.mean(dim=1, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -108,7 +111,7 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         shift = in_float.mean - _channel_means(layer, output)
         shifts[in_float.holder].add(shift, output.numel() // len(shift))
         along_channels = [1] * -(layer.output_channel_axis + 1)
-        return output + shift.view(-1, *along_channels).to(output.dtype)
+        return output + shift.view(-1, *along_channels).to(output)
 
     for batch in batches:
         with _hooks([m.register_forward_hook(observe) for m in layers]):
@@ -127,9 +130,9 @@ def correct_biases(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         )
     for holder, mean in moved.items():
         if isinstance(holder, _BatchNorm):
-            holder.running_mean.sub_(mean)  # type: ignore[union-attr]
+            holder.running_mean.sub_(mean.to(holder.running_mean))  # type: ignore[union-attr]
         else:
-            holder.bias.add_(mean)  # type: ignore[union-attr,operator]
+            holder.bias.add_(mean.to(holder.bias))  # type: ignore[operator,arg-type]
     return model
 
 

@@ -48,13 +48,12 @@ class ActivationGrid:
                 f"{quantizer.path}: {scale.numel()} scales for activations; an integer graph holds one per tensor. "
                 "Quantize this layer with an activation quantizer of scale_shape=(1,), or leave its input in float."
             )
-        offset = offset.reshape(()).float().cpu() if quantizer.has_offset else None
         return cls(
             scale=scale.reshape(()).float().cpu(),
             zero_point=-quantizer.qmin,
             high=quantizer.qmax - quantizer.qmin,
             # Leave out an offset of zero, whose subtraction torch's exporter drops where the checks look for it.
-            offset=None if offset is not None and offset == 0 else offset,
+            offset=offset.reshape(()).float().cpu() if quantizer.has_offset and offset.any() else None,
         )
 
 

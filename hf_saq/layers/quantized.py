@@ -93,7 +93,7 @@ class QuantizedLayer(QuantizesInput, HoldsQuantizers, ABC):
         """As for any module; a weight of other values, as fusing a BatchNorm makes one, gets a scale of its own."""
         before = vars(self).get("_parameters", {}).get("weight") if name == "weight" else None
         if not self._is_loading and type(before) is type(param) is nn.Parameter:
-            self._check_new_weight(before, param)  # type: ignore[arg-type]
+            self._check_new_weight(before, param)
         super().register_parameter(name, param)
         quantizer = getattr(self, "weight_quantizer", None)
         if self._is_loading or not (type(before) is type(param) is nn.Parameter) or quantizer is None:
