@@ -43,6 +43,7 @@ class ExportedClassifier(nn.Module):
         super().__init__()
         check_engine(engine)
         self.config, self.engine = config, engine
+        self._arguments = content, config, engine, threads, exact
         self._run = RUNNERS[engine](content, threads, exact)
         self.eval()
 
@@ -106,6 +107,10 @@ class ExportedClassifier(nn.Module):
         output = ImageClassifierOutput(loss=loss, logits=scores)
         has_names = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if has_names else output.to_tuple()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the graph, from which a session of the engine is made anew: it cannot leave its process."""
+        return type(self), self._arguments
 
     @property
     def device(self) -> torch.device:

@@ -14,8 +14,8 @@ from ..conversion.shared_inputs import image_size as size_of_images
 from .extras import in_one_line
 
 RGB = 3
-SIDES = (64, 96)
-"""Sides in pixels of the pictures that an image processor is tried on."""
+SQUARE, OBLONG = ((64, 64), (96, 96)), ((64, 96),)
+"""Height and width in pixels of the pictures that an image processor is tried on."""
 
 
 def example_inputs(
@@ -73,7 +73,8 @@ def _prepared_by(processor: Any, channels: int) -> tuple[int, int] | None:
         return None
     # Run it, since its fields say it in many ways: height and width, the shortest edge, a crop of either.
     try:
-        made = _sizes(processor, channels)
+        made = _sizes(processor, channels, SQUARE)
+        others = _sizes(processor, channels, OBLONG) - made
     except Exception as error:  # a processor raises whatever its library does
         warnings.warn(
             f"the image processor does not prepare a picture of {channels} channels, as the model takes: "
@@ -81,16 +82,26 @@ def _prepared_by(processor: Any, channels: int) -> tuple[int, int] | None:
             stacklevel=4,
         )
         try:
-            made = _sizes(processor, RGB)  # its size at least
+            made, others = _sizes(processor, RGB, SQUARE), set()  # its size at least
         except Exception:
             return None
-    return made.pop() if len(made) == 1 else None
+    if len(made) != 1:
+        return None
+    size = made.pop()
+    if others:
+        warnings.warn(
+            f"the image processor makes {_in_words(size)} of a square picture and {_in_words(others.pop())} of an "
+            "oblong one. What is exported takes one size, and a pipeline will fail on pictures of another shape. Let "
+            "the processor crop (do_center_crop) or resize to a height and a width, as in training.",
+            stacklevel=4,
+        )
+    return size
 
 
-def _sizes(processor: Any, channels: int) -> set[tuple[int, int]]:
+def _sizes(processor: Any, channels: int, shapes: tuple[tuple[int, int], ...]) -> set[tuple[int, int]]:
     found = set()
-    for side in SIDES:
-        picture = np.zeros((side, side, channels), np.uint8)
+    for shape in shapes:
+        picture = np.zeros((*shape, channels), np.uint8)
         height, width = processor(picture, return_tensors="pt")["pixel_values"].shape[-2:]
         found.add((height, width))
     return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -52,6 +54,15 @@ def test_threads_that_share_a_model_get_the_answers_to_their_own_images(exported
     with ThreadPoolExecutor(len(batches)) as pool:
         found = list(pool.map(lambda i: model(batches[i % len(batches)]).logits, range(400)))
     assert all(torch.equal(logits, expected[i % len(batches)]) for i, logits in enumerate(found))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_copies_for_other_processes_predict_the_same(exported, engine: str):
+    """A session cannot be pickled, the graph can: for workers that are spawned."""
+    own = ExportedClassifier.from_pretrained(exported[1], engine=engine, threads=1)
+    for other in (pickle.loads(pickle.dumps(own)), copy.deepcopy(own)):
+        assert torch.equal(other(images()).logits, own(images()).logits)
+        assert other.config.id2label == own.config.id2label and not other.training
 
 
 def test_biases_of_convolutions_stay_in_float_where_rounding_them_counts(tmp_path):

@@ -84,3 +84,12 @@ def test_a_processor_for_other_channels_is_warned_of():
     with pytest.warns(UserWarning, match="does not prepare a picture of 1 channels, as the model takes: "):
         found = example_inputs(model, None, 8, ViTImageProcessor(size={"height": 8, "width": 8}))
     assert found.shape == (2, 1, 8, 8) and np.isfinite(found.numpy()).all()
+
+
+def test_a_processor_that_keeps_the_shape_of_pictures_is_warned_of():
+    keeps = BitImageProcessor(size={"shortest_edge": 24}, do_center_crop=False)
+    assert keeps(Image.new("RGB", (96, 64)), return_tensors="pt")["pixel_values"].shape[-2:] == (24, 36)
+    with pytest.warns(
+        UserWarning, match="makes 24 x 24 pixels of a square picture and 24 x 36 pixels of an oblong one"
+    ):
+        assert example_inputs(resnet(), None, None, keeps).shape == (2, 3, 24, 24)
