@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         copy_with,
         dequantize,
         dequantize_in_place,
-        float_parameters,
         forget_export,
         is_packed,
         pack,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
         unpack,
     )
     from .planning import configuration_of
-    from .report import ConversionReport, LayerPlan, note_signs
+    from .report import ConversionReport, LayerPlan, float_parameters, note_signs
     from .swapping import (
         as_decided,
         convert,
@@ -57,7 +56,6 @@ __getattr__, __dir__ = lazy_exports(
             "copy_with",
             "dequantize",
             "dequantize_in_place",
-            "float_parameters",
             "forget_export",
             "is_packed",
             "pack",
@@ -65,7 +63,7 @@ __getattr__, __dir__ = lazy_exports(
             "unpack",
         ),
         "planning": ("configuration_of",),
-        "report": ("ConversionReport", "LayerPlan", "note_signs"),
+        "report": ("ConversionReport", "LayerPlan", "float_parameters", "note_signs"),
         "swapping": (
             "as_decided",
             "convert",

@@ -249,14 +249,6 @@ def _tie(model: nn.Module, target: str, source: str) -> None:
     setattr(model.get_submodule(parent), name, first)
 
 
-def float_parameters(model: nn.Module) -> int:
-    """Count the parameters of the float model behind `model`: packed weights among them, values of quantizers not."""
-    own = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
-    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
-    count = sum(torch.Size(layer.weight_shape).numel() for layer in packed)
-    return count + sum(parameter.numel() for parameter in model.parameters() if parameter not in own)
-
-
 def check_has_values(model: nn.Module) -> None:
     """Raise `ValueError` if a parameter is on the meta device, or if values are no part of the model any more."""
     refuse_orphaned_inputs(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..layers import PackedLayer, QuantAttentionProducts, QuantizedLayer
@@ -87,3 +88,11 @@ def _sign(quantizer: Quantizer | None) -> str:
         return "affine"
     signed = quantizer.signed if quantizer.initialized else quantizer.settings.signed
     return {None: "auto", True: "signed", False: "unsigned"}[signed]
+
+
+def float_parameters(model: nn.Module) -> int:
+    """Count the parameters of the float model behind `model`: packed weights among them, values of quantizers not."""
+    own = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    count = sum(torch.Size(layer.weight_shape).numel() for layer in packed)
+    return count + sum(parameter.numel() for parameter in model.parameters() if parameter not in own)

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..config import SAQQuantizationConfig
-from ..conversion.forms import convert_to_packed, float_parameters
-from ..conversion.report import ConversionReport, LayerPlan
+from ..conversion.forms import convert_to_packed
+from ..conversion.report import ConversionReport, LayerPlan, float_parameters
 from ..conversion.swapping import convert
 from ..layers import PackedLayer, QuantizedLayer
 from .inspection_report import StoredLayer, StoredModel

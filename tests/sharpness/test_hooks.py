@@ -116,7 +116,7 @@ def test_a_backward_after_the_block_of_its_forward_is_refused(context):
 def test_kinds_and_ways_that_do_not_exist_are_refused():
     """A typo selected less than was meant, without a word."""
     net = quantized(linear_net)
-    for perturb in (("weights", "bias"), "weight"):
+    for perturb in (("weights", "bias"), "weights"):
         with pytest.raises(ValueError, match=r"perturb=.*; expected a list of some of \['weight'"):
             SharpnessAwareMinimizer(net, rho=0.1, perturb=perturb)
     with pytest.raises(ValueError, match="sync='Global'; expected"):
