@@ -43,7 +43,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def quantized(model: nn.Module, x: Tensor, **options: bool) -> nn.Module:
+def quantized(model: nn.Module, x: Tensor, **options: Any) -> nn.Module:
     was_layer = isinstance(model, (nn.Linear, nn.Conv2d))
     config = SAQQuantizationConfig(weight_bits=BITS, activation_bits=BITS, first_last_bits=None, **options)
     model = quantize(nn.Sequential(copy.deepcopy(model)) if was_layer else copy.deepcopy(model), config)
