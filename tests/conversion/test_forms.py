@@ -11,7 +11,8 @@ from quantized_models import assert_same_codes, codes, quantized, storages
 from tiny_models import TRANSFORMERS_MODELS, conv_net, images, jitter, linear_net, vectors, vit
 
 from hf_saq import SAQQuantizationConfig, calibrate, pack, quantize
-from hf_saq.conversion.forms import convert_to_packed, float_parameters, is_packed
+from hf_saq.conversion import float_parameters
+from hf_saq.conversion.forms import convert_to_packed, is_packed
 from hf_saq.layers import PackedLayer
 from hf_saq.layers.packing import packed_size
 from hf_saq.quantizers import QUANTIZERS
