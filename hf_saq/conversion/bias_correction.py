@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import QuantizedLayer
-from ..quantizers import in_double
+from ..quantizers import in_double, where_double_is
 from .forms import refuse_uncalibrated
 from .observing import run_in_float, run_quantized
 from .observing.alike import add_over_processes
@@ -51,8 +51,7 @@ class _Call(NamedTuple):
 
 def _channel_means(layer: QuantizedLayer, output: Tensor) -> Tensor:
     by_channel = output.movedim(layer.output_channel_axis, 0).flatten(1)
-    of_cpu = by_channel.cpu() if by_channel.device.type == "mps" else by_channel  # which has no float64
-    return of_cpu.mean(dim=1, dtype=torch.float64)
+    return where_double_is(by_channel).mean(dim=1, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from .methods import (
     PACTQuantizer,
     lsq_fake_quantize,
 )
-from .precision import in_double
+from .precision import in_double, where_double_is
 from .registry import QUANTIZERS, check_activation_mode, quantizer_class
 from .scale_search import mse_range, mse_scale
 from .settings import MAX_BITS, MIN_BITS, QuantizerSettings, check_bits
@@ -53,4 +53,5 @@ __all__ = [
     "round_straight_through",
     "set_backend",
     "shared_dimensions",
+    "where_double_is",
 ]

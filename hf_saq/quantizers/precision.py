@@ -28,6 +28,11 @@ def without_narrowing(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
     return convert_keeping_values
 
 
+def where_double_is(t: Tensor) -> Tensor:
+    """Return `t` on its device, or on the CPU where that has no double precision (Apple's `mps`)."""
+    return t.cpu() if t.device.type == "mps" else t
+
+
 def in_double(t: Tensor) -> Tensor:
-    """Convert to float64, on the CPU where the device of `t` has no such numbers (Apple's `mps`)."""
-    return (t.cpu() if t.device.type == "mps" else t).double()
+    """Convert to float64, on the CPU where the device of `t` has no such numbers."""
+    return where_double_is(t).double()

@@ -16,9 +16,10 @@ from hf_saq.quantizers import in_double
 ROOMS = ("quantizers", "layers", "sharpness", "conversion", "analysis", "training")
 """Those that compute on the device of a model; exports and timing do on the CPU."""
 DOUBLES = re.compile(r"\.double\(\)|float64")
-ON_CPU = re.compile(r"\.cpu\(\)\.double\(\)|device=\"cpu\"|\"device\": \"cpu\"|in float64|to float64|\"mps\"")
+ON_CPU = re.compile(
+    r"\.cpu\(\)\.double\(\)|device=\"cpu\"|\"device\": \"cpu\"|in float64|to float64|\"mps\"|where_double_is"
+)
 KNOWN = {
-    "conversion/bias_correction.py": "sums of activations",
     "conversion/observing/alike.py": "what processes send each other, which `mps` has not",
     "sharpness/rounding.py": "sums that have been moved to the CPU",
 }
