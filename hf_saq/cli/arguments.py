@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..export import ENGINES
 from ..version import __version__
 from .completion import SHELLS, PrintCompletion
 from .data_arguments import add_data_arguments
@@ -50,8 +51,15 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--no-check", dest="check", action="store_false", help="write without verifying")
     command.add_argument("--overwrite", action="store_true", help="replace an export that is there")
 
-    command = commands.add_parser("eval", help="accuracy and loss of a saved model, float or quantized, on images")
+    command = commands.add_parser(
+        "eval", help="accuracy and loss of a saved model, float, quantized or exported, on images"
+    )
     command.add_argument("source", metavar="DIR_OR_REPO")
+    command.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="run the exported graph on it, also one that lies beside the weights; default: onnxruntime for an export",
+    )
     command.add_argument("--json", action="store_true", help="machine-readable")
     add_data_arguments(command, most=None)
 

@@ -7,14 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..analysis.results import plain
 from ..export import export_onnx
-from ..export.layout import refuse_export
 from ..hub.card import write_card
 from ..progress import bars_of_ours_alone
 from ..storage import load_saved
@@ -39,7 +37,6 @@ def _dequantize(args: argparse.Namespace) -> str:
 
 
 def _export(args: argparse.Namespace) -> str:
-    refuse_export(Path(args.source), "export")
     model, processor = load_saved(args.source)
     report = export_onnx(
         model,

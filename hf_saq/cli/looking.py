@@ -27,16 +27,24 @@ from ..tables import text_table
 from ..version import __version__
 from .arguments import PARTS
 from .checking import check_analysis, check_picture
-from .saved_images import Images, differences_of_processors, load_images, load_model, loss_of, scores_of
+from .saved_images import (
+    Images,
+    differences_of_processors,
+    load_images,
+    load_model,
+    load_model_or_graph,
+    loss_of,
+    scores_of,
+)
 
 CALIBRATION_BATCHES = 4
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    """Return loss and accuracy of a saved model; they are NaN, `null` in JSON, if any of its scores is."""
+    """Return loss and accuracy of a saved model or an export; they are NaN, `null` in JSON, if any score is."""
     from ..data import top_k
 
-    model, processor = load_model(args.source, args)
+    model, processor = load_model_or_graph(args.source, args)
     images = load_images(model, processor, args)
     begin, each = time.perf_counter(), []
     with torch.inference_mode():

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..conversion import unpack
 from ..conversion.forms import is_packed
+from ..export import ENGINES, ExportedClassifier
 from ..installing import how_to_install
 from ..outputs import logits_of
 from ..progress import with_progress
-from ..storage.saved_directory import load_any_saved
+from ..storage.saved_directory import is_export, load_any_saved, local_directory, saved_processor
 
 NEEDED = ("datasets", "torchvision", "PIL")
 """Modules that reading images takes, and below the one that the handwritten digits come from."""
@@ -47,19 +48,46 @@ def load_model(source: str, args: argparse.Namespace, trainable: bool = False) -
         ValueError: If it is no saved model, has no image processor, or the device is unknown.
     """
     model, processor = load_any_saved(source)
-    if processor is None:
-        raise ValueError(
-            f"{source} has no image processor (preprocessor_config.json), which says how its images are made. Save "
-            "the one of the base model into it: AutoImageProcessor.from_pretrained(...).save_pretrained(...)."
-        )
     if trainable:
         # Take the method of torch: transformers refuses its own for quantized models. In bfloat16, which has three
         # digits, small perturbations of weights and the rises of the loss that they cause would be rounded away.
         model = nn.Module.float(unpack(model) if is_packed(model) else model)
     try:
-        return model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+        model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device!r}: {error}") from error
+    return model, _expected(processor, source)
+
+
+def load_model_or_graph(source: str, args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Load what [`load_model`] does, or an exported graph: if there is nothing else, or if `--engine` names one.
+
+    Raises:
+        ValueError: As [`load_model`], or if an engine is named and there is no graph, if no configuration tells the
+            classes of the graph, or if another device than the CPU is asked for.
+        ImportError: If the engine is not installed; says which extra installs it.
+    """
+    directory = local_directory(source)
+    if args.engine is None and not is_export(directory):
+        return load_model(source, args)
+    if args.device not in (None, "cpu"):
+        raise ValueError(f"--device {args.device}: exported graphs run on the CPU; expected cpu, or no --device.")
+    model = ExportedClassifier.from_pretrained(source, args.engine or ENGINES[0])
+    if model.config is None:
+        raise ValueError(
+            f"{source}: config.json tells nothing but how the model was exported; expected `id2label`, which says "
+            "what its classes are, as in exports of models of transformers."
+        )
+    return model, _expected(saved_processor(directory), source)
+
+
+def _expected(processor: Any, source: str) -> Any:
+    if processor is None:
+        raise ValueError(
+            f"{source} has no image processor (preprocessor_config.json), which says how its images are made. Save "
+            "the one of the base model into it: AutoImageProcessor.from_pretrained(...).save_pretrained(...)."
+        )
+    return processor
 
 
 def scores_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -16,9 +16,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from ..installing import how_to_install
+from ..storage.saved_directory import local_directory
 from .engines import RUNNERS
 from .extras import check_engine
-from .layout import CONFIG_FILE, EXPORT_VERSION, RECORD
+from .layout import CONFIG_FILE, EXPORT_VERSION, EXPORTED_FILES, RECORD
 
 
 class ExportedClassifier(nn.Module):
@@ -49,25 +50,33 @@ class ExportedClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, engine: str = "onnxruntime", threads: int | None = None, exact: bool | None = None
+        cls,
+        source: str | Path,
+        engine: str = "onnxruntime",
+        threads: int | None = None,
+        exact: bool | None = None,
+        revision: str | None = None,
     ) -> ExportedClassifier:
         """Load what `export_onnx` wrote.
 
         Args:
+            source: Its directory, or a repository on the Hub, of which nothing but the export is downloaded.
             engine: `"onnxruntime"` or `"openvino"`.
             threads: Threads of the engine; `None` leaves it to the engine.
             exact: Whether ONNX Runtime keeps biases of convolutions in float. It rounds them, which where activations
                 have few bits flips the class of some images, for better and for worse; without that it runs these
                 convolutions in float, which takes longer. `None`: as the checks of the export found it to be needed.
                 OpenVINO never rounds them.
+            revision: Branch, tag or commit of the repository.
 
         Raises:
-            ValueError: If there is no such engine, if `directory` is no export, or if its graph is not the one that
+            ValueError: If there is no such engine, if `source` is no export, or if its graph is not the one that
                 was written.
+            OSError: If the Hub refuses or cannot be reached.
             ImportError: If the engine is not installed; says which extra installs it.
         """
         check_engine(engine)
-        directory = Path(directory)
+        directory = local_directory(str(source), revision, EXPORTED_FILES)
         content, record = _graph_of(directory)
         exact = bool(record.get("exact", False)) if exact is None else exact
         has_model_type = "model_type" in json.loads((directory / CONFIG_FILE).read_text())

@@ -13,12 +13,14 @@ from ..config import EXPORT_RECORD as RECORD
 from ..storage import staged
 from ..storage.saved_directory import PROCESSOR_FILES, TIMM
 from ..storage.stored_tensors import tensor_with_other_values
-from ..storage.weight_files import is_model_file, weight_file_bytes
+from ..storage.weight_files import is_model_file
 from .report import ExportReport
 
 MODEL_FILE = "onnx/model_quantized.onnx"
 """Where transformers.js and optimum look for a quantized graph."""
 CONFIG_FILE = "config.json"
+EXPORTED_FILES = (CONFIG_FILE, MODEL_FILE, *PROCESSOR_FILES)
+"""What running an export needs of a repository."""
 EXPORT_VERSION = 1
 NOT_OF_THE_MODEL = (
     *(RECORD, "storage", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"),
@@ -84,17 +86,6 @@ def _differences(fields: dict[str, Any], config: Any) -> list[str]:
 
 def _holds_weights(directory: Path) -> bool:
     return directory.is_dir() and any(is_model_file(path.name) for path in directory.iterdir())
-
-
-def refuse_export(directory: Path, what: str) -> None:
-    """Raise `ValueError` if `directory` holds a graph alone.
-
-    Args:
-        what: What is wanted of the saved model, as in "export".
-    """
-    # A saved model may have its exported graph beside it, and then says so too; an export alone has no weights.
-    if RECORD in _fields_of(directory) and weight_file_bytes(directory) is None:
-        raise ValueError(f"{directory} is an export; {what} the saved model that it was made from.")
 
 
 def write_export(directory: Path, content: bytes, report: ExportReport, config: Any, processor: Any) -> None:

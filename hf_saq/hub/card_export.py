@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from ..export.layout import CONFIG_FILE, MODEL_FILE
 from ..export.report import ExportReport
 from ..export.targets import TARGETS
 from ..installing import how_to_install
 from ..tables import kibibytes
-
-PATTERNS = [CONFIG_FILE, "preprocessor_config.json", MODEL_FILE]
-"""What running an export needs of a repository."""
 
 
 def integer_inference(
@@ -40,19 +36,14 @@ def integer_inference(
 
 
 def _python(load_from: str, revision: str | None) -> str:
-    lines = [f"# {how_to_install('onnx')}"]
-    if is_repository(load_from):
-        lines.append("from huggingface_hub import snapshot_download")
-    lines += ["from transformers import AutoImageProcessor, pipeline"]
-    lines += ["from hf_saq.export import ExportedClassifier", ""]
-    if is_repository(load_from):
-        of_branch = f', revision="{revision}"' if revision is not None else ""
-        lines.append(f'directory = snapshot_download("{load_from}"{of_branch}, allow_patterns={PATTERNS})')
-    else:
-        lines.append(f'directory = "{load_from}"')
-    lines += [
-        'model = ExportedClassifier.from_pretrained(directory, engine="onnxruntime")  # or "openvino"',
-        "processor = AutoImageProcessor.from_pretrained(directory)",
+    of_branch = f', revision="{revision}"' if revision is not None and is_repository(load_from) else ""
+    lines = [
+        f"# {how_to_install('onnx')}",
+        "from transformers import AutoImageProcessor, pipeline",
+        "from hf_saq.export import ExportedClassifier",
+        "",
+        f'model = ExportedClassifier.from_pretrained("{load_from}", engine="onnxruntime"{of_branch})  # or "openvino"',
+        f'processor = AutoImageProcessor.from_pretrained("{load_from}"{of_branch})',
         'classify = pipeline("image-classification", model=model, image_processor=processor)',
         'print(classify("image.png"))',
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..config import QUANT_METHOD, SAQQuantizationConfig
-from .weight_files import MODEL_FILES
+from ..config import EXPORT_RECORD, QUANT_METHOD, SAQQuantizationConfig
+from .weight_files import MODEL_FILES, weight_file_bytes
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files of an image processor; which of them it has depends on its age."""
@@ -47,8 +47,8 @@ NEEDED_FILES = ("config.json", *MODEL_FILES, *BESIDE)
 """Files that are downloaded from a repository: the model at its top level, no checkpoints in its folders."""
 
 
-def local_directory(source: str, revision: str | None = None) -> Path:
-    """Return the directory `source`, or the one to which the files of a repository of that name were downloaded.
+def local_directory(source: str, revision: str | None = None, files: Sequence[str] = NEEDED_FILES) -> Path:
+    """Return the directory `source`, or the one to which `files` of a repository of that name were downloaded.
 
     Raises:
         ValueError: If it is neither.
@@ -59,7 +59,7 @@ def local_directory(source: str, revision: str | None = None) -> Path:
     if Path(source).exists():
         raise ValueError(f"{source} is a file; expected the directory of a saved model or a repository on the Hub.")
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(NEEDED_FILES)))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except HFValidationError:
         raise ValueError(
             f"{source}: no such directory, and no name that a repository on the Hub could have; expected the "
@@ -78,6 +78,7 @@ def stored_config(directory: Path) -> PreTrainedConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json; {_models_below(directory)}")
+    _refuse_export(directory)
     fields = read_json_object(path)
     found = fields.get("quantization_config") or {}
     method = found.get("quant_method") if isinstance(found, dict) else None
@@ -91,6 +92,23 @@ def stored_config(directory: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(directory)
         config.quantization_config = SAQQuantizationConfig.from_dict(found)  # raises ValueError, which says enough
     return config
+
+
+def is_export(directory: Path) -> bool:
+    """Tell whether a directory holds an exported graph alone.
+
+    A saved model may have its graph beside it, and its configuration then says so too; an export has no weights.
+    """
+    path = directory / "config.json"
+    return path.is_file() and EXPORT_RECORD in read_json_object(path) and weight_file_bytes(directory) is None
+
+
+def _refuse_export(directory: Path) -> None:
+    if is_export(directory):
+        raise ValueError(
+            f"{directory} is an export, a graph without the weights of a model; expected the saved model that it was "
+            "made from. What runs graphs is `hf-saq eval` and hf_saq.export.ExportedClassifier."
+        )
 
 
 def _models_below(directory: Path) -> str:
@@ -151,7 +169,7 @@ def load_saved(source: str) -> tuple[Any, Any]:
     """
     directory = local_directory(source)
     model = model_class(stored_config(directory)).from_pretrained(directory)
-    return model.eval(), AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
+    return model.eval(), saved_processor(directory)
 
 
 def load_any_saved(source: str) -> tuple[Any, Any]:
@@ -160,11 +178,17 @@ def load_any_saved(source: str) -> tuple[Any, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json; {_models_below(directory)}")
+    _refuse_export(directory)
     if read_json_object(path).get("quantization_config"):
         return load_saved(str(directory))
     with damage_named(path, "is not read as the configuration of a model"):
         model = load_float(directory)
-    return model, AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
+    return model, saved_processor(directory)
+
+
+def saved_processor(directory: Path) -> Any:
+    """Load the image processor of a saved model or an export; `None` if it has none."""
+    return AutoImageProcessor.from_pretrained(directory) if has_processor(directory) else None
 
 
 def load_float(directory: Path) -> Any:

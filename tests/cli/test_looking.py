@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from hf_saq.analysis import sharpness
 from hf_saq.cli import main
 from hf_saq.cli.saved_images import numbers_of_classes
+from hf_saq.export import export_onnx
 from hf_saq.storage.saved_directory import load_any_saved, load_saved
 
 SIZE = 16
@@ -47,6 +49,57 @@ def test_eval_is_the_accuracy_of_the_model(form, saved, images, capsys):
     assert found["top1"] == pytest.approx((outputs.logits.argmax(1) == batch["labels"]).double().mean().item())
     assert found["loss"] == pytest.approx(outputs.loss.item(), rel=1e-4)
     assert "12 images of" in run(capsys, "eval", saved / form, *on(images))[1]
+
+
+@pytest.fixture(scope="module")
+def exported(saved, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("graph") / "exported"
+    model, processor = load_saved(str(saved / "packed"))
+    export_onnx(model, directory, processor=processor)
+    return directory
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_eval_of_an_exported_graph_is_the_accuracy_of_its_model(engine, saved, exported, images, capsys):
+    model, batch = load_any_saved(str(saved / "packed"))[0], batch_of(images)
+    with torch.no_grad():
+        outputs = model(**batch)
+    status, out, err = run(capsys, "eval", exported, *on(images), "--engine", engine, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["top1"] == pytest.approx((outputs.logits.argmax(1) == batch["labels"]).double().mean().item())
+    assert found["loss"] == pytest.approx(outputs.loss.item(), rel=1e-2)  # integers: as far as the checks allow
+
+
+def test_an_export_runs_where_a_model_is_expected_only_in_eval(saved, exported, images, capsys, tmp_path):
+    assert run(capsys, "eval", exported, *on(images))[0] == 0  # its engine needs no naming
+    for command in (
+        ("inspect", exported),
+        ("pack", exported, tmp_path / "packed"),
+        ("dequantize", exported, tmp_path / "float"),
+        ("compare", saved / "packed", exported, *on(images)),
+        ("analyze", exported, *on(images)),
+        ("card", exported),
+    ):
+        status, _, err = run(capsys, *command)
+        assert status == 1 and f"{exported} is an export, a graph without the weights" in err, command
+
+
+def test_mistakes_about_graphs(saved, exported, images, capsys, tmp_path):
+    status, _, err = run(capsys, "eval", saved / "packed", *on(images), "--engine", "onnxruntime")
+    assert status == 1 and "config.json has no 'hf_saq_export'" in err
+    status, _, err = run(capsys, "eval", exported, "--data", images, "--device", "cuda")
+    assert status == 1 and "--device cuda: exported graphs run on the CPU" in err
+    for name, said in (("preprocessor_config.json", "has no image processor"), ("config.json", "expected `id2label`")):
+        copy = tmp_path / name
+        shutil.copytree(exported, copy)
+        fields = json.loads((copy / "config.json").read_text())
+        if name == "config.json":
+            (copy / name).write_text(json.dumps({"hf_saq_export": fields["hf_saq_export"]}))
+        else:
+            (copy / name).unlink()
+        status, _, err = run(capsys, "eval", copy, *on(images))
+        assert status == 1 and said in err, err
 
 
 def test_compare(saved, images, capsys, tmp_path):

@@ -74,20 +74,18 @@ def test_the_card_describes_it(run):
     for name, found in report.checks.items():
         assert f"- {name}: {found}\n" in section + "\n"
     assert "layers run in integers" in section
-    assert (
-        'directory = "model"' in section
-        and 'ExportedClassifier.from_pretrained(directory, engine="onnxruntime")' in section
-    )
+    assert 'ExportedClassifier.from_pretrained("model", engine="onnxruntime")' in section
     assert 'pipeline("image-classification", "model", { dtype: "q8" })' in section
 
 
-def test_the_card_of_a_repository_downloads_what_is_needed():
+def test_the_card_of_a_repository_loads_from_its_branch():
     from hf_saq.export.report import ExportReport
 
     report = ExportReport(GRAPH, 2048, "int8", "gpu", (), {"integers": "3 of 4"})
     about = dict(name="m", architecture="X", config=None, load_from="me/m", revision="v2", export=report)
     text = str(model_card(CardFacts(**about, has_processor=True)))
-    assert 'snapshot_download("me/m", revision="v2", allow_patterns=[' in text
+    assert 'ExportedClassifier.from_pretrained("me/m", engine="onnxruntime", revision="v2")' in text
+    assert 'AutoImageProcessor.from_pretrained("me/m", revision="v2")' in text
     assert '"me/m", { dtype: "q8", revision: "v2" }' in text and "GPUs and other accelerators, which" in text
     assert "```js" not in str(model_card(CardFacts(**about)))  # without a processor there is no pipeline
 

@@ -173,7 +173,7 @@ def test_pictures_need_a_processor_and_are_prepared_by_it(saved, tmp_path):
 def test_an_export_is_no_saved_model(tmp_path, capsys):
     export_onnx(quantized(vit, activation_bits=8), tmp_path, check=False)
     assert main(["benchmark", str(tmp_path)]) == 1
-    assert "is an export; benchmark the saved model that it was made from" in capsys.readouterr().err
+    assert "is an export, a graph without the weights of a model; expected the saved model" in capsys.readouterr().err
 
 
 def test_a_model_with_its_export_beside_it_is_a_saved_model(saved, tmp_path):
