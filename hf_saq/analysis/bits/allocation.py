@@ -140,7 +140,7 @@ def allocate_bits(
 
     groups = [[layers.index(name) for name in group if name in free] for group in merged(together)]
     groups = [] if unit == "bytes" else [group for group in groups if len(group) > 1]
-    options = options_with(lambda name, kind, bits: _check_found(found, name, kind, bits))  # costs alone
+    options = options_with(lambda name, kind, bits: _zero_if_found(found, name, kind, bits))  # costs alone
     most = read_budget(budget, sum(before), options)
     if solve(options, most, groups) is None:  # before anything is measured, which takes long
         least = sum(min(option.cost for option in layer) for layer in options)
@@ -191,8 +191,8 @@ def _check_alike(groups: Sequence[Sequence[str]], model: nn.Module) -> None:
             )
 
 
-def _check_found(found: Sensitivity | None, name: str, kind: Any, bits: int) -> float:
-    """Raise `ValueError` if a sensitivity that was given lacks an operand and number of bits; 0 otherwise."""
+def _zero_if_found(found: Sensitivity | None, name: str, kind: Any, bits: int) -> float:
+    """Stand for a rise where costs alone are asked for; raise `ValueError` if a given sensitivity lacks the entry."""
     try:
         if found is not None:
             found.entry(name, kind, bits)
