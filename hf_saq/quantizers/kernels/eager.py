@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,5 +47,6 @@ def _place(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 @functools.lru_cache(maxsize=128)
 def just_outside(grid: Grid, dtype: torch.dtype) -> tuple[float, float]:
     """Find the numbers next to `qmin` and `qmax` on the far side: `hardtanh_backward` counts its bounds as outside."""
-    low, high, infinity = torch.tensor([grid.qmin, grid.qmax, torch.inf], dtype=dtype, device="cpu")
-    return torch.nextafter(low, -infinity).item(), torch.nextafter(high, infinity).item()
+    kind = np.float64 if dtype == torch.float64 else np.float32  # not by torch: fake tensors have no number to read
+    low, high = np.nextafter(kind(grid.qmin), kind(-np.inf)), np.nextafter(kind(grid.qmax), kind(np.inf))
+    return float(low), float(high)

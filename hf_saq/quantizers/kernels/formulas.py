@@ -10,7 +10,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 class Grid(NamedTuple):
@@ -58,6 +59,9 @@ def bounds(grid: Grid, x: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         low, high = (torch.full((), q, dtype=dtype, device=x.device) for q in (grid.qmin, grid.qmax))
         return low, high
+    if type(x) not in (Tensor, nn.Parameter) or _get_current_dispatch_mode() is not None:
+        # Keep none that are made among fake tensors: they would be handed out to real ones.
+        return x.new_full((), grid.qmin, dtype=dtype), x.new_full((), grid.qmax, dtype=dtype)
     return _bound_tensors(grid.qmin, grid.qmax, dtype, x.device)
 
 
