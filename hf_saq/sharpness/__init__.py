@@ -11,7 +11,7 @@ Must not know: transformers, configurations, files, what a layer computes.
 
 from .default_radius import default_rho
 from .displacement import Displacement
-from .frozen_batch_norm import frozen_norm_statistics, running_statistics
+from .frozen_batch_norm import frozen_norm_statistics
 from .minimizer import SharpnessAwareMinimizer
 from .parameter_gradients import set_aside
 from .perturbed_tensors import PerturbedTensors, QuantizedWeight, kinds_of_parameters, quantized_weights
@@ -29,6 +29,5 @@ __all__ = [
     "frozen_norm_statistics",
     "kinds_of_parameters",
     "quantized_weights",
-    "running_statistics",
     "set_aside",
 ]

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from .buffer_state import BufferState, has_running_statistics
 
 
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """List the buffers that a training forward updates: all buffers of modules with a `running_*` one (BatchNorm)."""
-    return [
-        buffer
-        for module in model.modules()
-        if has_running_statistics(module)
-        for buffer in module._buffers.values()
-        if buffer is not None
-    ]
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, Tensor | None]]:
+    """List module, name and tensor of the buffers that a training forward updates: beside a `running_*` one."""
+    modules = [module for module in model.modules() if has_running_statistics(module)]
+    return [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
 
 
 @contextmanager
@@ -33,8 +28,8 @@ def frozen_norm_statistics(model: nn.Module, begins_with: BufferState | None = N
     Args:
         begins_with: If given, the block finds these other buffers as they were then.
     """
-    buffers, others = running_statistics(model), BufferState(model)
-    saved = [buffer.clone() for buffer in buffers]
+    places, others = _places(model), BufferState(model)
+    saved = [None if buffer is None else buffer.clone() for _, _, buffer in places]
     if begins_with is not None:
         begins_with.restore()
     try:
@@ -42,5 +37,8 @@ def frozen_norm_statistics(model: nn.Module, begins_with: BufferState | None = N
     finally:
         others.restore()
         with torch.no_grad():
-            for buffer, value in zip(buffers, saved, strict=True):
-                buffer.copy_(value)
+            for (module, name, buffer), value in zip(places, saved, strict=True):
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
+                if module._buffers.get(name) is not buffer:  # a norm may put another tensor there instead
+                    module._buffers[name] = buffer

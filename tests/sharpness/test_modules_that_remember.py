@@ -172,3 +172,43 @@ def test_a_momentum_encoder_takes_one_step():
     two_passes(still, SharpnessAwareMinimizer(still, rho=0.0), data)
     for p, q in zip(still.online.parameters(), plain.online.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+class NormOfItsOwn(nn.Module):
+    """Follows the mean of its inputs as a norm does, in a new tensor each time; `running_scale` comes with use."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            mean = x.detach().mean(dim=0)
+            self.running_mean = 0.9 * self.running_mean + 0.1 * mean
+            if self.running_scale is None:
+                self.running_scale = mean.abs() + 1
+        return x / (1 if self.running_scale is None else self.running_scale)
+
+
+@pytest.mark.parametrize("knobs", [dict(), dict(ascent_fraction=0.5), dict(reuse="echo", interval=2)], ids=str)
+def test_running_statistics_that_are_put_in_place_anew_follow_one_pass_of_a_step(knobs):
+    layers = list(copy.deepcopy(quantized_once(linear_net)))
+    net = nn.Sequential(*layers[:3], NormOfItsOwn(16), *layers[3:]).train()
+    plain = copy.deepcopy(net)
+    step = ScheduledStep(SharpnessAwareMinimizer(net, rho=0.0), PerturbationSchedule(**knobs))
+
+    def backward(data, reduce=True):  # noqa: ARG001
+        loss = loss_of(net, data)
+        loss.backward()
+        return loss.detach()
+
+    steps = 2 if "reuse" in knobs else 3
+    for number in range(steps):
+        net.zero_grad()
+        data = batch(net, seed=number)
+        step.micro_batch(0, [data], backward, number, steps)
+        if number == 0 or "reuse" not in knobs:  # later visits of a batch update nothing
+            loss_of(plain, data).backward()
+    for name in ("running_mean", "running_scale"):
+        assert torch.equal(getattr(net[3], name), getattr(plain[3], name)), name
