@@ -90,7 +90,8 @@ class QuantizedLayer(QuantizesInput, HoldsQuantizers, ABC):
             return self.compute(operand, w_q, self.bias)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for any module; a weight of other values, as fusing a BatchNorm makes one, gets a scale of its own."""
+        """As for any module; a weight of other values, as fusing a BatchNorm makes one, gets a scale of its own. Where
+        none can be found, as for NaN, it raises `ValueError`, and the weight stays."""
         before = vars(self).get("_parameters", {}).get("weight") if name == "weight" else None
         if not self._is_loading and type(before) is type(param) is nn.Parameter:
             self._check_new_weight(before, param)
@@ -100,7 +101,11 @@ class QuantizedLayer(QuantizesInput, HoldsQuantizers, ABC):
             return
         if has_no_values(before) or has_no_values(param) or not quantizer.initialized or torch.equal(before, param):
             return
-        quantizer.initialize(param)
+        try:
+            quantizer.initialize(param)
+        except BaseException:
+            super().register_parameter(name, before)  # the quantizer goes on with the one that it was fitted to
+            raise
         warnings.warn(
             f"{quantizer.path}: the weight of this layer was replaced by another one, as fuse_conv_bn_eval does; the "
             "weight quantizer was fitted to it anew. Fuse before `quantize`, so that calibration and training see it.",

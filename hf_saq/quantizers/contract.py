@@ -136,7 +136,8 @@ class Quantizer(HasRangeState, ABC):
             minimum: Smallest value seen, where `x` is only a part of the data. Defaults to `x.min()`.
 
         Raises:
-            ValueError: If `x` is empty, or has infinite or NaN values.
+            ValueError: If `x` is empty, or has infinite or NaN values. Whatever is raised, values and state are then
+                as before.
         """
         if x.numel() == 0 or not torch.isfinite(x).all():
             found = "an empty tensor" if x.numel() == 0 else "infinite or NaN values"
@@ -144,9 +145,16 @@ class Quantizer(HasRangeState, ABC):
         signed = self.settings.signed
         if signed is None and not self.has_offset:  # codes that an offset moves have no sign
             signed = (x.min().item() if minimum is None else minimum) < 0
-        self._fill(1.0)  # the state is read while they are fitted, and is not believed beside values of NaN
-        self.take_state(bool(signed))
-        self.fit(x.to(torch.promote_types(x.dtype, torch.float32)))
+        own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        before = [tensor.clone() for tensor in own]
+        try:
+            self._fill(1.0)  # the state is read while they are fitted, and is not believed beside values of NaN
+            self.take_state(bool(signed))
+            self.fit(x.to(torch.promote_types(x.dtype, torch.float32)))
+        except BaseException:
+            for tensor, value in zip(own, before, strict=True):
+                tensor.copy_(value)
+            raise
 
     def keep_as_calibrated(self) -> None:
         """Take its values out of training: calibration alone sets them. An input without gradients then needs none."""

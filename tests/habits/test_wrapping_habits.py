@@ -212,6 +212,15 @@ def test_a_batch_norm_fused_into_a_quantized_layer_gives_its_weight_a_scale(gran
         assert (fused(x) - plain(x)).abs().max() < 0.01 * plain(x).abs().max()
 
 
+def test_a_weight_that_no_scale_can_be_found_for_does_not_take_the_place_of_another():
+    net = quantize(nn.Sequential(nn.Linear(4, 3)), SAQQuantizationConfig(activation_bits=None))
+    weight, x = net[0].weight, torch.randn(2, 4)
+    expected = net(x)
+    with pytest.raises(ValueError, match=r"^0.weight_quantizer: cannot fit a range to infinite or NaN values"):
+        net[0].weight = nn.Parameter(torch.full((3, 4), torch.nan))
+    assert net[0].weight is weight and torch.equal(net(x), expected)
+
+
 def test_loading_by_assignment_keeps_stored_scales():
     """`load_state_dict(assign=True)` replaces weights too, and their scales arrive after them."""
     net, other = quantized(), quantized()

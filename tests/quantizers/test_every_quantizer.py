@@ -328,6 +328,23 @@ def test_no_range_from_values_that_are_not_finite(name: str, bad: float):
 
 
 @every_name
+def test_a_fit_that_fails_changes_nothing(name: str):
+    """Neither passes what has no range for calibrated, nor does a range get lost: a weight of another shape fits no
+    scale of each channel."""
+    w = weight_of()
+    fresh, fitted = (quantizer_class(name)(QuantizerSettings(4, "weight", scale_shape=(len(w), 1))) for _ in range(2))
+    fitted.initialize(w)
+    before = fitted(w)
+    for quantizer in (fresh, fitted):
+        with pytest.raises(RuntimeError):
+            quantizer.initialize(torch.randn(len(w) + 1, 5))
+    assert torch.equal(fitted(w), before)
+    assert not fresh.initialized and all(p.isnan().all() for p in fresh.parameters())
+    with pytest.raises(RuntimeError, match="no range yet"):
+        fresh(w)
+
+
+@every_name
 def test_double_precision_is_kept(name: str):
     w = weight_of(dtype=torch.float64)
     quantizer = quantizer_class(name)(QuantizerSettings(4, role="weight")).double()
