@@ -22,6 +22,7 @@ from hf_saq import SAQQuantizationConfig, calibrate, conversion, pack, quantize
 from hf_saq.analysis import allocate_bits, measure_latencies
 from hf_saq.analysis.bits.changing import change_bits
 from hf_saq.conversion.shared_inputs import find_shared_inputs, readers_of_the_same_tensor
+from hf_saq.quantizers import Quantizer
 
 
 def test_query_key_and_value_share_the_quantizer_of_the_first():
@@ -173,6 +174,10 @@ def test_bits_change_for_all_readers_or_none():
     model = quantized(share_inputs=True)
     with pytest.raises(ValueError, match=r"change_bits: \['vit.layers.0.*read the same tensor .* the same activation"):
         change_bits(model, {GROUPS[0][1]: {"activation_bits": 8}})
+    before = {name: q.bits for name, q in model.named_modules() if isinstance(q, Quantizer)}
+    with pytest.raises(ValueError, match="bits=12; expected an integer from 2 to 8"):
+        change_bits(model, {name: {"activation_bits": 12, "weight_bits": 3} for name in GROUPS[0]})
+    assert before == {name: q.bits for name, q in model.named_modules() if isinstance(q, Quantizer)}
     change_bits(model, {name: {"activation_bits": 8, "weight_bits": 3} for name in GROUPS[0]})
     assert share_one_quantizer(model) and readers(model)[2].activation_quantizer.bits == 8
     assert readers(model)[2].weight_quantizer.bits == 3 and readers(model, 1)[0].activation_quantizer.bits == 4

@@ -28,7 +28,8 @@ def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) ->
         overrides: Name of a layer -> `weight_bits`, `activation_bits` or both, as [`Allocation.overrides`] has them.
 
     Raises:
-        ValueError: If a name is no quantized layer, or the layer does not quantize that operand.
+        ValueError: If a name is no quantized layer, the layer does not quantize that operand, or bits are none that
+            there are. The model is then as it was.
     """
     changes: dict[tuple[nn.Module, str], Quantizer] = {}
     shared: dict[Any, dict[str, int]] = {}
@@ -47,13 +48,17 @@ def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) ->
             for child, quantizer in own:
                 if quantizer.bits != bits:
                     changes[layer, child] = with_bits(quantizer, bits, *([layer.weight] if role == "weight" else []))
-    groups = [_readers(model, one, bits_of) for one, bits_of in shared.items()]
+    groups = []
+    for one, bits_of in shared.items():
+        layers, bits = _readers(model, one, bits_of)
+        quantizer: Any = layers[0].activation_quantizer
+        if quantizer.bits != bits:
+            groups.append((layers, with_bits(quantizer, bits)))
+    # Begin to change the model when all that is wrong was found.
     for (layer, child), quantizer in changes.items():
         setattr(layer, child, quantizer)
-    for layers, bits in groups:
-        quantizer = layers[0].activation_quantizer  # type: ignore[assignment]
-        if quantizer.bits != bits:
-            give_readers(layers, with_bits(quantizer, bits))
+    for layers, quantizer in groups:
+        give_readers(layers, quantizer)
     report = getattr(model, "quantization_report", None)
     for planned in report.layers if isinstance(report, ConversionReport) else []:
         planned.settings.update(overrides.get(planned.name, {}))
