@@ -51,9 +51,9 @@ def change_bits(model: nn.Module, overrides: Mapping[str, Mapping[str, int]]) ->
     groups = []
     for one, bits_of in shared.items():
         layers, bits = _readers(model, one, bits_of)
-        quantizer: Any = layers[0].activation_quantizer
-        if quantizer.bits != bits:
-            groups.append((layers, with_bits(quantizer, bits)))
+        theirs: Any = layers[0].activation_quantizer
+        if theirs.bits != bits:
+            groups.append((layers, with_bits(theirs, bits)))
     # Begin to change the model when all that is wrong was found.
     for (layer, child), quantizer in changes.items():
         setattr(layer, child, quantizer)
