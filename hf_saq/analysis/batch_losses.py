@@ -33,7 +33,7 @@ class LabelledBatches:
         loss: Computes the mean loss of a model over one batch.
 
     Raises:
-        ValueError: If there is no batch, or `batches` is a single one.
+        ValueError: If there is no batch, one has no examples, or `batches` is a single one.
     """
 
     def __init__(self, where: str, batches: Iterable[Any], loss: Loss | None = None):
@@ -43,6 +43,11 @@ class LabelledBatches:
         if not self.batches:
             raise ValueError(f"{where}: `batches` is empty; expected at least one batch of inputs with labels.")
         self.sizes = [_size(batch) for batch in self.batches]
+        if 0 in self.sizes:
+            raise ValueError(
+                f"{where}: batch {self.sizes.index(0)} has no examples, so that its mean loss is no number; expected "
+                "at least one example in each."
+            )
         self.weights = [size / sum(self.sizes) for size in self.sizes]
         """Share of each batch in the mean over all examples."""
         self._loss = labelled_loss if loss is None else loss

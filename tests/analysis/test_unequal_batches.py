@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_saq.analysis import landscape
+from hf_saq.analysis import compare, landscape
 from hf_saq.analysis.batch_losses import LabelledBatches
 
 
@@ -34,3 +34,12 @@ def test_the_loss_of_an_analysis_is_the_mean_over_all_images():
     batches = [([f"{k}.png" for k in range(len(part))], part) for part in x.split(6)]
     found = landscape(net, batches, points=3, loss=lambda model, batch: model(batch[1]).square().mean())
     assert found.surfaces[0].losses[1] == pytest.approx(net(x).square().mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (4, 0)])
+def test_a_batch_without_examples_is_named(sizes):
+    """Its mean loss is NaN, and so was the one over all examples."""
+    net = nn.Sequential(nn.Linear(2, 3))
+    batches = [(torch.randn(n, 2), torch.zeros(n, dtype=torch.long)) for n in sizes]
+    with pytest.raises(ValueError, match=rf"^compare: batch {len(sizes) - 1} has no examples"):
+        compare(net, net, batches)
