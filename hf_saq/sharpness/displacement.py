@@ -45,11 +45,14 @@ class Displacement:
                 torch._foreach_copy_([sharding.local(p) for p in self.in_place], saved)
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the tensors of this process by the names of quantizers and parameters in `model`, to be stored."""
+        """Return the tensors of this process by the names of quantizers and parameters in `model`, to be stored.
+
+        Those of what is no part of `model` any more, such as a replaced head, are left out: they move nothing.
+        """
         modules = {module: name for name, module in model.named_modules()}
         parameters = {p: name for name, p in model.named_parameters()}
-        outputs = {modules[quantizer]: eps for quantizer, eps in self.outputs.items()}
-        return outputs | {parameters[p]: sharding.local(eps) for p, eps in self.in_place.items()}
+        outputs = {modules[quantizer]: eps for quantizer, eps in self.outputs.items() if quantizer in modules}
+        return outputs | {parameters[p]: sharding.local(eps) for p, eps in self.in_place.items() if p in parameters}
 
     @classmethod
     def from_named(cls, tensors: Mapping[str, Tensor], model: nn.Module) -> Displacement:
