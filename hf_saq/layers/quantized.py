@@ -191,13 +191,16 @@ class QuantizedLayer(QuantizesInput, HoldsQuantizers, ABC):
         """Compute the integer codes of the weight, int16, in its shape.
 
         Raises:
-            ValueError: If the weight has NaN, which no code stands for.
+            ValueError: If the weight has NaN, which no code stands for, or infinite values that leave it no grid.
         """
-        assert self.weight_quantizer is not None
-        if torch.isnan(self.weight).any():
+        quantizer = self.weight_quantizer
+        assert quantizer is not None
+        has_nan = bool(torch.isnan(self.weight).any())
+        if has_nan or not all(torch.isfinite(part).all() for part in quantizer.grid(self.weight)):
+            found = "NaN," if has_nan else "infinite values, which leave its quantizer no grid, and"
             raise ValueError(
-                f"{self.weight_quantizer.path.removesuffix('.weight_quantizer')}: its weight has NaN, which no "
-                "integer stands for, so that what is made of it would be another model. If training diverged, go back "
-                "to an earlier checkpoint."
+                f"{quantizer.path.removesuffix('.weight_quantizer')}: its weight has {found} which no integer stands "
+                "for, so that what is made of it would be another model. If training diverged, go back to an earlier "
+                "checkpoint."
             )
-        return self.weight_quantizer.quantize(self.weight)
+        return quantizer.quantize(self.weight)

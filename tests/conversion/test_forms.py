@@ -174,6 +174,15 @@ def test_a_weight_that_is_nan_is_not_packed(quantizer: str):
         pack(model)
 
 
+def test_a_weight_whose_grid_is_no_numbers_is_not_packed():
+    """LIQ places its grid by mean and deviation, which one infinite value makes NaN; the codes were then zeros."""
+    model = calibrate(quantize(linear_net(), SAQQuantizationConfig(quantizer="liq")), [vectors()])
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="^2: its weight has infinite values, .* which no integer stands for"):
+        pack(model)
+
+
 def test_codes_of_another_size_raise_with_the_path():
     packed = pack(quantize(linear_net(), SAQQuantizationConfig(activation_bits=None)))
     packed[2].packed_weight = packed[2].packed_weight[:-1]
