@@ -57,7 +57,8 @@ class Cost(Result):
             layers left in float. Each counts `32 x 32` bit operations.
         parameters: Number of parameters of the float model; the values of quantizers are not among them.
         quantized_parameters: How many of them have fewer than 32 bits.
-        weight_bytes: Bytes of all parameters as a packed checkpoint stores them, and of the values of quantizers.
+        weight_bytes: Bytes of all parameters as a packed checkpoint of a float32 model stores them, and of the values
+            of quantizers; what stays in float counts four bytes whatever its type, as in the float model beside it.
     """
 
     layers: tuple[LayerCost, ...]
