@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -25,7 +26,8 @@ def quantize(model: nn.Module, config: SAQQuantizationConfig) -> nn.Module:
     """Replace the linear and convolution layers of `model`, in place, by fake-quantized ones.
 
     The new layers share the parameters of the old. Weight scales get their first values here; activation quantizers
-    wait for `calibrate`. Works on any module: models of transformers, timm, torchvision or your own. With both
+    wait for `calibrate`. Works on any module: models of transformers, timm, torchvision or your own. A model of
+    transformers gets a copy of its configuration, which it may have had in common with others. With both
     `weight_bits` and `activation_bits` at `None` nothing changes. On the meta device quantizers stay without values
     until a state dict is loaded. With `quantize_attention` the attention products
     are quantized as well, wherever a model of transformers has them; its `attn_implementation` becomes `"saq"`.
@@ -112,6 +114,8 @@ def convert(
             model, {n: replacements[m] for n, m in model.named_modules() if m in replacements}
         )
     # Nothing below raises: a model that is changed half-way would be of no use.
+    if fit and report.converted:  # `from_pretrained` has copied that of what it loads
+        _part_configurations(model)
     replace_modules(model, replacements)
     keep_fused_kernels_off(model, replacements.values())
     for group in report.shared_inputs:
@@ -127,6 +131,19 @@ def convert(
         model.add_model_tags(config.tags)  # type: ignore[operator]  # `model.push_to_hub` writes them into the card
     note_signs(model)
     return report
+
+
+def _part_configurations(model: nn.Module) -> None:
+    """Give `model` and all modules in it copies of their configurations, in place.
+
+    Models that are built from one configuration hold the same object: what is written into it for one of them would
+    be stored with the others too. What modules of `model` have in common, they have in common afterwards.
+    """
+    copies: dict[int, Any] = {}  # shared by all calls of `deepcopy`, so that nested configurations stay nested
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if hasattr(value, "model_type") and hasattr(value, "sub_configs"):  # a configuration of transformers
+                vars(module)[name] = copy.deepcopy(value, copies)
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
