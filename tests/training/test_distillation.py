@@ -12,11 +12,11 @@ import torch
 from reference import largest_difference, train_reference
 from safetensors.torch import load_file
 from schedule_reference import train_with_schedule
-from tiny_models import TRANSFORMERS_MODELS, deit_with_teacher, images
+from tiny_models import TRANSFORMERS_MODELS, VIT_SIZES, deit_with_teacher, images
 from torch import nn
 from torch.utils.data import SequentialSampler
-from training import BATCH, RHO, Images, InOrder, arguments, make_trainer, reference_set_up
-from transformers import ViTForImageClassification
+from training import BATCH, RHO, Images, InOrder, arguments, make_trainer, quantized_model, reference_set_up
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging as hf_logging
 
 from hf_saq import SAQConfig, SAQQuantizationConfig, SAQTrainer, calibrate, quantize
@@ -296,6 +296,25 @@ def test_a_teacher_of_something_else(tmp_path):
         train("google/vit-base-patch16-224")
     with pytest.raises(ValueError, match="leave compute_loss_func or teacher out"):
         train(TRANSFORMERS_MODELS["vit"](seed=5), compute_loss_func=lambda *args, **kwargs: None)
+
+
+def test_labels_and_models_of_which_nothing_can_be_learned(tmp_path):
+    """Without a `problem_type` transformers finds it in the labels: cross-entropy took them, in one class it was 0."""
+
+    class OfSeveralClasses(Images):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "labels": torch.tensor([1.0, 1.0, 0.0])}
+
+    def trainer(model, teacher, kind=Images):
+        how = {"train_dataset": kind(4, torch.float32), "saq_config": SAQConfig(case=None), "teacher": teacher}
+        return SAQTrainer(model, arguments(tmp_path, max_steps=1), **how)
+
+    with pytest.raises(ValueError, match="the labels of an image add up to 2; expected probabilities"):
+        trainer(quantized_model("vit", torch.float32), TRANSFORMERS_MODELS["vit"](seed=5), OfSeveralClasses).train()
+    one = ViTForImageClassification(ViTConfig(**{**VIT_SIZES, "num_labels": 1}))
+    student = quantize(copy.deepcopy(one), SAQQuantizationConfig())
+    with pytest.raises(ValueError, match="the model has one class, for a regression, but what is learned from"):
+        trainer(student, one)
 
 
 def test_a_teacher_that_takes_other_inputs(tmp_path):

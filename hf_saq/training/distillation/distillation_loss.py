@@ -71,3 +71,16 @@ def check_distillation(alpha: float, temperature: float) -> None:
         raise ValueError(f"distill_alpha={alpha!r}; expected a number from 0 (no distillation) to 1 (teacher only).")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"distill_temperature={temperature!r}; expected a finite number above 0.")
+
+
+def check_labels(labels: Tensor) -> None:
+    """Raise `ValueError` for labels that are floating-point numbers and no probabilities: those of several classes for
+    one image, which cross-entropy takes without a word."""
+    if labels.is_floating_point() and labels.ndim > 1:
+        sums = labels.sum(dim=1)
+        if not torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-2):
+            raise ValueError(
+                f"distillation: the labels of an image add up to {sums.flatten()[(sums - 1).abs().argmax()]:g}; "
+                "expected probabilities, which add up to 1. Of several classes for one image nothing can be learned "
+                "from a teacher, which gives probabilities of classes that exclude each other: leave it out."
+            )

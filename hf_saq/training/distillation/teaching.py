@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from ...conversion.observing import check_keys
-from .distillation_loss import check_distillation, distillation_loss
+from .distillation_loss import check_distillation, check_labels, distillation_loss
 
 TEACHER_LOGITS = "teacher_logits"
 """Key in a training batch. Schedules that take a part of a batch, or come back to it, take these rows along."""
@@ -101,6 +101,8 @@ class LearnsFromTeacher(Trainer):
         if teacher_logits is None:
             loss = F.cross_entropy(_logits(outputs), labels, label_smoothing=smoothing)
         else:
+            if not self._was_heard:  # once: on a GPU the host waits for it
+                check_labels(labels)
             self._was_heard = True
             class_logits, taught_logits = _heads(outputs)
             loss = distillation_loss(
@@ -144,6 +146,11 @@ def check_teacher(student: nn.Module, teacher: Any, alpha: float, temperature: f
             raise ValueError(
                 f"SAQTrainer: the {who} has problem_type={problem!r}, but what is learned from a teacher are its "
                 "probabilities of classes that exclude each other. Leave the teacher out."
+            )
+        if getattr(getattr(model, "config", None), "num_labels", None) == 1:
+            raise ValueError(
+                f"SAQTrainer: the {who} has one class, for a regression, but what is learned from a teacher are its "
+                "probabilities of classes that exclude each other: that of one class is 1. Leave the teacher out."
             )
 
 
