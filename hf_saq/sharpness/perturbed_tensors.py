@@ -91,9 +91,11 @@ def as_kinds(perturb: str | Collection[str]) -> tuple[str, ...]:
 
 def nothing_selected(model: nn.Module, perturb: Collection[str]) -> ValueError:
     """Make the error for kinds of tensors that `model` has none of."""
+    frozen = sum(not p.requires_grad for p in model.parameters())
+    thaw = f", set requires_grad=True of some of its {frozen} frozen parameters" if frozen else ""
     return ValueError(
         f"perturb={list(perturb)} selects no trainable tensor of {type(model).__name__}. Quantize the model "
-        'first, or add "other" to perturb weights that are not quantized.'
+        f'first{thaw}, or add "other" to perturb weights that are not quantized.'
     )
 
 

@@ -408,8 +408,11 @@ def test_bad_arguments():
             SharpnessAwareMinimizer(net, rho=0.1, adaptive=True, eta=eta)
     with pytest.raises(ValueError, match=r"perturb=\('wait',\); expected a list of some of"):
         SharpnessAwareMinimizer(net, rho=0.1, perturb="wait")
-    with pytest.raises(ValueError, match="selects no trainable tensor"):
+    with pytest.raises(ValueError, match='selects no trainable tensor .* Quantize the model first, or add "other"'):
         SharpnessAwareMinimizer(linear_net()[:1], rho=0.1, perturb=["weight"])
+    net.requires_grad_(False)
+    with pytest.raises(ValueError, match=rf"True of some of its {len(list(net.parameters()))} frozen parameters, or"):
+        SharpnessAwareMinimizer(net, rho=0.1)
 
 
 def test_one_kind_by_its_name():

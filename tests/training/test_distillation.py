@@ -317,6 +317,22 @@ def test_labels_and_models_of_which_nothing_can_be_learned(tmp_path):
         trainer(student, one)
 
 
+def test_labels_of_another_name(tmp_path):
+    class OfAnotherName(Images):
+        def __getitem__(self, index):
+            return {"pixel_values": self.pixel_values[index], "target": self.labels[index]}
+
+    trainer = SAQTrainer(
+        quantized_model("vit", torch.float32),
+        arguments(tmp_path, max_steps=1, label_names=["target"], remove_unused_columns=False),
+        saq_config=SAQConfig(case=None),
+        train_dataset=OfAnotherName(4, torch.float32),
+        teacher=TRANSFORMERS_MODELS["vit"](seed=5),
+    )
+    with pytest.raises(ValueError, match=r"the batch has \['pixel_values', .*'target'.*expected `labels` among them"):
+        trainer.train()
+
+
 def test_a_teacher_that_takes_other_inputs(tmp_path):
     class Teacher(nn.Module):
         def forward(self, images):

@@ -88,10 +88,19 @@ class LearnsFromTeacher(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the mean over the images of one micro-batch."""
+        """Compute the mean over the images of one micro-batch.
+
+        Raises:
+            ValueError: If there is a teacher and the batch has no `labels`.
+        """
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
+        if "labels" not in inputs:
+            raise ValueError(
+                f"SAQTrainer, learning from a teacher: the batch has {sorted(inputs)}; expected `labels` among them, "
+                "the classes of the images. Give them this name in the data set or in the collator."
+            )
         labels, teacher_logits = inputs.pop("labels"), inputs.pop(TEACHER_LOGITS, None)
         self.check_inputs(inputs)
         if model.training and teacher_logits is None:  # a step that somebody runs by hand
