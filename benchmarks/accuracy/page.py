@@ -71,8 +71,10 @@ def how(records: Sequence[dict[str, Any]]) -> str:
         "start from the same float model and see the same images in the same order. The learning rate is chosen with "
         "plain QAT and used by all, the radius at that rate; both on validation images, with seeds that are not used "
         "again. A float model that all seeds share is not the same to the last bit on another machine; where seeds "
-        "were added later, they have another one. Passes: forward and backward passes over those of QAT. Distilled: "
-        "half of the loss is the Kullback-Leibler divergence from the answers of the float model, at temperature 2.",
+        "were added later, they have another one. Passes: forward and backward passes over those of QAT; time: "
+        "processor time of training over that of QAT, on the seeds of both, beside whatever else ran on the machine. "
+        "Distilled: half of the loss is the Kullback-Leibler divergence from the answers of the float model, at "
+        "temperature 2.",
         "",
     ]
     for name, task in TASKS.items():

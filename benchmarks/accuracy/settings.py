@@ -36,6 +36,16 @@ class Setting:
         """Test accuracy in percent, by seed."""
         return {seed: 100 * run["outcome"]["test"] for seed, run in self.runs.get(method, {}).items()}
 
+    def time(self, method: str) -> float | None:
+        """Processor time of training with `method` over that of QAT, on the seeds of both; `None` if there are none.
+
+        Machines differ in speed, and the runs of a seed come from one: they start from one float model.
+        """
+        these, those = (self.runs.get(name, {}) for name in (method, QAT))
+        of_both = sorted(set(these) & set(those))
+        spent = [sum(runs[seed]["outcome"]["cpu_seconds"] for seed in of_both) for runs in (these, those)]
+        return spent[0] / spent[1] if of_both else None
+
     def gain(self, method: str, over: str = QAT, beside: str | None = None) -> Difference | None:
         """Accuracy of `method` minus that of `over`, in points, on the seeds of both, and of `beside` if given.
 

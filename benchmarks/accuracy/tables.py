@@ -144,10 +144,10 @@ def table(setting: Setting) -> str:
     """Of one setting: every method, its cost, accuracy and gain.
 
     Where every method has a learning rate of its own, that rate, and cost as it was measured: passes over those of
-    plain training, processor seconds of a run.
+    plain training, processor time over that of QAT.
     """
     measured = TASKS[setting.task].trials > 0
-    more = ["CPU s", "learning rate"] if measured else []
+    more = ["time", "learning rate"] if measured else []
     lines = [
         f"## {setting.name}",
         "",
@@ -166,8 +166,8 @@ def table(setting: Setting) -> str:
         if measured:
             if (saq or {}).get("ascent_depth", 1) == 1:  # what runs once for two passes was counted twice
                 passes = METHODS[method].length * mean(run["outcome"]["passes"] for run in runs)
-            seconds = mean(run["outcome"]["cpu_seconds"] for run in runs)
-            more = [f"{seconds:.0f}", f"{runs[0]['arguments']['lr']:g}"]
+            time = setting.time(method)
+            more = ["-" if time is None else f"{time:.2f}", f"{runs[0]['arguments']['lr']:g}"]
         spread = f" ± {stdev(test.values()):.2f}" if len(test) > 1 else ""
         gain = setting.gain(method) if method != QAT else None
         cells = [
