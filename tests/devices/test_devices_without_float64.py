@@ -22,6 +22,7 @@ ON_CPU = re.compile(
 KNOWN = {
     "conversion/observing/alike.py": "what processes send each other, which `mps` has not",
     "sharpness/rounding.py": "sums that have been moved to the CPU",
+    "quantizers/kernels/eager.py": "numbers of NumPy, which no device holds",
 }
 
 
