@@ -26,7 +26,6 @@ from transformers.utils import hub as transformers_hub
 from hf_saq import SAQConfig, SAQTrainer, pack
 from hf_saq.cli import main
 from hf_saq.conversion.forms import is_packed
-from hf_saq.export import ExportedClassifier
 from hf_saq.hub.commits import explained
 
 PUBLISHED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training_curve.png"}
@@ -106,6 +105,8 @@ def test_an_exported_graph_is_published_and_never_stays_beside_other_weights(hub
     assert files[graph] == (tmp_path / "outputs" / graph).read_bytes()
     assert json.loads(files["config.json"])["hf_saq_export"]["file"] == graph
     assert 'ExportedClassifier.from_pretrained("me/exported"' in files["README.md"].decode()
+    from hf_saq.export import ExportedClassifier
+
     hub.requests.clear()
     graph_model, x = ExportedClassifier.from_pretrained("me/exported", revision="main", threads=1), images(3)
     assert not any("model.safetensors" in request for request in hub.requests)  # a graph needs no weights
