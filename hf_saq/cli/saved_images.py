@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..conversion import unpack
 from ..conversion.forms import is_packed
 from ..export import ENGINES, ExportedClassifier
+from ..export.layout import EXPORTED_FILES
 from ..installing import how_to_install
 from ..outputs import logits_of
 from ..progress import with_progress
@@ -67,8 +68,7 @@ def load_model_or_graph(source: str, args: argparse.Namespace) -> tuple[nn.Modul
             classes of the graph, or if another device than the CPU is asked for.
         ImportError: If the engine is not installed; says which extra installs it.
     """
-    directory = local_directory(source)
-    if args.engine is None and not is_export(directory):
+    if args.engine is None and not is_export(local_directory(source)):
         return load_model(source, args)
     if args.device not in (None, "cpu"):
         raise ValueError(f"--device {args.device}: exported graphs run on the CPU; expected cpu, or no --device.")
@@ -78,7 +78,8 @@ def load_model_or_graph(source: str, args: argparse.Namespace) -> tuple[nn.Modul
             f"{source}: config.json tells nothing but how the model was exported; expected `id2label`, which says "
             "what its classes are, as in exports of models of transformers."
         )
-    return model, _expected(saved_processor(directory), source)
+    # Get no more of a repository than that: beside a graph may lie weights.
+    return model, _expected(saved_processor(local_directory(source, files=EXPORTED_FILES)), source)
 
 
 def _expected(processor: Any, source: str) -> Any:
