@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .extras import OPENVINO_PROPERTIES, ROUNDS_BIASES, needed
+from .extras import ROUNDS_BIASES, compiled_by_openvino, needed
 
 RunFunction = Callable[[np.ndarray], np.ndarray]
 """Computes logits from inputs, both float32."""
@@ -27,11 +27,7 @@ def _onnxruntime(content: bytes, threads: int | None, exact: bool = False) -> Ru
 
 
 def _openvino(content: bytes, threads: int | None, exact: bool = False) -> RunFunction:  # noqa: ARG001 (it always is)
-    core: Any = needed("openvino").Core()
-    properties: dict[str, Any] = dict(OPENVINO_PROPERTIES)
-    if threads is not None:
-        properties["INFERENCE_NUM_THREADS"] = threads
-    compiled = core.compile_model(core.read_model(content), "CPU", properties)
+    compiled = compiled_by_openvino(content, **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}))
     own = threading.local()
 
     def run(x: np.ndarray) -> np.ndarray:

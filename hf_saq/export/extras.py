@@ -1,10 +1,12 @@
-"""Import the libraries that exporting needs, which not everybody has installed: how to get them, what they say."""
+"""Import the libraries that exporting needs, which not everybody has installed: how to get them, how to call them."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from ..installing import how_to_install
 
@@ -74,3 +76,31 @@ def needed(library: str) -> ModuleType:
             f"{library} is needed for this and could not be imported ({error}); install it with "
             f"{how_to_install(EXTRA_OF[library])}."
         ) from error
+
+
+def compiled_by_openvino(content: bytes, **properties: Any) -> Any:
+    """Compile a graph for CPUs with OpenVINO, which then computes it as it is.
+
+    Args:
+        content: The graph.
+        properties: Of OpenVINO, beside [`OPENVINO_PROPERTIES`].
+
+    Returns:
+        An `openvino.CompiledModel`.
+
+    Raises:
+        ImportError: If OpenVINO is not installed; says which extra installs it.
+    """
+    core = _core_of(needed("openvino"))
+    return core.compile_model(core.read_model(content), "CPU", {**OPENVINO_PROPERTIES, **properties})
+
+
+@lru_cache(maxsize=1)
+def _core_of(openvino: Any) -> Any:
+    """Make the one core of this process, which stays.
+
+    On CPUs with AVX512 each core gives the thread a stack for signal handlers, and puts back the one before when it
+    goes. Where two go in the order in which they came, a stack stays that is no memory any more; the next signal, as
+    the workers of a `DataLoader` send one, is then written over whatever lies there.
+    """
+    return openvino.Core()

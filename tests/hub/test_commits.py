@@ -182,9 +182,6 @@ print(json.dumps(namespace["classify"]("image.png")))
 """
 
 
-# Keep it out of long runs: behind some hundred other tests the process that serves its requests has crashed (SIGSEGV)
-# on one machine, cause unknown. Alone, and with its file, it passes.
-@pytest.mark.slow
 def test_a_second_process_loads_it_and_runs_the_snippet_of_the_card(hub, published, tmp_path):
     x = images(seed=4)
     torch.save(x, tmp_path / "x.pt")

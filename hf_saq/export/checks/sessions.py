@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import OPENVINO_PROPERTIES, ROUNDS_BIASES, in_one_line, needed
+from ..extras import ROUNDS_BIASES, compiled_by_openvino, in_one_line, needed
 from .refusing import ExportCheckError
 
 Inputs = dict[str, np.ndarray]
@@ -55,9 +55,7 @@ def _run_onnxruntime(
 
 
 def _run_openvino(content: bytes, inputs: Inputs) -> dict[str, np.ndarray]:
-    core: Any = needed("openvino").Core()
-    properties = {**OPENVINO_PROPERTIES, "INFERENCE_NUM_THREADS": 1}
-    compiled = core.compile_model(core.read_model(content), "CPU", properties)
+    compiled = compiled_by_openvino(content, INFERENCE_NUM_THREADS=1)
     # An output may have the names of several values, where nodes between them were optimized away.
     return {name: array for output, array in compiled(inputs).items() for name in output.get_names()}
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...export.extras import OPENVINO_PROPERTIES, needed
+from ...export.extras import compiled_by_openvino, needed
 
 Nanoseconds = dict[str, float]
 """Name of a node -> what one call of it took."""
@@ -97,9 +97,7 @@ class _OpenVino:
     """Reads what each node took after every call, and which nodes of the export it was made of."""
 
     def __init__(self, content: bytes, path: Path, threads: int):  # noqa: ARG002 (it writes no files)
-        core: Any = needed("openvino").Core()
-        properties = {**OPENVINO_PROPERTIES, "INFERENCE_NUM_THREADS": threads, "PERF_COUNT": True}
-        compiled = core.compile_model(core.read_model(content), "CPU", properties)
+        compiled = compiled_by_openvino(content, INFERENCE_NUM_THREADS=threads, PERF_COUNT=True)
         self.request = compiled.create_infer_request()
         self.nodes = [self._node(operator) for operator in compiled.get_runtime_model().get_ordered_ops()]
         self.runs: list[Nanoseconds] = []
