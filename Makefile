@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Benchmarks of time: glibc keeps what is freed, so that no step waits for its memory to be made anew (docs/cost.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: cheaper-options install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules directions ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
+.PHONY: cheaper-options install demo docs flowers gpu-data gpu-campaign test test-slow fuzz packed-size sensitivity-cost architectures quantizers float-function fake-quant deploy-benchmark deploy-operators step-cost schedules directions cheaper ways results results-quick flatness mixed-precision quality style web-demo test-web engine-accuracy clean
 
 install: $(STAMP)
 
@@ -107,6 +107,10 @@ directions: $(STAMP)  ## docs/directions.md: where a cheap perturbation points, 
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.directions.measure --task flowers --bits 4
 	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.directions.measure --task flowers-vit --bits 4 \
 	    --lr 3e-4 --steps 60 --rho 0.03
+
+cheaper: $(STAMP)  ## docs/cheaper.md: cheap perturbations tried on pretrained models; what is stored is not run again
+	$(TEST_ENV) $(BIN)/python -m benchmarks.accuracy.cheaper.search --processes 2
+	$(BIN)/python -m benchmarks.accuracy.cheaper.page
 
 ways: $(STAMP)  ## write docs/ways.md; runs that are not in benchmarks/results/ways are done first, about half an hour
 	$(TEST_ENV) $(BIN)/python -m benchmarks.ways.sweep
