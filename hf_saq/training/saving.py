@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..config import SAQConfig
 from ..conversion.calibration import NEVER_RUN
 from ..conversion.forms import pack
 from ..conversion.swapping import leave_in_float
@@ -22,7 +23,7 @@ from ..storage.same_quantization import check_same_quantization, store_quantizer
 from ..storage.staging import staged
 from .checkpoints import STATE_FILE, last_complete_checkpoint, what_is_missing
 from .fsdp import gathered
-from .schedule_state import load_schedule, save_schedule
+from .schedule_state import load_schedule, save_schedule, save_settings, tell_of_other_settings
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class SavesAndResumes(Trainer):
     """
 
     model: nn.Module
+    saq_config: SAQConfig
     scheduled_step: ScheduledStep | None
     _skeleton: nn.Module
     """Copy without memory of a model under FSDP; a save fills it from the shards."""
@@ -95,8 +97,10 @@ class SavesAndResumes(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save as `Trainer` does, and next to it what the schedule remembers."""
+        """Save as `Trainer` does, and next to it what the schedule remembers and how it is set."""
         super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            save_settings(self.saq_config, self.scheduled_step, output_dir)
         if self.scheduled_step is not None:
             save_schedule(self.scheduled_step, output_dir, self.args.process_index, self.args.world_size)
 
@@ -136,6 +140,8 @@ class SavesAndResumes(Trainer):
             ) from error
         if checkpoint is not None and self.scheduled_step is not None:
             load_schedule(self.scheduled_step, checkpoint, self.args.process_index, self.args.world_size)
+        if checkpoint is not None and self.is_world_process_zero():
+            tell_of_other_settings(self.saq_config, self.scheduled_step, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load a checkpoint exactly, by the names on disk.

@@ -1,19 +1,28 @@
-"""Store what a schedule must remember when a run is interrupted: in `checkpoint-N`, one file for each process."""
+"""Store what a schedule must remember when a run is interrupted: in `checkpoint-N`, one file for each process.
+
+And one file for all of them with the settings that decide a step, so that a run that goes on with others can say so.
+"""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config import SAQConfig
 from ..sharpness.schedules import ScheduledStep
+from ..storage.saved_directory import read_json_object
 
 FILE_PREFIX = "perturbation_state"
+SETTINGS_FILE = "perturbation_settings.json"
 
 
 def save_schedule(step: ScheduledStep, checkpoint: str | Path, process: int, processes: int) -> None:
@@ -72,3 +81,42 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _file(checkpoint: str | Path, process: int) -> Path:
     return Path(checkpoint) / f"{FILE_PREFIX}_{process}.safetensors"
+
+
+def save_settings(config: SAQConfig, step: ScheduledStep | None, checkpoint: str | Path) -> None:
+    """Write the settings that decide a step under `config`."""
+    text = json.dumps(_settings(config, step), indent=2) + "\n"
+    (Path(checkpoint) / SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+def tell_of_other_settings(config: SAQConfig, step: ScheduledStep | None, checkpoint: str | Path) -> None:
+    """Warn if the steps of `checkpoint` were decided by other settings than those under `config`.
+
+    Checkpoints of older versions do not have the settings; nothing is said of these.
+    """
+    file = Path(checkpoint) / SETTINGS_FILE
+    if not file.is_file():
+        return
+    stored, here = read_json_object(file), _settings(config, step)
+    others = [name for name in here if name in stored and stored[name] != here[name]]
+    if others:
+        before, now = (", ".join(f"{name}={some[name]!r}" for name in others) for some in (stored, here))
+        warnings.warn(
+            f"SAQTrainer: {checkpoint} was trained with {before}, but this run goes on with {now}. If that is not "
+            "meant, resume with the SAQConfig that wrote the checkpoint.",
+            stacklevel=2,
+        )
+
+
+def _settings(config: SAQConfig, step: ScheduledStep | None) -> dict[str, Any]:
+    """Return what decides a step, JSON-plain; a radius and knobs that were not given are those used in their place.
+
+    What has no effect beside the others is left out.
+    """
+    if step is None:
+        return {"case": None}
+    radius = step.minimizer.rho if config.rho is None else config.rho
+    found: dict[str, Any] = {"rho": radius, "case": config.case, "adaptive": config.adaptive, "eta": config.eta}
+    found |= {"perturb": sorted(config.perturb), "sync": config.sync, **asdict(step.schedule)}
+    idle = [("eta", config.adaptive), ("look_alpha", step.schedule.reuse == "look")]
+    return {name: value for name, value in found.items() if (name, False) not in idle}

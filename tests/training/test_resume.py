@@ -154,7 +154,47 @@ def test_the_state_of_a_schedule_must_be_there_and_fit(tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match="perturbation_state_0.safetensors is missing: a run with reuse='previous'"):
         make_trainer("vit", tmp_path, **how).train(resume_from_checkpoint=True)
-    make_trainer("vit", tmp_path, max_steps=2).train(resume_from_checkpoint=True)  # nothing to remember, nothing asked
+    with pytest.warns(UserWarning, match="was trained with reuse='previous', but this run goes on with reuse=None"):
+        make_trainer("vit", tmp_path, max_steps=2).train(resume_from_checkpoint=True)  # nothing is asked
+
+
+OTHER_SETTINGS = {
+    "radius": (dict(rho=0.3), "rho=0.1", "rho=0.3"),
+    "case": (dict(case=1), "case=3", "case=1"),
+    "plain": (dict(case=None), "case=3", "case=None"),
+    "adaptive": (dict(adaptive=True), "adaptive=False", "adaptive=True"),
+    "kinds": (dict(perturb=["weight"]), "perturb=['bias', 'norm', 'weight']", "perturb=['weight']"),
+    "processes": (dict(sync="global"), "sync='local'", "sync='global'"),
+    "knobs": (
+        dict(schedule=None, interval=2, ascent_fraction=0.5, start=0.5),
+        "interval=1, start=0.0, ascent_fraction=1.0",
+        "interval=2, start=0.5, ascent_fraction=0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_a_run_that_goes_on_with_other_settings_says_so(name, tmp_path):
+    """The radius was changed between the two runs without a word."""
+    changes, before, now = OTHER_SETTINGS[name]
+    given = dict(rho=0.1, schedule="full")
+    make_trainer("vit", tmp_path, saq_config=SAQConfig(**given), max_steps=2).train()
+    trainer = make_trainer("vit", tmp_path, saq_config=SAQConfig(**{**given, **changes}), max_steps=3)
+    with pytest.warns(UserWarning) as told:
+        trainer.train(resume_from_checkpoint=True)
+    (text,) = [str(warning.message) for warning in told]
+    assert f"checkpoint-2 was trained with {before}, but this run goes on with {now}. " in text
+
+
+def test_settings_that_come_to_the_same_are_not_told(tmp_path):
+    """Warnings are errors here. Fields without effect, and what a preset or a default stands for, may be written
+    otherwise; older checkpoints do not say how they were trained."""
+    make_trainer("vit", tmp_path, saq_config=SAQConfig(schedule="full"), max_steps=2).train()
+    radius = make_trainer("vit", tmp_path, saq_config=SAQConfig(schedule="full")).minimizer.rho
+    same = SAQConfig(rho=radius, interval=1, eta=0.5, look_alpha=0.1, perturb=["bias", "norm", "weight"])
+    make_trainer("vit", tmp_path, saq_config=same, max_steps=4).train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-4" / "perturbation_settings.json").unlink()
+    make_trainer("vit", tmp_path, saq_config=SAQConfig(rho=0.3)).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
