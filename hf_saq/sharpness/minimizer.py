@@ -106,12 +106,12 @@ class SharpnessAwareMinimizer:
         """Find the tensors anew if parameters have changed, and put back hooks that were removed."""
         if not self._tensors.is_current(self.model):
             self._find_tensors()
-        self._seam.attach(self._tensors.by_quantizer, self.model)
+        self._seam.attach(self._tensors.by_quantizer, self.model, owner=self)
 
     def _find_tensors(self) -> None:
         sharding.check_parallelism(self.model, self.case, self.sync)
         self._tensors = PerturbedTensors(self.model, self.perturb, None if self.late is None else self.late.parameters)
-        self._seam.attach(self._tensors.by_quantizer, self.model)
+        self._seam.attach(self._tensors.by_quantizer, self.model, owner=self)
         self._prefix = SharedPrefix(self.model, self.late)
 
     @property
@@ -157,7 +157,7 @@ class SharpnessAwareMinimizer:
             yield
         finally:
             self.late, self._tensors, self._prefix = late, tensors, prefix
-            self._seam.attach(self._tensors.by_quantizer, self.model)
+            self._seam.attach(self._tensors.by_quantizer, self.model, owner=self)
 
     @contextmanager
     def ascent(self, clean: dict[nn.Parameter, Tensor] | None = None) -> Iterator[None]:

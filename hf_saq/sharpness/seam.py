@@ -8,7 +8,8 @@ only that of the last use is kept if a layer runs twice.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import torch
@@ -45,6 +46,8 @@ class Seam:
     """
 
     def __init__(self) -> None:
+        # Refer weakly: the model holds its hooks, and these would keep alive whoever uses them.
+        self._owner: weakref.ref[object] | None = None
         self.leaves: dict[Quantizer, Tensor] = {}
         self.rounding = RoundingCheck()
         self._added: Mapping[Quantizer, Tensor] = {}
@@ -70,13 +73,16 @@ class Seam:
             handle.remove()
         self._handles = {}
 
-    def attach(self, quantizers: Iterable[Quantizer], model: nn.Module) -> None:
+    def attach(self, quantizers: Iterable[Quantizer], model: nn.Module, owner: object) -> None:
         """Put hooks on these quantizers of `model`, where they are not there still, and remove them from all others.
 
-        Each forward of `model` inside of a pass reduces gradients from then on, where they are sharded.
+        Each forward of `model` inside of a pass reduces gradients from then on, where they are sharded. When `owner`
+        is gone, the next seam at the same places removes what is left: a model may see a minimizer for each trial.
         """
+        self._owner = weakref.ref(owner)
         if self._watching is None or self._watching.id not in model._forward_pre_hooks:
             self._watched, self._watching = model, model.register_forward_pre_hook(self._before_forward)
+        _remove_abandoned(model._forward_pre_hooks)
         wanted = dict.fromkeys(quantizers)
         for quantizer in [q for q in self._handles if q not in wanted]:
             self._handles.pop(quantizer).remove()
@@ -84,6 +90,12 @@ class Seam:
             handle = self._handles.get(quantizer)
             if handle is None or handle.id not in quantizer._forward_hooks:
                 self._handles[quantizer] = quantizer.register_forward_hook(self._hook)
+            _remove_abandoned(quantizer._forward_hooks)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Tell whether nobody uses the hooks any more."""
+        return self._owner is None or self._owner() is None
 
     def place_leaves(self, weights: Iterable[QuantizedWeight]) -> None:
         """Put a zero leaf behind every quantizer before the forward, so that compiled code finds it ready."""
@@ -202,3 +214,11 @@ class Seam:
         return w_q
 
     _hook.stays_behind = True  # type: ignore[attr-defined]  # see layers/wrapping.py
+
+
+def _remove_abandoned(hooks: MutableMapping[int, Callable]) -> None:
+    """Remove the hooks of seams that nobody uses: not where these go, which may be in the middle of a forward."""
+    for key, hook in list(hooks.items()):
+        seam = getattr(hook, "__self__", None)
+        if isinstance(seam, Seam) and seam.is_abandoned:
+            del hooks[key]

@@ -91,6 +91,36 @@ def test_a_copy_of_an_experiment_has_a_minimizer_of_its_own(duplicate):
     assert same(gradients(one.model, one.step.minimizer), expected)
 
 
+def hooks_of(net) -> set[int]:
+    """Count the hooks on each quantizer, and those on the model itself."""
+    quantizers = [layer.weight_quantizer for layer in (net[0], net[3], net[5])]
+    return {len(net._forward_pre_hooks), *(len(quantizer._forward_hooks) for quantizer in quantizers)}
+
+
+def test_hooks_of_minimizers_that_are_gone_do_not_pile_up():
+    """A user tries one radius after the other on one model: each left its hooks there for good."""
+    net = quantized(linear_net)
+    for trial in range(4):
+        minimizer = SharpnessAwareMinimizer(net, rho=0.4)
+        found = gradients(net, minimizer)
+        assert hooks_of(net) == {1}, trial
+    twin = copy.deepcopy(net)
+    assert same(found, gradients(twin, SharpnessAwareMinimizer(twin, rho=0.4)))
+    assert hooks_of(twin) == {1}  # those that were copied with the model are nobody's
+
+
+def test_minimizers_that_take_turns_keep_their_hooks():
+    net = quantized(linear_net)
+    small, large = (SharpnessAwareMinimizer(net, rho=rho) for rho in (0.4, 0.8))
+    expected = [gradients(net, minimizer) for minimizer in (small, large)]
+    assert hooks_of(net) == {2}
+    assert not same(*expected)
+    for minimizer, grads in zip((small, large), expected, strict=True):
+        fresh = quantized(linear_net)
+        assert same(gradients(fresh, SharpnessAwareMinimizer(fresh, rho=minimizer.rho)), grads)
+        assert same(gradients(net, minimizer), grads)
+
+
 def test_a_model_that_holds_its_minimizer_is_copied():
     net = quantized(linear_net)
     net.minimizer = SharpnessAwareMinimizer(net, rho=0.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from training import BATCH, Images, InOrder, arguments, quantized_model
 
 from hf_saq import SAQConfig, pack
 from hf_saq.hub.run_facts import hyperparameters_of_run
+from hf_saq.layers import QuantizedLayer
 from hf_saq.quantizers import Quantizer
 
 STEPS = 2
@@ -80,6 +82,18 @@ def test_the_hooks_of_former_steps_are_gone(tmp_path):
         trainer.train()
     hooks = [len(m._forward_hooks) for m in trainer.model.modules()]
     assert hooks == [len(m._forward_hooks) for m in trainer_of(FIRST, tmp_path).model.modules()]
+
+
+def test_the_hooks_of_trainers_that_are_gone_are_removed(tmp_path):
+    """A user goes on with one model in a new trainer for each phase: every one left hooks on the model for good."""
+    model = quantized_model("vit", torch.float32)
+    for rho in (0.1, 0.2, 0.3):
+        trainer_of(replace(FIRST, rho=rho), tmp_path, model).train()
+        gc.collect()  # a trainer and its callbacks hold each other
+    trainer = trainer_of(FIRST, tmp_path, model)
+    assert len(trainer.model._forward_pre_hooks) == 1
+    quantizers = [m.weight_quantizer for m in model.modules() if isinstance(m, QuantizedLayer)]
+    assert {len(quantizer._forward_hooks) for quantizer in quantizers} == {1}
 
 
 def test_another_model_is_perturbed(tmp_path):
