@@ -29,7 +29,8 @@ def reestimate_batch_norm(
     statistics are averaged over processes, as if one process had run all batches.
 
     Args:
-        model: Any model. If it is in training mode, batch norms in evaluation mode count as frozen and are left alone.
+        model: Any model. Batch norms whose `momentum` is 0 count as frozen and are left alone; if it is in training
+            mode, those in evaluation mode too.
         batches: Model inputs, each a tensor, a tuple or list of positional inputs, or a dict of keyword inputs; they
             are moved to the model's device. A few hundred images are enough.
         run: Runs the model on one batch, where calling the model with it is not the way. Batches may then be of any
@@ -86,7 +87,7 @@ def batches_where_statistics_are_new(model: nn.Module) -> Iterator[None]:
     A fresh model has them, and so has a fresh head on a pretrained body. With a mean of 0 and a variance of 1 they do
     not normalize at all, and layers after them would see values of another size than in training.
     """
-    new = [norm for norm in norms_with_statistics(model) if _is_new(norm)]
+    new = [norm for norm in _norms_in_training(model) if _is_new(norm)]
     hooks = [norm.register_forward_pre_hook(_normalize_by_the_batch) for norm in new]
     try:
         yield
@@ -109,6 +110,11 @@ def _normalize_by_the_batch(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 def norms_with_statistics(model: nn.Module) -> list[Any]:
     """List the batch norms of `model` that keep running statistics, without those that are frozen."""
+    return [norm for norm in _norms_in_training(model) if norm.momentum != 0]
+
+
+def _norms_in_training(model: nn.Module) -> list[Any]:
+    """List those that normalize by the batch in training; with a momentum of 0 they do so and keep what they have."""
     return [
         module
         for module in model.modules()

@@ -75,6 +75,20 @@ def test_frozen_norms_stay_as_they_are():
     assert not model[1].training
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_momentum_of_zero_freezes_statistics(training):
+    """Such a norm never takes over what it sees. What comes after it sees what it gives in evaluation."""
+    model = net().train(training)
+    model[1].momentum = 0.0
+    with torch.no_grad():
+        model[1].running_mean.fill_(3.0)
+        given = nn.Sequential(*copy.deepcopy(model).eval()[:4])(images(4))
+    reestimate_batch_norm(model, [images(4)])
+    assert model[1].momentum == 0.0 and model[1].training is training
+    assert model[1].running_mean.eq(3.0).all() and model[1].running_var.eq(1.0).all()
+    torch.testing.assert_close(model[4].running_mean, given.mean(dim=(0, 2, 3)), rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_a_model_in_evaluation_mode_has_no_frozen_norm():
     model = net().eval()
     before = statistics(model)
@@ -125,10 +139,12 @@ def with_new_norm(seen: bool) -> nn.Sequential:
     return model.eval()
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.1])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("seen", [False, True])
-def test_norms_without_statistics_normalize_by_the_batch_while_ranges_are_found(training, seen):
+def test_norms_without_statistics_normalize_by_the_batch_while_ranges_are_found(training, seen, momentum):
     model = quantize(with_new_norm(seen), SAQQuantizationConfig(first_last_bits=None, activation_mode="signed"))
+    model[1].momentum = momentum
     before, x = statistics(model), images(16, seed=1)
     calibrate(model.train(training), [x])
     assert all(torch.equal(before[name], value) for name, value in statistics(model).items())
