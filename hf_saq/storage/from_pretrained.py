@@ -25,7 +25,7 @@ from ..layers import PackedLayer
 from ..quantizers import Quantizer
 from .absent_layers import absent_packed_layers, prepare_absent_layers
 from .earlier_versions import first_last_modules_of
-from .seal import check_seal, make_seal
+from .seal import IF_IN_FLOAT, check_seal, make_seal
 from .weight_files import HINT, ONE_FILE
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ class SAQHfQuantizer(HfQuantizer):
         if missing:
             new = absent_packed_layers(model)
             advice = "Nothing was substituted: use the checkpoint it was saved with."
+            if len(missing) == len(own):
+                advice += f" {IF_IN_FLOAT}"
             if new:
                 advice += (
                     f" If {new[0]} is to be new, for other classes for example: packed layers cannot be trained. Load "

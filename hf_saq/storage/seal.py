@@ -33,6 +33,12 @@ NOT_SEALED = {"quantization_config", "auto_map", "transformers_weights", EXPORT_
 """Fields that are checked in another way, that transformers writes or drops while it saves, or that name an exported
 graph beside the model, which may be put there later."""
 
+IF_IN_FLOAT = (
+    "If it is a float model that was built with the configuration of a quantized one, which transformers saves as it "
+    "is, delete quantization_config from its config.json: it then loads as what it is."
+)
+"""What to do where a checkpoint that is said to be quantized has nothing that only such ones have."""
+
 ADDED_LATER = {f.name: f.default for f in fields(SAQQuantizationConfig) if f.metadata.get("added_later")}
 """Fields that older files lack, and what they were: where a field that is not set is not `None`."""
 
@@ -77,7 +83,8 @@ def check_seal(files: Sequence[str | Path], quantization_config: Mapping[str, An
         if found is None:
             raise ValueError(
                 f"{path}: the header has no {KEY!r} entry, which every file of a packed checkpoint has. It was not "
-                "written by `save_pretrained` of a packed model, or rewritten since by something that drops metadata."
+                "written by `save_pretrained` of a packed model, or rewritten since by something that drops metadata. "
+                + ("" if any(seals.values()) else IF_IN_FLOAT)
             )
         if found != seals[first]:
             raise ValueError(f"{path}: its {KEY!r} entry is not that of {first.name}; they are of different saves.")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_files import edit_config, edit_weights, load, weights_file
 from quantized_models import assert_same_state
 from tiny_models import vit
 from torch import Tensor, nn
+from transformers import AutoConfig
+
+from hf_saq import pack
 
 
 def without(ending: str):
@@ -49,6 +54,23 @@ def test_a_float_weights_file_under_a_quantized_configuration_raises(own_packed_
         }
         with pytest.raises(ValueError, match=message[storage]):
             load(own_packed_dir)
+
+
+@pytest.mark.parametrize("storage", ["float", "packed"])
+def test_a_float_model_with_the_configuration_of_a_quantized_one(storage: str, model: nn.Module, tmp_path: Path):
+    """`ViTForImageClassification(quantized.config)`, for a teacher or to begin anew, is float, and transformers saves
+    that configuration with it. The error says how to load what was saved."""
+    (model if storage == "float" else pack(model)).save_pretrained(tmp_path / "quantized")
+    plain = type(model)(AutoConfig.from_pretrained(tmp_path / "quantized"))
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="configuration of a quantized one.*delete quantization_config"):
+        load(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    loaded = load(tmp_path).state_dict()
+    assert loaded.keys() == plain.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in plain.state_dict().items())
 
 
 @pytest.fixture
