@@ -28,6 +28,10 @@ class Displacement:
     def __bool__(self) -> bool:
         return bool(self.outputs or self.in_place)
 
+    def without_frozen(self) -> Displacement:
+        """Leave out parameters that have been frozen since; quantizers of frozen weights have no hook that adds."""
+        return Displacement(self.outputs, {p: eps for p, eps in self.in_place.items() if p.requires_grad})
+
     @contextmanager
     def shifted(self) -> Iterator[None]:
         """Add `in_place` inside the block; afterwards put the parameters back bit for bit, from copies."""

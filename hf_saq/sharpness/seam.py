@@ -167,13 +167,13 @@ class Seam:
 
     @contextmanager
     def displaced(self, model: nn.Module, eps: Displacement, rho: float) -> Iterator[None]:
-        """Run the block as a pass of `model` with `eps`, made with the radius `rho`, in place."""
+        """Run the block as a pass of `model` with `eps`, made with the radius `rho`, in place; frozen tensors stay."""
         before, self.is_in_a_pass = self.is_in_a_pass, True
         # Clear the cache of autocast: inside of one autocast block it would carry low-precision copies of parameters
         # from one point to the other.
         torch.clear_autocast_cache()
         try:
-            with eps.shifted(), self.adding(eps.outputs):
+            with eps.without_frozen().shifted(), self.adding(eps.outputs):
                 try:
                     yield
                 finally:

@@ -117,7 +117,8 @@ class OrthogonalComponent:
     def add_to_gradients(self, model: nn.Module) -> None:
         """Add `alpha * ||g|| / ||g_v|| * g_v` to `g`, which is in `p.grad`; reads `||g||` back from the device."""
         # Use the model's order, which a resumed run has too: the last bit of a norm depends on the order of its terms.
-        parameters = [p for p in model.parameters() if p in self.direction and p.grad is not None]
+        known = [p for p in model.parameters() if p in self.direction and p.grad is not None]
+        parameters = [p for p in known if p.requires_grad]  # gradients of frozen ones may be left from before
         if parameters:
             grads = [_grad(p) for p in parameters]
             alpha = self.alpha * sharding.norm(grads).item()
