@@ -10,6 +10,7 @@ from torch import nn
 from ..conversion.forms import dequantize, pack
 from .inspection import inspect_checkpoint
 from .saved_directory import BESIDE, copy_files, local_directory, model_class, stored_config
+from .staging import STAGE, staged
 from .weight_files import weight_file_bytes
 
 
@@ -48,14 +49,16 @@ def dequantize_saved(source: str, target: str | Path) -> int:
 
 
 def _rewrite(source: str, target: Path, change: Callable[[nn.Module], nn.Module]) -> int:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    # What a killed run left in the stage does not count: the files are complete, or they are not there.
+    if target.exists() and (not target.is_dir() or any(path.name != STAGE for path in target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty directory; name a new one.")
     directory = local_directory(source)
     inspect_checkpoint(str(directory))  # raises where files are damaged or of different models
     kind = model_class(stored_config(directory))
     changed = change(kind.from_pretrained(directory))
-    changed.save_pretrained(target)  # type: ignore[operator]
-    copy_files(BESIDE, directory, target)
+    with staged(target) as stage:
+        changed.save_pretrained(stage)  # type: ignore[operator]
+        copy_files(BESIDE, directory, stage)
     size = weight_file_bytes(target)
     assert size is not None
     return size

@@ -8,10 +8,12 @@ import pytest
 import torch
 from checkpoint_files import load
 from processes import SUPPORT, run_python
+from quantized_models import quantized
 from resume_runs import make_trainer
 from save_runs import SAVES
 from transformers import PreTrainedModel
 
+from hf_saq.storage import dequantize_saved, pack_saved, rewriting
 from hf_saq.storage.staging import STAGE, staged
 
 
@@ -74,3 +76,26 @@ def test_files_of_others_and_of_subdirectories(tmp_path: Path):
         (stage / "model.safetensors").write_text("new")
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     assert names == ["code/model.py", "model.safetensors", "notes.txt", "schedule-0.safetensors"]
+
+
+@pytest.mark.parametrize("rewrite", [pack_saved, dequantize_saved])
+def test_a_rewriting_that_stops_leaves_no_half_of_a_model(rewrite, tmp_path: Path, monkeypatch):
+    """It left weights without what belongs beside them, which load; and the next one refused the directory."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    quantized().save_pretrained(source)
+    (source / "preprocessor_config.json").write_text("{}")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rewriting, "copy_files", stop)
+        rewrite(str(source), target)
+    assert not list(target.iterdir())
+    (target / STAGE).mkdir()
+    (target / STAGE / "model.safetensors").write_text("left by one that was killed")
+    size = rewrite(str(source), target)
+    names = {path.name for path in target.iterdir()}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert size == (target / "model.safetensors").stat().st_size
+    load(target)
