@@ -96,6 +96,25 @@ def test_the_hooks_of_trainers_that_are_gone_are_removed(tmp_path):
     assert {len(quantizer._forward_hooks) for quantizer in quantizers} == {1}
 
 
+def test_skipped_perturbations_are_those_of_one_training(tmp_path):
+    """The log of a second training began with the count of the first."""
+
+    class WithoutGradient(InOrder):
+        def compute_loss(self, *args, **kwargs):
+            return 0 * super().compute_loss(*args, **kwargs)
+
+    trainer = WithoutGradient(
+        quantized_model("vit", torch.float32),
+        arguments(tmp_path, max_steps=STEPS),
+        saq_config=FIRST,
+        train_dataset=DATA,
+    )
+    for _ in range(2):
+        trainer.train()
+        counts = [line["skipped_perturbations"] for line in trainer.state.log_history if "loss" in line]
+        assert counts == [1, 2]
+
+
 def test_another_model_is_perturbed(tmp_path):
     """A user goes over folds with one trainer and a fresh model for each: only the first was perturbed."""
     trainer = trainer_of(FIRST, tmp_path)

@@ -138,6 +138,7 @@ class ScheduledStep:
     def start_again(self) -> None:
         """Forget what earlier steps left, as for a new training."""
         self.minimizer.reset()
+        self.minimizer.skipped = 0
         if self.minimizer.late is not None:
             self.minimizer.perturb_all()
         self.rule.forget()
