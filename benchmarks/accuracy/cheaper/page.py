@@ -14,7 +14,7 @@ from ...shared.runs import records_in, versions_of
 from ..methods import QAT, SAQ
 from ..tasks import TASKS as ALL_TASKS
 from .search import BITS, HOPELESS, kept
-from .ways import MOBILENET, REFERENCES, SEEDS, TASKS, VIT, WAYS
+from .ways import MOBILENET, REFERENCES, SEEDS, TASKS, WAYS
 
 DOCUMENT = "docs/cheaper.md"
 Trials = dict[str, dict[str, dict[int, float]]]
@@ -55,7 +55,7 @@ def table(task: str, of_task: dict[str, dict[int, float]]) -> list[str]:
     for way, found in means.items():
         of_way, plain = WAYS[way], way == QAT
         by_seed = ", ".join(f"{of_task[way][seed]:.2f}" for seed in sorted(of_task[way]))
-        share = f"{100 * shares[way]:.0f}%" if shares and not plain else "-"
+        share = "-" if plain or not shares else f"{100 * shares[way]:.0f}%" if shares[way] > 0 else "nothing"
         radius = "-" if of_way.saq is None else f"{of_way.radii[task]:g}"
         gained = gain(of_task, way)
         shown = "-" if plain or gained is None else f"{gained:+.2f}"
@@ -66,7 +66,9 @@ def table(task: str, of_task: dict[str, dict[int, float]]) -> list[str]:
 def page(records: Sequence[dict[str, Any]]) -> str:
     """The whole page."""
     trials = trials_of(records)
-    dropped = [way for way in WAYS if trials[MOBILENET][way] and not trials[VIT][way]]
+    first = {way: mean(by_seed.values()) for way, by_seed in trials[MOBILENET].items() if by_seed}
+    shares = kept(first) if {QAT, SAQ} <= set(first) else {}
+    dropped = [way for way, share in shares.items() if way not in REFERENCES and share < HOPELESS]
     lines = [
         "# A pass and an eighth on pretrained models: what was tried",
         "",

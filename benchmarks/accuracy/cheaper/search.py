@@ -25,7 +25,7 @@ from ..training import ensure_float_model, train_one, workers
 from .ways import MOBILENET, RATES, REFERENCES, SEEDS, TASKS, WAYS
 
 BITS = 4
-HOPELESS = 1 / 3
+HOPELESS = 1 / 2
 """Share of the gain of two passes that a way must have kept on the first task to be tried on the next."""
 
 
@@ -40,9 +40,13 @@ class SearchArguments:
     cache: str = field(default="outputs/accuracy", metadata={"help": "Decoded images and float models."})
 
     def __post_init__(self) -> None:
-        for name, found, known in (("tasks", self.tasks, TASKS), ("seeds", self.seeds, SEEDS)):
-            if unknown := sorted(set(found) - set(known)):
-                raise ValueError(f"--{name} {unknown}: unknown; expected some of {list(known)}.")
+        unknown = {
+            "tasks": [task for task in self.tasks if task not in TASKS],
+            "seeds": [seed for seed in self.seeds if seed not in SEEDS],
+        }
+        for name, known in (("tasks", list(TASKS)), ("seeds", list(SEEDS))):
+            if unknown[name]:
+                raise ValueError(f"--{name} {unknown[name]}: unknown; expected some of {known}.")
 
 
 def arguments_of(task_name: str, way_name: str, seed: int) -> dict[str, Any]:
