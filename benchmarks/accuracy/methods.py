@@ -9,7 +9,7 @@ from ..shared.schedule_variants import saq_config
 
 QAT, LONGER, SAQ, ADAPTIVE, BALANCED = "qat", "qat, twice the steps", "case 3", "adaptive case 3", "balanced"
 ECHO, MATCHED, INTERVAL = "echo", "balanced, radius matched", "interval 5"
-LATE, SIXTH, HEAD = "last eighth", "last sixth", "head"
+LATE, SIXTH, HEAD, QUARTER = "last eighth", "last sixth", "head", "last quarter, every 2nd step"
 CASES = ("case 1", "case 2")
 DISTILL_ALPHA = 0.5
 CLEAN_BATCHES = 15
@@ -23,6 +23,7 @@ class Method:
         saq: Fields of `SAQConfig` besides `rho`; `None`: plain quantization-aware training.
         radius_of: Method whose radius it uses; itself, if it has one of its own.
         rate_of: Method whose learning rate it uses where methods have one of their own; `None`: its own.
+        radii: Its radius on tasks where that is known without trials of the task, by the task's name.
         length: Steps, relative to those of plain training.
         distill_alpha: Weight of the float model's logits in the loss.
         echoed: Whether every batch is trained on in two steps in a row.
@@ -32,6 +33,7 @@ class Method:
     saq: dict[str, Any] | None = field(default_factory=dict)
     radius_of: str = SAQ
     rate_of: str | None = None
+    radii: dict[str, float] = field(default_factory=dict)
     length: int = 1
     distill_alpha: float = 0.0
     echoed: bool = False
@@ -63,6 +65,11 @@ METHODS: dict[str, Method] = {
     INTERVAL: Method({"interval": 5}),
     LATE: Method({"ascent_depth": 0.125}, radius_of=LATE, rate_of=SAQ),
     SIXTH: Method({"ascent_depth": 1 / 6}, radius_of=SIXTH, rate_of=SAQ),
+    QUARTER: Method(
+        {"ascent_depth": 0.25, "interval": 2},
+        rate_of=SAQ,
+        radii={"flowers": 0.3, "flowers-vit-pooled": 0.1, "flowers-efficientnet": 0.3},  # docs/cheaper.md
+    ),
     HEAD: Method({"ascent_depth": 0.02}, radius_of=LATE, rate_of=SAQ),
     "qat, echoed batches": Method(saq=None, echoed=True),
     "qat, clean statistics": Method(saq=None, clean_batches=CLEAN_BATCHES),

@@ -77,7 +77,11 @@ class Study:
 
     def chosen(self) -> dict[str, Chosen]:
         """What each method trains with, at these bits or at those that the task is tuned at."""
-        return choose(self.task, self.args.methods, self.validation)
+        chosen = choose(self.task, self.args.methods, self.validation)
+        return {
+            name: settings._replace(rho=METHODS[name].radii.get(self.task_name, settings.rho))
+            for name, settings in chosen.items()
+        }
 
     def validation(self, method: str, settings: Chosen) -> float:
         """Mean validation accuracy of the trials of `method`."""

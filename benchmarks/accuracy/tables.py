@@ -7,13 +7,24 @@ from statistics import mean, stdev
 
 from ..shared.markdown import head, row
 from ..shared.paired import Difference, average
-from .methods import BALANCED, CASES, ECHO, HEAD, INTERVAL, LATE, LONGER, MATCHED, METHODS, QAT, SAQ, SIXTH
+from .methods import BALANCED, CASES, ECHO, HEAD, INTERVAL, LATE, LONGER, MATCHED, METHODS, QAT, QUARTER, SAQ, SIXTH
 from .settings import Setting, training_images
 from .tasks import TASKS
 
 LOW_BITS = 3
 RIVALS = (QAT, LONGER, *reversed(CASES))
-CHEAPER = (BALANCED, MATCHED, SIXTH, LATE, HEAD, INTERVAL, ECHO, "qat, echoed batches", "qat, clean statistics")
+CHEAPER = (
+    BALANCED,
+    MATCHED,
+    SIXTH,
+    LATE,
+    QUARTER,
+    HEAD,
+    INTERVAL,
+    ECHO,
+    "qat, echoed batches",
+    "qat, clean statistics",
+)
 """Ways that are to keep the gain of two full passes for less, and their controls."""
 LEAST_GAIN = 1.0
 """Points that two full passes must gain for a share of it to be given."""
