@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.accuracy import page, study
 from benchmarks.accuracy import sweep as script
-from benchmarks.accuracy.methods import QAT, SAQ
+from benchmarks.accuracy.methods import METHODS, QAT, SAQ, Method
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.shared.runs import fingerprint_of
 from benchmarks.shared.schedule_variants import saq_config
@@ -64,6 +64,20 @@ def test_a_sweep_and_what_a_restart_skips(tiny, tmp_path, monkeypatch):
     page.write_page(tmp_path / "results", document)
     text = document.read_text()
     assert "| digits, tiny ViT, W2A2 | 20 |" in text and "</svg>" in (document.parent / "page_images.svg").read_text()
+
+
+def test_a_radius_that_is_known_is_taken_without_trials(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "known", Method({"interval": 2}, radii={"digits": 0.77}))
+    monkeypatch.setitem(METHODS, "known elsewhere", Method({"interval": 2}, radii={"flowers": 0.77}))
+    script.main([*tiny, "--methods", SAQ, "known", "known elsewhere"])
+    records = stored(tmp_path)
+    rho = {
+        method: {r["arguments"]["saq"]["rho"] for r in records.values() if r["arguments"]["method"] == method}
+        for method in ("known", "known elsewhere")
+    }
+    assert rho["known"] == {0.77}
+    assert rho["known elsewhere"] < {0.1, 0.3}  # one of those that case 3 tried
+    assert not any("known" in name and "trial" in name for name in records)
 
 
 def test_hopeless_values_are_not_tried(tiny, tmp_path, monkeypatch):
