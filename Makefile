@@ -86,7 +86,8 @@ cheaper-options: $(STAMP)  ## accuracy with options that make steps cheaper; the
 
 STEP_COST := $(TEST_ENV) $(KEEP_MEMORY) $(BIN)/python -m benchmarks.step_cost.sweep
 PRESET_WAYS := --ways qat "qat again" full "ascent 1/8" previous
-TASK_WAYS := $(PRESET_WAYS) "echo 2" "last eighth" "last sixth" head
+TASK_WAYS := $(PRESET_WAYS) "echo 2" "last eighth" "last sixth" head "last quarter, every 2nd step" \
+	"interval 2, ascent 1/4"
 FEW := --rounds 4 --steps 1
 step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QAT, with growth; about half an hour
 	$(STEP_COST) --models vit-small-images

@@ -39,11 +39,13 @@ WAYS: dict[str, dict[str, Any] | None] = {
     **{name: config for name, config in VARIANTS.items() if name not in (QAT, "start 0.5", ECHOED)},
     "last sixth": {"ascent_depth": 1 / 6},
     "head": {"ascent_depth": 0.02},
+    "last quarter, every 2nd step": {"ascent_depth": 0.25, "interval": 2},
 }
 """Fields of `SAQConfig` of each way to train, `None` for what is no SAQ. `qat again` shows how exact a ratio is.
 
 Presets are among them, under the names of what they stand for."""
-BY_DEFAULT = [name for name in WAYS if name not in ("echo 2", "echo 3", "last eighth", "last sixth", "head")]
+AT_SIZE = ("echo 2", "echo 3", "last eighth", "last sixth", "head", "last quarter, every 2nd step")
+BY_DEFAULT = [name for name in WAYS if name not in AT_SIZE]
 """Those that are timed unless others are named. The rest are timed on models of the sizes that they are trained on."""
 
 
