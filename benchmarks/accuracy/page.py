@@ -14,7 +14,7 @@ from ..shared.command_line import page_paths
 from ..shared.markdown import head, row
 from ..shared.places import RESULTS
 from ..shared.runs import records_in, versions_of
-from .methods import METHODS, QAT, SAQ
+from .methods import METHODS, QAT, QUARTER, SAQ
 from .plots import draw_gains, draw_sizes
 from .settings import settings_of, size_studies, training_images
 from .tables import cheaper, claims, size_table, table
@@ -70,7 +70,8 @@ def how(records: Sequence[dict[str, Any]]) -> str:
         "256 training images. Learning rate along a cosine to zero, a tenth of it for scales. All methods of a seed "
         "start from the same float model and see the same images in the same order. The learning rate is chosen with "
         "plain QAT and used by all, the radius at that rate; both on validation images, with seeds that are not used "
-        "again. A float model that all seeds share is not the same to the last bit on another machine; where seeds "
+        f"again; that of `{QUARTER}` where [cheaper.md](cheaper.md) chose it. A float model that all "
+        "seeds share is not the same to the last bit on another machine; where seeds "
         "were added later, they have another one. Passes: forward and backward passes over those of QAT; time: "
         "processor time of training over that of QAT, on the seeds of both, beside whatever else ran on the machine. "
         "Distilled: half of the loss is the Kullback-Leibler divergence from the answers of the float model, at "
