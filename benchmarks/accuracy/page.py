@@ -73,7 +73,8 @@ def how(records: Sequence[dict[str, Any]]) -> str:
         f"again; that of `{QUARTER}` where [cheaper.md](cheaper.md) chose it. A float model that all "
         "seeds share is not the same to the last bit on another machine; where seeds "
         "were added later, they have another one. Passes: forward and backward passes over those of QAT; time: "
-        "processor time of training over that of QAT, on the seeds of both, beside whatever else ran on the machine. "
+        "processor time of training over that of QAT, on seeds that both ran with one commit and so on one machine, "
+        "beside whatever else ran there. "
         "Distilled: half of the loss is the Kullback-Leibler divergence from the answers of the float model, at "
         "temperature 2.",
         "",

@@ -37,12 +37,18 @@ class Setting:
         return {seed: 100 * run["outcome"]["test"] for seed, run in self.runs.get(method, {}).items()}
 
     def time(self, method: str) -> float | None:
-        """Processor time of training with `method` over that of QAT, on the seeds of both; `None` if there are none.
+        """Processor time of training with `method` over that of QAT, on the seeds that both ran with one commit;
+        `None` if there are none.
 
-        Machines differ in speed, and the runs of a seed come from one: they start from one float model.
+        Machines differ in speed. That runs start from one float model does not say that they come from one machine, as
+        another one may train the same; those of one commit were made in one go.
         """
         these, those = (self.runs.get(name, {}) for name in (method, QAT))
-        of_both = sorted(set(these) & set(those))
+        of_both = [
+            seed
+            for seed in sorted(set(these) & set(those))
+            if these[seed]["versions"].get("commit") == those[seed]["versions"].get("commit")
+        ]
         spent = [sum(runs[seed]["outcome"]["cpu_seconds"] for seed in of_both) for runs in (these, those)]
         return spent[0] / spent[1] if of_both else None
 

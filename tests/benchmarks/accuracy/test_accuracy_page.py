@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.accuracy import page
 from benchmarks.accuracy.methods import METHODS, QAT, SAQ
+from benchmarks.accuracy.settings import Setting
 
 
 def record(method, seed, test, bits=2, count=15, task="digits", float_model=None, float_test=0.9):
@@ -114,3 +115,16 @@ def test_only_runs_from_one_float_model_are_compared(tmp_path):
 def test_a_page_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="found 0 results and none of plain QAT"):
         page.write_page(tmp_path, tmp_path / "page.md")
+
+
+def test_times_of_several_commits_are_not_compared():
+    """Another machine can train the same float model: it then adds runs to a seed, in times of its own."""
+    runs = {QAT: {}, SAQ: {}}
+    for seed, commit, seconds in ((0, "of the first", 45.0), (1, "of the second", 1.0)):
+        runs[QAT][seed] = {**record(QAT, seed, 0.8), "versions": {"commit": "of the first"}}
+        runs[SAQ][seed] = {**record(SAQ, seed, 0.8), "versions": {"commit": commit}}
+        runs[SAQ][seed]["outcome"]["cpu_seconds"] = seconds
+    setting = Setting("digits", 2, 15, runs)
+    assert setting.time(SAQ) == 45.0 / 30.0
+    del runs[SAQ][0]
+    assert setting.time(SAQ) is None
