@@ -38,7 +38,7 @@ from .meter import synchronize
 from .models import MODELS
 from .page import more_memory
 from .peak_memory import peak_bytes
-from .ways import BITS, BY_DEFAULT, FLOAT, WAYS, Bench, one_step_of, prepare
+from .ways import BITS, BY_DEFAULT, FLOAT, WAYS, Bench, one_step_of, prepare, untimed_steps
 
 
 @dataclass
@@ -118,8 +118,8 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         for way in order:
             with one_step_of(way, bench) as (step, period):
                 steps = -(-arguments["steps"] // period) * period
-                if period == 1:
-                    step()  # with reuse="previous" the first one finds nothing of an earlier one
+                for _ in range(untimed_steps(way, period)):
+                    step()
                 synchronize(device)
                 started = now()
                 for _ in range(steps if number else 1):

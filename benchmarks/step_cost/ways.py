@@ -115,6 +115,12 @@ def prepare(arguments: dict[str, Any]) -> Bench:
     return Bench(wrap(float_model), float_optimizer, model, optimizer, wrap(model), batch, precision)
 
 
+def untimed_steps(way: str, period: int) -> int:
+    """Steps before the clock runs, whole periods: with `reuse="previous"` the first one finds nothing of an earlier
+    one, and the first perturbed step of last layers alone tries where these begin."""
+    return 1 if period == 1 else period if "ascent_depth" in (WAYS[way] or {}) else 0
+
+
 @contextmanager
 def one_step_of(way: str, bench: Bench) -> Iterator[tuple[Callable[[], object], int]]:
     """A function that takes one optimizer step, and after how many of them the kinds of steps repeat.
