@@ -93,7 +93,8 @@ step-cost: $(STAMP)  ## docs/cost.md: time and memory of a step against plain QA
 	$(STEP_COST) --models vit-small-images
 	$(STEP_COST) --models vit-small-images resnet18-small-images --batch_sizes 4 64 $(PRESET_WAYS)
 	$(STEP_COST) --models resnet18-small-images $(PRESET_WAYS)
-	$(STEP_COST) --models vit-tiny-112 mobilenetv2-64 --batch_sizes 32 --rounds 12 --steps 2 $(TASK_WAYS)
+	$(STEP_COST) --models mobilenetv2-64 --batch_sizes 32 --rounds 8 --steps 2 $(TASK_WAYS)
+	$(STEP_COST) --models vit-tiny-112 --batch_sizes 32 --rounds 5 --steps 2 $(TASK_WAYS)
 	$(STEP_COST) --models vit-tiny resnet18 --batch_sizes 16 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-small --batch_sizes 8 $(FEW) $(PRESET_WAYS)
 	$(STEP_COST) --models vit-base resnet50 --batch_sizes 2 $(FEW) $(PRESET_WAYS)
