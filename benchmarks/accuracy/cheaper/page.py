@@ -11,7 +11,7 @@ from ...shared.command_line import page_paths
 from ...shared.markdown import head, row
 from ...shared.places import RESULTS
 from ...shared.runs import records_in, versions_of
-from ..methods import QAT, SAQ
+from ..methods import QAT
 from ..tasks import TASKS as ALL_TASKS
 from .search import BITS, HOPELESS, kept
 from .ways import MOBILENET, REFERENCES, SEEDS, TASKS, WAYS
@@ -43,31 +43,37 @@ def ranking(trials: Trials) -> list[tuple[str, float]]:
     return sorted(means.items(), key=lambda pair: -pair[1])
 
 
+def shares_of(of_task: dict[str, dict[int, float]]) -> dict[str, float]:
+    """What each way that was tried on a task keeps of the gain of two passes there; empty without the references."""
+    means = {way: mean(by_seed.values()) for way, by_seed in of_task.items() if by_seed}
+    return kept(means) if set(REFERENCES) <= set(means) else {}
+
+
 def table(task: str, of_task: dict[str, dict[int, float]]) -> list[str]:
     """Every way that was tried on a task."""
-    means = {way: mean(by_seed.values()) for way, by_seed in of_task.items() if by_seed}
-    shares = kept(means) if {QAT, SAQ} <= set(means) else {}
+    shares = shares_of(of_task)
     lines = [
         f"## {ALL_TASKS[task].title}, W{BITS}A{BITS}",
         "",
         *head("way", "passes", "radius", f"validation %, seeds {', '.join(map(str, SEEDS))}", "gain over QAT", "kept"),
     ]
-    for way, found in means.items():
+    for way, found in of_task.items():
+        if not found:
+            continue
         of_way, plain = WAYS[way], way == QAT
-        by_seed = ", ".join(f"{of_task[way][seed]:.2f}" for seed in sorted(of_task[way]))
+        by_seed = ", ".join(f"{found[seed]:.2f}" for seed in sorted(found))
         share = "-" if plain or not shares else f"{100 * shares[way]:.0f}%" if shares[way] > 0 else "nothing"
         radius = "-" if of_way.saq is None else f"{of_way.radii[task]:g}"
         gained = gain(of_task, way)
         shown = "-" if plain or gained is None else f"{gained:+.2f}"
-        lines.append(row(way, f"{of_way.passes:.2f}", radius, f"{by_seed} ({found:.2f})", shown, share))
+        lines.append(row(way, f"{of_way.passes:.2f}", radius, f"{by_seed} ({mean(found.values()):.2f})", shown, share))
     return [*lines, ""]
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
     """The whole page."""
     trials = trials_of(records)
-    first = {way: mean(by_seed.values()) for way, by_seed in trials[MOBILENET].items() if by_seed}
-    shares = kept(first) if {QAT, SAQ} <= set(first) else {}
+    shares = shares_of(trials[MOBILENET])
     dropped = [way for way, share in shares.items() if way not in REFERENCES and share < HOPELESS]
     lines = [
         "# A pass and an eighth on pretrained models: what was tried",

@@ -30,6 +30,22 @@ def test_steps_in_a_period_are_those_of_the_schedule(small, monkeypatch):
     assert not any(m._forward_hooks for m in bench.model.modules())  # as if no minimizer had been there
 
 
+@pytest.mark.parametrize(("way", "cost"), [("last eighth", 2), ("last quarter, every 2nd step", 1.5), ("previous", 1)])
+def test_what_only_the_first_step_does_is_not_timed(small, monkeypatch, way, cost):
+    """The trial that finds the last layers takes passes of its own; those of the periods after it are counted here."""
+    bench = ways.prepare({"model": "small", "batch_size": 2, "device": "cpu", "bits": 4, "processes": 1})
+    passes = []
+    original = ways.Bench.backward
+    monkeypatch.setattr(ways.Bench, "backward", lambda *a, **k: passes.append(1) or original(*a, **k))
+    with ways.one_step_of(way, bench) as (step, period):
+        for _ in range(ways.untimed_steps(way, period)):
+            step()
+        passes.clear()
+        for _ in range(2 * period):
+            step()
+    assert len(passes) == 2 * period * cost
+
+
 def test_latent_sam_is_sam():
     """On L = p^2 / 2 from p = 3: up by rho to 3.5, gradient there 3.5, down from 3 by 0.1 times that."""
     model = nn.Linear(1, 1, bias=False)
